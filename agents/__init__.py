@@ -1,0 +1,22 @@
+"""Spiking agents on Stable-Baselines3: learners, policies, training, evaluation."""
+
+from spiking_rl.agents.config import DQNConfig, PQNConfig
+from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.evaluation import Evaluation, evaluate
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.policies import SpikingMlpPolicy
+from spiking_rl.agents.pqn import SpikingPQN
+from spiking_rl.agents.training import prune, train
+
+__all__ = [
+    "DQNConfig",
+    "Evaluation",
+    "PQNConfig",
+    "SpikingDQN",
+    "SpikingMlpPolicy",
+    "SpikingPQN",
+    "evaluate",
+    "load_agent",
+    "prune",
+    "train",
+]

@@ -1,0 +1,272 @@
+"""What a training run is made of: typed settings, recipes as YAML, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from spiking_rl.errors import UserError
+from spiking_rl.files import write_atomically
+from spiking_rl.pruning import check_pruning
+
+Neuron = Literal["lif", "relu"]
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings that every algorithm shares."""
+
+    env: str = "CartPole-v1"
+    """Gymnasium id of the environment."""
+    timesteps: int = 5
+    """Timesteps T of the first stage."""
+    prune_to: int = 1
+    """Timesteps of the last stage; equal to timesteps: no temporal pruning."""
+    seed: int = 0
+    """Seed of every random generator."""
+    agent_steps: int = 200_000
+    """Agent steps of the first stage."""
+    prune_steps: int = 50_000
+    """Agent steps of each later stage."""
+    num_envs: int = 16
+    """Environments played side by side."""
+    neuron: Neuron = "lif"
+    """lif: spiking; relu: the control network of the same shape."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Neurons per hidden layer."""
+    per_channel: bool = False
+    """One threshold and leak per neuron instead of per layer."""
+    leak: float = 1.0
+    """Initial leak (1 = none)."""
+    surrogate_gamma: float = 0.3
+    """Height of the surrogate gradient."""
+    firing_rate: float = 0.2
+    """Spikes per neuron and timestep that the threshold calibration aims at."""
+    learning_rate: float = 1e-3
+    """Learning rate; falls linearly over each stage."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the end of a stage."""
+    prune_lr_factor: float = 1.0
+    """Multiplies the learning rate in the stages after the first."""
+    gamma: float = 0.99
+    """Discount."""
+    exploration_fraction: float = 0.3
+    """Part of the first stage over which epsilon falls."""
+    exploration_final_eps: float = 0.05
+    """Epsilon afterwards."""
+    max_grad_norm: float = 10.0
+    """Gradient clipping."""
+    eval_every: int = 5_000
+    """Agent steps between evaluations (they select the kept checkpoint)."""
+    eval_episodes: int = 20
+    """Episodes of each of them."""
+    report_episodes: int = 100
+    """Episodes of the final table, on other seeds; 0 leaves it out."""
+    video_episodes: int = 1
+    """Episodes on the final video; 0 leaves it out."""
+    save_every: int = 20_000
+    """Agent steps between saves to resume from."""
+    threads: int = 1
+    """Torch threads; small networks gain nothing from more."""
+
+    algo = ""
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the first bad field.
+        """
+        check_pruning(self.timesteps, self.prune_to)
+        positive = ("agent_steps", "prune_steps", "num_envs", "eval_every", "eval_episodes", "save_every", "threads")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(name, getattr(self, name), "must be at least 1")
+        for name in ("seed", "report_episodes", "video_episodes"):
+            if getattr(self, name) < 0:
+                raise UserError(name, getattr(self, name), "must not be negative")
+        if self.seed >= 2**31:
+            raise UserError("seed", self.seed, "must be below 2147483648")
+        for name in ("gamma", "leak", "exploration_fraction", "exploration_final_eps"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(name, getattr(self, name), "must lie between 0 and 1")
+        for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(name, getattr(self, name), "must be positive and finite")
+        if not 0 < self.firing_rate < 1:
+            raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
+        if not self.hidden or min(self.hidden) < 1:
+            raise UserError("hidden", self.hidden, "must list at least one width, each at least 1")
+
+
+@dataclass(kw_only=True)
+class PQNConfig(TrainConfig):
+    """Settings of SpikingPQN."""
+
+    n_steps: int = 32
+    """Agent steps per environment and rollout."""
+    n_epochs: int = 4
+    """Passes over each rollout."""
+    n_minibatches: int = 4
+    """Minibatches per pass."""
+    lam: float = 0.9
+    """Lambda of the returns."""
+    reward_scale: float = 0.1
+    """Rewards are multiplied by it for learning."""
+
+    algo = "pqn"
+
+    def check(self) -> None:
+        """As in :class:`TrainConfig`."""
+        super().check()
+        for name in ("n_steps", "n_epochs", "n_minibatches"):
+            if getattr(self, name) < 1:
+                raise UserError(name, getattr(self, name), "must be at least 1")
+        if not 0 <= self.lam <= 1:
+            raise UserError("lam", self.lam, "must lie between 0 and 1")
+        if self.reward_scale <= 0:
+            raise UserError("reward_scale", self.reward_scale, "must be positive")
+
+
+@dataclass(kw_only=True)
+class DQNConfig(TrainConfig):
+    """Settings of SpikingDQN."""
+
+    buffer_size: int = 100_000
+    """Transitions kept for replay."""
+    learning_starts: int = 1_000
+    """Random agent steps before learning; calibration uses them."""
+    batch_size: int = 64
+    """Transitions per update."""
+    train_freq: int = 32
+    """Environment steps (of all environments together) between trainings."""
+    gradient_steps: int = 16
+    """Updates per training."""
+    target_update_interval: int = 500
+    """Agent steps between copies to the target network."""
+
+    algo = "dqn"
+
+    def check(self) -> None:
+        """As in :class:`TrainConfig`."""
+        super().check()
+        names = ("buffer_size", "batch_size", "train_freq", "gradient_steps", "target_update_interval")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UserError(name, getattr(self, name), "must be at least 1")
+        if not 2 <= self.learning_starts < self.buffer_size:
+            raise UserError("learning_starts", self.learning_starts, "must lie between 2 and buffer_size")
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {"pqn": PQNConfig, "dqn": DQNConfig}
+
+
+def config_from_dict(kind: type[TrainConfig], values: dict[str, Any], origin: str) -> TrainConfig:
+    """Build a config from plain values (YAML, JSON), refusing unknown names and wrong types.
+
+    Raises:
+        UserError: naming the field and where it came from.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    made = {}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise UserError(str(name), value, f"unknown setting in {origin}; {hint}")
+        made[name] = _typed(name, value, hints[name], origin)
+    return kind(**made)
+
+
+def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise UserError(name, value, f"must be one of {', '.join(map(repr, get_args(hint)))} in {origin}")
+    if get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
+            return tuple(value)
+        raise UserError(name, value, f"must be a list of whole numbers in {origin}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise UserError(name, value, f"must be of type {hint.__name__} in {origin}")
+
+
+def _read_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError("config", origin, f"is not valid YAML: {' '.join(str(error).split())[:150]}") from None
+    if not isinstance(loaded, dict):
+        raise UserError("config", origin, "does not hold settings by name")
+    return loaded
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Return every recipe of the package by name."""
+    found = {}
+    for entry in resources.files("spiking_rl.agents").joinpath("recipes").iterdir():
+        if entry.name.endswith(".yaml"):
+            name = entry.name.removesuffix(".yaml")
+            found[name] = _read_yaml(entry.read_text(), f"recipe {name}")
+    return found
+
+
+def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
+    """Return the short name of a run and its settings.
+
+    Args:
+        name: a recipe, the environment id of a recipe, or any other Gymnasium id, which gets the
+            recipe ``default``.
+        algo: "pqn" or "dqn"; default the recipe's own choice.
+
+    Raises:
+        UserError: unknown algorithm, or a recipe with a mistake in it.
+    """
+    known = recipes()
+    by_env = {r.get("env"): n for n, r in known.items()}
+    chosen = name if name in known and name != "default" else by_env.get(name, "default")
+    recipe = dict(known[chosen])
+    recipe.setdefault("env", name)
+    default_algo = recipe.pop("algo", "pqn")
+    algo = default_algo if algo is None else algo
+    if algo not in CONFIGS:
+        raise UserError("algo", algo, f"must be one of {', '.join(CONFIGS)}")
+    sections = {key: recipe.pop(key, {}) for key in CONFIGS}
+    config = config_from_dict(CONFIGS[algo], {**recipe, **sections[algo]}, f"recipe {chosen}")
+    short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
+    return short, config
+
+
+def save_config(path: Path, config: TrainConfig, provenance: dict[str, Any]) -> None:
+    """Write the merged settings of a run and where it was made."""
+    values = {"algo": config.algo, **dataclasses.asdict(config), "provenance": provenance}
+    values["hidden"] = list(config.hidden)
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read the settings of a run.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error}); name a run folder") from None
+    values = _read_yaml(text, str(path))
+    values.pop("provenance", None)
+    algo = values.pop("algo", None)
+    if algo not in CONFIGS:
+        raise UserError("algo", algo, f"in {path} must be one of {', '.join(CONFIGS)}")
+    return config_from_dict(CONFIGS[algo], values, str(path))

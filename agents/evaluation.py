@@ -1,0 +1,163 @@
+"""Greedy evaluation on named seeds, with spike rates, energy and latency."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
+from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer
+from spiking_rl.envs.make import make_single
+from spiking_rl.errors import UserError
+
+SELECTION_SEED = 10_000_000
+"""First episode seed of the evaluations that select checkpoints."""
+
+REPORT_SEED = 20_000_000
+"""First episode seed of reported scores: disjoint from selection and from training seeds."""
+
+_PARALLEL = 25  # environments stepped together: one forward pass decides for all of them
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of :func:`evaluate`.
+
+    Attributes:
+        environment: Gymnasium id.
+        timesteps: T; None for a ReLU network.
+        episodes: number of episodes.
+        mean_return: mean undiscounted return.
+        ci95: half width of its 95 % interval, 1.96 s/sqrt(n).
+        spike_rate: spikes per neuron per timestep, by layer; None for a ReLU network.
+        energy_ratio: energy of the ReLU network over that of this one, per decision.
+        decision_ms: median latency of ``model.predict`` on one observation; None if not measured.
+        returns: return of every episode, in the order of their seeds.
+    """
+
+    environment: str
+    timesteps: int | None
+    episodes: int
+    mean_return: float
+    ci95: float
+    spike_rate: dict[str, float] | None
+    energy_ratio: float
+    decision_ms: float | None
+    returns: list[float]
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the published fields, without the single returns."""
+        row = dict(self.__dict__)
+        del row["returns"]
+        return row
+
+
+def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
+    """Return the Q-network of a model of ours.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if not isinstance(model.policy, SpikingMlpPolicy):
+        raise UserError("model", type(model).__name__, "is not a spiking agent; use SB3's evaluate_policy for it")
+    return model.policy.q_net
+
+
+def evaluate(
+    model: BaseAlgorithm,
+    env: str,
+    *,
+    episodes: int = 100,
+    seed: int = REPORT_SEED,
+    timesteps: int | None = None,
+    measure_latency: bool = True,
+) -> Evaluation:
+    """Play greedy episodes; episode k is reset with ``seed + k``, whatever runs beside it.
+
+    Args:
+        model: a SpikingDQN or SpikingPQN.
+        env: Gymnasium id.
+        episodes: how many, >= 1.
+        seed: of the first episode.
+        timesteps: T to play with; default the model's own. The model is left as it was.
+        measure_latency: also time single decisions.
+
+    Raises:
+        UserError: a bad number, an unknown environment, a foreign model.
+    """
+    if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 1:
+        raise UserError("episodes", episodes, "must be a whole number of at least 1")
+    q_net = q_network(model)
+    own = q_net.network.timesteps
+    if timesteps is not None:
+        q_net.network.set_timesteps(timesteps)
+    try:
+        counter = SpikeCounter()
+        returns = _play(q_net, env, [seed + k for k in range(episodes)], counter)
+        spiking = q_net.network.spiking
+        rates = counter.rates if spiking else None
+        used = q_net.network.timesteps
+        return Evaluation(
+            environment=env,
+            timesteps=used if spiking else None,
+            episodes=episodes,
+            mean_return=float(np.mean(returns)),
+            ci95=1.96 * float(np.std(returns, ddof=1)) / math.sqrt(episodes) if episodes > 1 else 0.0,
+            spike_rate=rates,
+            energy_ratio=energy_ratio(macs_per_layer(q_net.network), list(rates.values()) if rates else None, used),
+            decision_ms=decision_latency_ms(model) if measure_latency else None,
+            returns=returns,
+        )
+    finally:
+        if timesteps is not None and q_net.network.spiking:
+            q_net.network.set_timesteps(own)
+
+
+@torch.no_grad()
+def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: SpikeCounter) -> list[float]:
+    """Play one episode per seed, many side by side; return their returns in the order of the seeds."""
+    q_net.set_training_mode(False)
+    waiting = list(enumerate(seeds))
+    envs = [make_single(env_id) for _ in range(min(_PARALLEL, len(seeds)))]
+    returns = [0.0] * len(seeds)
+    playing: list[tuple[Any, int, Any]] = []  # environment, index of its episode, observation
+    for env in envs:
+        episode, seed = waiting.pop(0)
+        playing.append((env, episode, env.reset(seed=seed)[0]))
+    while playing:
+        stacked = torch.as_tensor(np.stack([p[2] for p in playing]), device=q_net.device)
+        actions = q_net.q_values(stacked, observer=counter)[0].argmax(1).cpu().numpy()
+        still = []
+        for (env, episode, _), action in zip(playing, actions, strict=True):
+            observation, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += float(reward)
+            if terminated or truncated:
+                if not waiting:
+                    continue
+                episode, seed = waiting.pop(0)
+                observation = env.reset(seed=seed)[0]
+            still.append((env, episode, observation))
+        playing = still
+    for env in envs:
+        env.close()
+    return returns
+
+
+def decision_latency_ms(model: BaseAlgorithm, decisions: int = 200) -> float:
+    """Return the median time of ``model.predict`` on a single observation, in milliseconds."""
+    observation = np.asarray(model.observation_space.sample())
+    if np.issubdtype(observation.dtype, np.floating):
+        observation = np.nan_to_num(observation).clip(-1, 1)
+    times = []
+    for _ in range(decisions + 20):
+        start = time.perf_counter()
+        model.predict(observation, deterministic=True)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[20:])) * 1e3

@@ -1,0 +1,64 @@
+"""Find and load an agent by what a user names: a run folder or a checkpoint folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.pqn import SpikingPQN
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.checkpoint import CONFIG, load_checkpoint
+from spiking_rl.errors import UserError
+
+ALGORITHMS: dict[str, type[SpikingPQN] | type[SpikingDQN]] = {"pqn": SpikingPQN, "dqn": SpikingDQN}
+
+
+class LoadedAgent(NamedTuple):
+    """An agent, the environment it was trained in, and the folder it came from."""
+
+    model: SpikingPQN | SpikingDQN
+    environment: str
+    checkpoint: Path
+    run: RunFolder | None
+
+
+def load_agent(path: Path | str, timesteps: int | None = None, device: str = "auto") -> LoadedAgent:
+    """Load an agent for prediction.
+
+    Args:
+        path: a run folder, or one of its ``checkpoints/T…`` folders.
+        timesteps: which T of the run; default the lowest. With a checkpoint folder it must be the
+            checkpoint's own.
+        device: torch device or "auto".
+
+    Raises:
+        UserError: nothing there, T not in the run, or a damaged checkpoint.
+    """
+    path = Path(path)
+    if timesteps is not None and timesteps < 1:
+        raise UserError("timesteps", timesteps, "must be a whole number of at least 1")
+    run = None
+    if (path / "config.yaml").is_file():
+        run = RunFolder(path)
+        kept = run.checkpoint_timesteps()
+        if not kept:
+            raise UserError("run", str(path), "holds no checkpoint yet; wait for its first evaluation")
+        if timesteps is not None and timesteps not in kept:
+            raise UserError("timesteps", timesteps, f"{path} holds {_names(kept)}")
+        spiking = [t for t in kept if t is not None]
+        path = run.checkpoint(timesteps if timesteps is not None else (min(spiking) if spiking else None))
+    elif not (path / CONFIG).is_file():
+        raise UserError("run", str(path), "is neither a run nor a checkpoint; name the folder that train printed")
+    config = load_checkpoint(path).config
+    if run is None and timesteps is not None and timesteps != config.get("timesteps"):
+        raise UserError("timesteps", timesteps, f"{path} was trained with T={config.get('timesteps')}; name the run instead")
+    algorithm = ALGORITHMS.get(str(config.get("algo")))
+    environment = config.get("environment")
+    if algorithm is None or not isinstance(environment, str):
+        raise UserError("checkpoint", str(path), "holds no agent (no known algo or environment in config.json)")
+    return LoadedAgent(algorithm.load_checkpoint(path, device=device), environment, path, run)
+
+
+def _names(kept: list[int | None]) -> str:
+    return ", ".join("the ReLU network" if t is None else f"T={t}" for t in kept)

@@ -1,0 +1,258 @@
+"""Spiking Q-networks as Stable-Baselines3 policies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.dqn.policies import DQNPolicy
+from torch import Tensor, nn
+
+from spiking_rl.errors import UserError
+from spiking_rl.networks import NetworkState, Observer, build_network
+from spiking_rl.neurons import clamp_after_step
+
+
+class RunningNorm(nn.Module):
+    """Scale observations to zero mean and unit variance by running statistics.
+
+    The statistics move only in :meth:`update`, never in ``forward``. They are buffers named
+    ``running_*``, which SB3 copies to the target network with the weights.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    running_count: Tensor
+
+    def __init__(self, shape: tuple[int, ...], clip: float = 10.0) -> None:
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("running_var", torch.ones(shape))
+        self.register_buffer("running_count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, observations: Tensor) -> None:
+        """Fold a batch ``(B, *shape)`` into the statistics (Chan et al. 1979)."""
+        batch = observations.shape[0]
+        mean = observations.mean(0)
+        var = observations.var(0, unbiased=False)
+        total = self.running_count + batch
+        delta = mean - self.running_mean
+        self.running_var.copy_(
+            (self.running_var * self.running_count + var * batch) / total
+            + delta.square() * self.running_count * batch / total.square()
+        )
+        self.running_mean.add_(delta * batch / total)
+        self.running_count.copy_(total)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Return observations scaled and clipped to +-clip."""
+        scaled = (observations - self.running_mean) * torch.rsqrt(self.running_var + 1e-8)
+        return scaled.clamp(-self.clip, self.clip)
+
+
+class SpikingQNetwork(BasePolicy):
+    """Q-values of a discrete-action environment from a network of spiking neurons.
+
+    Args:
+        observation_space: a Box or Discrete space.
+        action_space: Discrete.
+        network: name of a registered network.
+        network_kwargs: its options.
+        timesteps: T per decision.
+        normalize_images: divide image observations by 255.
+    """
+
+    action_space: spaces.Discrete
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Discrete,
+        network: str = "mlp",
+        network_kwargs: dict[str, Any] | None = None,
+        timesteps: int = 5,
+        normalize_images: bool = True,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=FlattenExtractor(observation_space),
+            normalize_images=normalize_images,
+        )
+        shape: tuple[int, ...] = (self.features_extractor.features_dim,)
+        self.norm = RunningNorm(shape)
+        self.network = build_network(
+            network, shape, int(action_space.n), timesteps=timesteps, **(network_kwargs or {})
+        )
+
+    def features(self, observations: PyTorchObs) -> Tensor:
+        """Return the network's input ``(B, *input_shape)`` for raw observations ``(B, *obs)``."""
+        prepared = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
+        assert isinstance(prepared, Tensor)
+        flat: Tensor = self.norm(prepared.flatten(1))
+        return flat
+
+    def update_norm(self, observations: Tensor) -> None:
+        """Fold raw observations ``(B, *obs)`` into the running statistics."""
+        prepared = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
+        assert isinstance(prepared, Tensor)
+        self.norm.update(prepared.flatten(1))
+
+    def forward(self, obs: PyTorchObs) -> Tensor:
+        """Return Q-values ``(B, A)`` of independent observations ``(B, *obs)`` (fresh membranes)."""
+        return self.q_values(obs)[0]
+
+    def q_values(
+        self,
+        obs: PyTorchObs,
+        state: NetworkState | None = None,
+        episode_start: Tensor | None = None,
+        observer: Observer | None = None,
+    ) -> tuple[Tensor, NetworkState | None]:
+        """Return Q-values ``(B, A)`` of one decision per row, and the membranes after it.
+
+        Args:
+            obs: raw observations ``(B, *obs)``.
+            state: membranes before the decision; None for fresh ones.
+            episode_start: bool ``(B,)``, rows whose membrane starts at zero.
+            observer: sees the hidden layers.
+        """
+        inputs = self.features(obs).unsqueeze(0)
+        starts = None if episode_start is None else episode_start.unsqueeze(0)
+        values, after = self.network(inputs, state, starts if state is not None else None, observer)
+        return values.squeeze(0), after
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
+        return self(observation).argmax(dim=1).reshape(-1)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        raise NotImplementedError("save the policy that holds this network")
+
+
+class SpikingMlpPolicy(DQNPolicy):
+    """SB3 policy with a spiking Q-network and its target, for vector observations.
+
+    Args:
+        observation_space: a Box or Discrete space.
+        action_space: Discrete.
+        lr_schedule: learning rate against progress remaining.
+        timesteps: T per decision.
+        network: name of a registered network.
+        network_kwargs: its options, such as ``hidden`` or ``neuron``.
+        optimizer_class: torch optimiser.
+        optimizer_kwargs: its options besides the learning rate.
+        normalize_images: divide image observations by 255.
+
+    Raises:
+        UserError: a space that a spiking Q-network cannot serve.
+    """
+
+    q_net: SpikingQNetwork  # type: ignore[assignment]
+    q_net_target: SpikingQNetwork  # type: ignore[assignment]
+    has_target = True
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        *,
+        timesteps: int = 5,
+        network: str = "mlp",
+        network_kwargs: dict[str, Any] | None = None,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+    ) -> None:
+        check_spaces(observation_space, action_space)
+        self.q_net_kwargs: dict[str, Any] = {
+            "network": network,
+            "network_kwargs": dict(network_kwargs or {}),
+            "timesteps": timesteps,
+            "normalize_images": normalize_images,
+        }
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            normalize_images=normalize_images,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.q_net = self.make_q_net()
+        if self.has_target:
+            self.q_net_target = self.make_q_net()
+            self.q_net_target.load_state_dict(self.q_net.state_dict())
+            self.q_net_target.set_training_mode(False)
+        self.rebuild_optimizer(lr_schedule(1))
+
+    def make_q_net(self) -> SpikingQNetwork:  # type: ignore[override]
+        """Build one Q-network."""
+        return SpikingQNetwork(self.observation_space, self.action_space, **self.q_net_kwargs).to(self.device)
+
+    def rebuild_optimizer(self, learning_rate: float) -> None:
+        """Start a fresh optimiser, thresholds and leaks kept in range after each of its steps."""
+        self.optimizer = self.optimizer_class(
+            self.q_net.parameters(),
+            lr=learning_rate,  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
+        clamp_after_step(self.optimizer, self.q_net)
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps T per decision."""
+        return self.q_net.network.timesteps
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Change T in the Q-network and its target."""
+        self.q_net.network.set_timesteps(timesteps)
+        if self.has_target:
+            self.q_net_target.network.set_timesteps(timesteps)
+        self.q_net_kwargs["timesteps"] = timesteps
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.q_net_kwargs,
+        }
+
+
+class SpikingPQNPolicy(SpikingMlpPolicy):
+    """The same policy without a target network."""
+
+    has_target = False
+
+
+def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    """Refuse spaces that a spiking Q-network cannot serve.
+
+    Raises:
+        UserError: naming the space and what to do.
+    """
+    if not isinstance(action_space, spaces.Discrete):
+        raise UserError(
+            "action_space",
+            str(action_space),
+            "spiking Q-networks choose among discrete actions; use an environment with a Discrete "
+            "action space or wrap this one to discretise its actions",
+        )
+    if not isinstance(observation_space, (spaces.Box, spaces.Discrete)):
+        raise UserError(
+            "observation_space",
+            str(observation_space),
+            "must be a Box or Discrete space; flatten it with gymnasium.wrappers.FlattenObservation",
+        )

@@ -1,0 +1,284 @@
+"""SpikingPQN: parallel Q-learning with spikes, without replay buffer or target network."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_mean
+
+from spiking_rl.agents.policies import SpikingPQNPolicy
+from spiking_rl.agents.staged import StagedAlgorithm
+from spiking_rl.agents.targets import lambda_returns
+
+_FALLING = LinearSchedule(1e-3, 0.0, 1.0)
+
+SelfSpikingPQN = TypeVar("SelfSpikingPQN", bound="SpikingPQN")
+
+
+class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
+    """Parallelised Q-network (Gallici et al. 2024) with a spiking network.
+
+    Many environments step together for a short rollout; the Q(lambda) targets of that rollout are
+    regressed for a few epochs and thrown away. Nothing goes stale: no replay, no target network.
+
+    Args:
+        policy: ``"MlpPolicy"`` or a policy class.
+        env: environment, vectorised environment or its id.
+        learning_rate: a number, or a schedule of the stage's progress remaining; falls from 1e-3
+            to 0 by default, and a constant one is markedly less steady.
+        n_steps: agent steps per environment and rollout.
+        n_epochs: passes over each rollout.
+        n_minibatches: minibatches per pass.
+        gamma: discount.
+        lam: lambda of the returns.
+        reward_scale: rewards are multiplied by it for learning (reported returns are not).
+        exploration_fraction: part of the first stage over which epsilon falls.
+        exploration_initial_eps: epsilon at the start.
+        exploration_final_eps: epsilon afterwards.
+        max_grad_norm: gradient clipping.
+        calibration_steps: random agent steps before learning, on which observation scaling and
+            thresholds are set.
+        firing_rate: spikes per neuron and timestep that calibration aims at.
+        stats_window_size: episodes over which the training return is averaged.
+        tensorboard_log: folder for TensorBoard.
+        policy_kwargs: options of the policy, such as ``timesteps``.
+        verbose: 0 silent, 1 info.
+        seed: of every random generator.
+        device: torch device or "auto".
+    """
+
+    algo = "pqn"
+    hyperparameters = (
+        "n_steps",
+        "n_epochs",
+        "n_minibatches",
+        "gamma",
+        "lam",
+        "reward_scale",
+        "exploration_fraction",
+        "exploration_initial_eps",
+        "exploration_final_eps",
+        "max_grad_norm",
+        "firing_rate",
+    )
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingPQNPolicy}
+    policy: SpikingPQNPolicy
+
+    def __init__(
+        self,
+        policy: str | type[SpikingPQNPolicy] = "MlpPolicy",
+        env: GymEnv | str | None = None,
+        learning_rate: float | Schedule = _FALLING,
+        n_steps: int = 32,
+        n_epochs: int = 4,
+        n_minibatches: int = 4,
+        gamma: float = 0.99,
+        lam: float = 0.9,
+        reward_scale: float = 0.1,
+        exploration_fraction: float = 0.3,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float = 10.0,
+        calibration_steps: int = 1024,
+        firing_rate: float = 0.2,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy=policy,
+            env=env,
+            learning_rate=learning_rate,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            supported_action_spaces=(spaces.Discrete,),
+        )
+        self.n_steps = n_steps
+        self.n_epochs = n_epochs
+        self.n_minibatches = n_minibatches
+        self.gamma = gamma
+        self.lam = lam
+        self.reward_scale = reward_scale
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.max_grad_norm = max_grad_norm
+        self.calibration_steps = calibration_steps
+        self.firing_rate = firing_rate
+        self.exploration_rate = exploration_initial_eps
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy_kwargs.setdefault("optimizer_class", torch.optim.RAdam)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+        )
+        self.policy = self.policy.to(self.device)
+        self.exploration_schedule = LinearSchedule(
+            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
+        )
+
+    def learn(
+        self: SelfSpikingPQN,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 10,
+        tb_log_name: str = "PQN",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfSpikingPQN:
+        """Train for ``total_timesteps`` agent steps (SB3's word for them), whole rollouts at a time."""
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        callback.on_training_start(locals(), globals())
+        assert self.env is not None
+        if not self.calibrated:
+            self._calibrate_on_random_policy(callback)
+        iteration = 0
+        while self.num_timesteps < total_timesteps:
+            callback.on_rollout_start()
+            rollout = self._collect(callback)
+            if rollout is None:
+                break
+            callback.on_rollout_end()
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            self.train(*rollout)
+            iteration += 1
+            if log_interval and iteration % log_interval == 0:
+                self.dump_logs()
+        callback.on_training_end()
+        return self
+
+    def dump_logs(self) -> None:
+        """Write the scalars collected since the last call."""
+        seconds = max((time.time_ns() - self.start_time) / 1e9, 1e-9)
+        if self.ep_info_buffer:
+            self.logger.record("rollout/ep_rew_mean", safe_mean([e["r"] for e in self.ep_info_buffer]))
+            self.logger.record("rollout/ep_len_mean", safe_mean([e["l"] for e in self.ep_info_buffer]))
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+        self.logger.record("time/fps", int((self.num_timesteps - self._num_timesteps_at_start) / seconds))
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(step=self.num_timesteps)
+
+    def _calibrate_on_random_policy(self, callback: BaseCallback) -> None:
+        """Act at random for ``calibration_steps`` agent steps, then scale inputs and set thresholds."""
+        assert self.env is not None
+        seen = [np.array(self._last_obs)]
+        for _ in range(-(-self.calibration_steps // self.n_envs)):
+            actions = np.array([self.action_space.sample() for _ in range(self.n_envs)])
+            self._last_obs, _, dones, infos = self.env.step(actions)  # type: ignore[assignment]
+            self.num_timesteps += self.n_envs
+            self._update_info_buffer(infos, dones)
+            seen.append(np.array(self._last_obs))
+        self.calibrate(obs_as_tensor(np.concatenate(seen), self.device))  # type: ignore[arg-type]
+
+    def _collect(self, callback: BaseCallback) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]] | None:
+        """Play one rollout; return observations, actions and targets, or None if a callback stops."""
+        assert self.env is not None and self._last_obs is not None
+        self.policy.set_training_mode(False)
+        shape = (self.n_steps, self.n_envs)
+        observations = np.zeros((*shape, *self._last_obs.shape[1:]), dtype=self._last_obs.dtype)  # type: ignore[union-attr]
+        actions = np.zeros(shape, dtype=np.int64)
+        rewards = np.zeros(shape, dtype=np.float32)
+        values = np.zeros((self.n_steps + 1, self.n_envs), dtype=np.float32)
+        final_values = np.zeros(shape, dtype=np.float32)
+        terminated = np.zeros(shape, dtype=bool)
+        done = np.zeros(shape, dtype=bool)
+        for t in range(self.n_steps):
+            self.exploration_rate = self.exploration_schedule(self.exploration_progress())
+            q = self._q(self._last_obs)  # type: ignore[arg-type]
+            observations[t] = self._last_obs
+            values[t] = q.max(1)
+            actions[t] = self._explore(q.argmax(1))
+            self._last_obs, rewards[t], done[t], infos = self.env.step(actions[t])  # type: ignore[assignment]
+            self.num_timesteps += self.n_envs
+            self._update_info_buffer(infos, done[t])
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return None
+            truncated = np.array([bool(i.get("TimeLimit.truncated", False)) for i in infos])
+            terminated[t] = done[t] & ~truncated
+            cut = np.flatnonzero(done[t] & truncated)
+            if len(cut):
+                final = np.stack([infos[i]["terminal_observation"] for i in cut])
+                final_values[t, cut] = self._q(final).max(1)
+        values[-1] = self._q(self._last_obs).max(1)  # type: ignore[arg-type]
+        next_values = np.where(done, final_values, values[1:])
+        targets = lambda_returns(rewards * self.reward_scale, next_values, terminated, done, self.gamma, self.lam)
+        return observations, actions, targets
+
+    def _q(self, observations: NDArray[Any]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            values: NDArray[np.float32] = (
+                self.policy.q_net(obs_as_tensor(observations, self.device)).float().cpu().numpy()
+            )
+        return values
+
+    def _explore(self, greedy: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Replace each environment's greedy action by a random one with probability epsilon."""
+        random = np.random.rand(self.n_envs) < self.exploration_rate
+        return np.where(random, np.random.randint(self.action_space.n, size=self.n_envs), greedy)  # type: ignore[attr-defined]
+
+    def train(
+        self, observations: NDArray[Any], actions: NDArray[np.int64], targets: NDArray[np.float32]
+    ) -> None:
+        """Regress Q(s, a) on the targets of one rollout, ``(L, N)`` each."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        flat_obs = obs_as_tensor(observations.reshape(-1, *observations.shape[2:]), self.device)
+        flat_actions = torch.as_tensor(actions.reshape(-1, 1), device=self.device)
+        flat_targets = torch.as_tensor(targets.reshape(-1, 1), device=self.device)
+        assert isinstance(flat_obs, torch.Tensor)
+        self.policy.q_net.update_norm(flat_obs)
+        losses = []
+        for _ in range(self.n_epochs):
+            for rows in torch.randperm(len(flat_targets)).chunk(self.n_minibatches):
+                q = self.policy.q_net(flat_obs[rows]).gather(1, flat_actions[rows])
+                loss = 0.5 * torch.nn.functional.mse_loss(q, flat_targets[rows])
+                self.policy.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
+                self.policy.optimizer.step()
+                losses.append(loss.detach())
+        self._n_updates += self.n_epochs * self.n_minibatches
+        self.last_loss = torch.stack(losses).mean().item()
+        self.logger.record("train/loss", self.last_loss)
+        self.logger.record("train/q_target_mean", float(targets.mean()))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Return actions for observations; epsilon-greedy unless ``deterministic``."""
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if not deterministic:
+            chance = np.random.rand(*np.shape(actions)) < self.exploration_rate
+            noise = np.random.randint(self.action_space.n, size=np.shape(actions))  # type: ignore[attr-defined]
+            actions = np.where(chance, noise, actions)
+        return actions, state

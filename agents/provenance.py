@@ -1,0 +1,62 @@
+"""Where a result was made: versions, machine, commit."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("spiking-rl", "torch", "stable-baselines3", "gymnasium", "numpy")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Return the git commit of the source tree that is running, None outside one.
+
+    ``-dirty`` is appended where tracked files differ from it.
+    """
+    source = Path(__file__).resolve().parent
+    if not (source.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
+def machine() -> str:
+    """Describe processor count and architecture, and the GPU where there is one."""
+    import os
+
+    import torch
+
+    parts = [f"{os.cpu_count()} CPU cores", platform.machine(), platform.system()]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions, commit, date and machine."""
+    return {
+        "versions": {"python": platform.python_version(), **{p: _version(p) for p in _PACKAGES}},
+        "commit": commit(),
+        "date": today(),
+        "machine": machine(),
+    }
+
+
+def today() -> str:
+    """Return the date in UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -1,0 +1,63 @@
+"""The table of a run: every T on the same unseen episodes, the kept best and the end of its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spiking_rl.agents.evaluation import evaluate
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.provenance import commit, machine, today
+from spiking_rl.agents.runs import RunFolder, checkpoint_name
+from spiking_rl.agents.config import load_config
+
+
+def evaluate_run(run: RunFolder, episodes: int, command: str) -> dict[str, Any]:
+    """Evaluate every kept checkpoint of a run and write ``results.json``.
+
+    Args:
+        run: a run with at least one checkpoint.
+        episodes: per checkpoint, on the report seeds.
+        command: what made the run, kept with the results.
+
+    Returns:
+        ``{"command", "commit", "date", "machine", "rows"}``, one row per T, highest first, with the
+        fields of :class:`spiking_rl.agents.Evaluation` and ``algo, seed, agent_steps, end_return``.
+    """
+    config = load_config(run.config)
+    rows = []
+    for timesteps in run.checkpoint_timesteps():
+        agent = load_agent(run.checkpoint(timesteps), device="cpu")
+        row = evaluate(agent.model, agent.environment, episodes=episodes).as_row()
+        row |= {"algo": config.algo, "seed": config.seed, "agent_steps": agent.model.num_timesteps}
+        end = run.checkpoints / f"{checkpoint_name(timesteps)}-end"
+        row["end_return"] = None
+        if end.is_dir():
+            last = load_agent(end, device="cpu")
+            row["end_return"] = evaluate(
+                last.model, last.environment, episodes=episodes, measure_latency=False
+            ).mean_return
+        rows.append(row)
+    results = {"command": command, "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
+    run.write_results(results)
+    return results
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay result rows out as a text table."""
+    header = ["T", "return", "95 %", "at stage end", "spikes/neuron/timestep", "energy ANN/SNN", "ms/decision"]
+    body = [
+        [
+            "ReLU" if r["timesteps"] is None else str(r["timesteps"]),
+            f"{r['mean_return']:.1f}",
+            f"± {r['ci95']:.1f}",
+            "" if r.get("end_return") is None else f"{r['end_return']:.1f}",
+            "" if r["spike_rate"] is None else " ".join(f"{v:.2f}" for v in r["spike_rate"].values()),
+            f"{r['energy_ratio']:.1f}x",
+            "" if r["decision_ms"] is None else f"{r['decision_ms']:.2f}",
+        ]
+        for r in rows
+    ]
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *body]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,202 @@
+"""The whole state of a training run as files: resume continues bit for bit, unpickling nothing.
+
+    state.json            counters, schedules, random generators, environments, hashes of the rest
+    tensors.safetensors   networks and optimiser
+    replay/*.npy          replay buffer, where there is one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from spiking_rl.agents.staged import StagedAlgorithm
+from spiking_rl.checkpoint import read_json
+from spiking_rl.envs.make import get_states, set_states
+from spiking_rl.errors import UserError
+from spiking_rl.files import recover_folder, replace_folder
+
+_COUNTERS = (
+    "num_timesteps",
+    "_n_updates",
+    "_n_calls",
+    "_episode_num",
+    "_current_progress_remaining",
+    "exploration_rate",
+    "calibrated",
+    "stage",
+    "stage_start",
+    "last_loss",
+)
+_REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+_REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
+
+
+def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, Any]) -> None:
+    """Write everything that continuing needs, atomically, replacing an older state.
+
+    Args:
+        folder: receives the files.
+        model: between two rollouts, on an environment of :func:`spiking_rl.envs.make_vectorised`.
+        extra: the caller's own state, JSON-serialisable.
+
+    Raises:
+        OSError: the folder cannot be written; the older state stays.
+    """
+    with replace_folder(folder) as partial:
+        tensors = {f"policy.{k}": v.cpu().contiguous() for k, v in model.policy.state_dict().items()}
+        optimiser, scalars = _pack_optimiser(model.policy.optimizer)
+        last_obs = np.asarray(model._last_obs)
+        (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**tensors, **optimiser}))
+        (partial / "replay").mkdir()
+        replay = getattr(model, "replay_buffer", None)
+        if replay is not None:
+            rows = replay.size()
+            for name in _REPLAY:
+                np.save(partial / "replay" / f"{name}.npy", getattr(replay, name)[:rows], allow_pickle=False)
+        np.save(partial / "last_obs.npy", last_obs, allow_pickle=False)
+        state = {
+            "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
+            "timesteps": model.policy.timesteps,
+            "optimiser": scalars,
+            "replay": None if replay is None else {"pos": replay.pos, "full": replay.full},
+            "episodes": list(model.ep_info_buffer or []),
+            "generators": _generators(model),
+            "environments": get_states(model.env),  # type: ignore[arg-type]
+            "extra": extra,
+            "sha256": {
+                str(path.relative_to(partial)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
+            },
+        }
+        (partial / "state.json").write_text(json.dumps(state, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy scalars into JSON numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} in the training state is not JSON-serialisable")
+
+
+def has_training_state(folder: Path) -> bool:
+    """Tell whether there is anything to resume from."""
+    recover_folder(folder)
+    return (folder / "state.json").is_file()
+
+
+def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
+    """Put a saved state into a freshly built model of the same configuration; return ``extra``.
+
+    Raises:
+        UserError: a file is missing, truncated, altered, or does not fit the model.
+    """
+    recover_folder(folder)
+    state = read_json(folder / "state.json", "resume")
+    try:
+        _verify(folder, state["sha256"])
+        tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
+        model.policy.set_timesteps(state["timesteps"])
+        model.policy_kwargs["timesteps"] = state["timesteps"]
+        model.policy.load_state_dict(
+            {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
+        )
+        model.policy.rebuild_optimizer(model.lr_schedule(1.0))
+        _unpack_optimiser(model.policy.optimizer, tensors, state["optimiser"])
+        for name, value in state["counters"].items():
+            if name not in _COUNTERS:
+                raise KeyError(name)
+            setattr(model, name, value)
+        replay = getattr(model, "replay_buffer", None)
+        if replay is not None:
+            _load_replay(folder / "replay", replay, state["replay"])
+        model._last_obs = np.load(folder / "last_obs.npy", allow_pickle=False)
+        model._last_original_obs = None
+        model.ep_info_buffer = deque(state["episodes"], maxlen=model._stats_window_size)
+        model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+        set_states(model.env, state["environments"])  # type: ignore[arg-type]
+        _restore_generators(model, state["generators"])
+        extra: dict[str, Any] = state["extra"]
+        return extra
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError("resume", str(folder), f"cannot be continued ({reason}); {_REMEDY}") from None
+
+
+def _verify(folder: Path, hashes: dict[str, str]) -> None:
+    for name, digest in hashes.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError("resume", name, f"points outside the run folder; {_REMEDY}")
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise UserError("resume", str(path), f"is missing, truncated or altered; {_REMEDY}")
+
+
+def _pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split an optimiser's state into tensors and JSON scalars."""
+    tensors, scalars = {}, {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for name, value in slots.items():
+            key = f"optimiser.{index}.{name}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value.cpu().contiguous()
+            else:
+                scalars[key] = value
+    return tensors, scalars
+
+
+def _unpack_optimiser(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]
+) -> None:
+    """Restore :func:`_pack_optimiser`; the groups are those of the fresh optimiser."""
+    packed: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars}.items():
+        if key.startswith("optimiser."):
+            _, index, name = key.split(".", 2)
+            packed.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _load_replay(folder: Path, replay: ReplayBuffer, state: dict[str, Any]) -> None:
+    for name in _REPLAY:
+        target = getattr(replay, name)
+        rows = np.load(folder / f"{name}.npy", allow_pickle=False)
+        if rows.shape[1:] != target.shape[1:] or rows.dtype != target.dtype or len(rows) > len(target):
+            raise UserError("resume", str(folder / f"{name}.npy"), f"has another shape or type; {_REMEDY}")
+        target[: len(rows)] = rows
+    replay.pos, replay.full = int(state["pos"]), bool(state["full"])
+
+
+def _generators(model: StagedAlgorithm) -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    python = random.getstate()
+    return {
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "python": [python[0], list(python[1]), python[2]],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        "action_space": model.action_space.np_random.bit_generator.state,
+    }
+
+
+def _restore_generators(model: StagedAlgorithm, state: dict[str, Any]) -> None:
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
+    model.action_space.np_random.bit_generator.state = state["action_space"]

@@ -1,0 +1,144 @@
+"""The run folder: where everything about one training run is kept.
+
+    config.yaml  progress.csv  tensorboard/  checkpoints/T5/ ... T1/  resume/  results.json
+    figures/  videos/
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from spiking_rl.errors import UserError
+from spiking_rl.files import write_atomically
+
+PROGRESS_FIELDS = (
+    "agent_steps",
+    "timesteps",
+    "score",
+    "train_return",
+    "epsilon",
+    "learning_rate",
+    "loss",
+    "spike_rate",
+)
+"""Columns of progress.csv, one row per evaluation."""
+
+
+class RunFolder:
+    """Paths of a run folder, and reading and writing what lies in it.
+
+    Args:
+        path: the folder; nothing is created yet.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.progress = self.path / "progress.csv"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.resume = self.path / "resume"
+        self.results = self.path / "results.json"
+        self.figures = self.path / "figures"
+        self.videos = self.path / "videos"
+
+    def create(self) -> None:
+        """Make the folder for a new run.
+
+        Raises:
+            UserError: a run or something else is there already, or it cannot be written to.
+        """
+        try:
+            if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
+                raise UserError(
+                    "run", str(self.path), "is in use already; add --resume to go on with it, or name another --run"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / ".writable", "")
+            (self.path / ".writable").unlink()
+        except OSError as error:
+            raise UserError(
+                "run", str(self.path), f"cannot be written to ({error.strerror}); name another folder with --run"
+            ) from None
+
+    def require(self) -> None:
+        """Refuse a folder that holds no run.
+
+        Raises:
+            UserError: no config.yaml in it.
+        """
+        if not self.config.is_file():
+            raise UserError("run", str(self.path), "holds no run (no config.yaml); name the folder that train printed")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process.
+
+        Raises:
+            UserError: another process trains in it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                "run", str(self.path), "another process is training in it; wait for it, or name another --run"
+            ) from None
+        except OSError as error:
+            raise UserError("run", str(self.path), f"cannot be locked ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def checkpoint_timesteps(self) -> list[int | None]:
+        """Return T of every kept checkpoint, highest first; None stands for a ReLU network."""
+        found = {p.name for p in self.checkpoints.glob("*") if (p / "config.json").is_file()}
+        spiking = sorted((int(n[1:]) for n in found if n[:1] == "T" and n[1:].isdigit()), reverse=True)
+        return [*spiking, *([None] if "relu" in found else [])]
+
+    def checkpoint(self, timesteps: int | None) -> Path:
+        """Return the folder of the best checkpoint at T (None: the ReLU network's)."""
+        return self.checkpoints / checkpoint_name(timesteps)
+
+    def write_progress(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace progress.csv."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, PROGRESS_FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.progress, text.getvalue())
+
+    def read_progress(self) -> list[dict[str, Any]]:
+        """Return the rows of progress.csv with numbers as numbers and gaps as None.
+
+        Raises:
+            UserError: missing or damaged.
+        """
+        try:
+            with self.progress.open(newline="") as file:
+                raw = list(csv.DictReader(file))
+            whole = ("agent_steps", "timesteps")
+            return [
+                {k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in raw
+            ]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError("run", str(self.progress), f"cannot be read ({error}); has the run been evaluated?") from None
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Replace results.json."""
+        write_atomically(self.results, json.dumps(results, indent=2, allow_nan=False) + os.linesep)
+
+
+def checkpoint_name(timesteps: int | None) -> str:
+    """Return the name of the checkpoint at T: ``T5``, or ``relu`` for the control."""
+    return "relu" if timesteps is None else f"T{timesteps}"

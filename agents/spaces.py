@@ -1,0 +1,51 @@
+"""Observation and action spaces as JSON, so that a checkpoint needs no pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+
+def space_to_json(space: spaces.Space[Any]) -> dict[str, Any]:
+    """Describe a Box or Discrete space; infinite bounds become the strings "inf" and "-inf".
+
+    Raises:
+        TypeError: another kind of space.
+    """
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.Box):
+        bounds = {name: _compact(getattr(space, name)) for name in ("low", "high")}
+        return {"type": "Box", "shape": list(space.shape), "dtype": np.dtype(space.dtype).name, **bounds}
+    raise TypeError(f"{space} is neither Box nor Discrete")
+
+
+def _compact(bound: np.ndarray[Any, Any]) -> Any:
+    """Return one number where all are equal (images), else the flat list."""
+    flat = [str(v) if np.isinf(v) else v.item() for v in bound.reshape(-1)]
+    return flat[0] if len(set(flat)) == 1 else flat
+
+
+def space_from_json(described: dict[str, Any]) -> spaces.Space[Any]:
+    """Rebuild :func:`space_to_json`.
+
+    Raises:
+        KeyError, TypeError: not such a description.
+    """
+    if described["type"] == "Discrete":
+        return spaces.Discrete(int(described["n"]), start=int(described["start"]))
+    if described["type"] != "Box":
+        raise TypeError(f"space type {described['type']!r} is neither Box nor Discrete")
+    shape = tuple(int(n) for n in described["shape"])
+    dtype = np.dtype(described["dtype"])
+    if dtype.kind not in "fiub" or len(shape) > 4 or np.prod(shape) > 2**26:
+        raise TypeError(f"observation of shape {shape}, dtype {dtype} is not one an agent could have")
+    low, high = (np.asarray(described[name], dtype=np.float64) for name in ("low", "high"))
+    return spaces.Box(
+        low=np.broadcast_to(low.reshape(shape if low.ndim else ()), shape).astype(dtype),
+        high=np.broadcast_to(high.reshape(shape if high.ndim else ()), shape).astype(dtype),
+        shape=shape,
+        dtype=dtype.type,
+    )

@@ -1,0 +1,151 @@
+"""What both learners share: stages of temporal pruning, calibration, safe checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.utils import update_learning_rate
+
+from spiking_rl.agents.policies import SpikingMlpPolicy
+from spiking_rl.agents.spaces import space_from_json, space_to_json
+from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
+from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.errors import UserError
+
+SelfStaged = TypeVar("SelfStaged", bound="StagedAlgorithm")
+
+
+class StagedAlgorithm(BaseAlgorithm):
+    """An SB3 algorithm whose schedules run per stage, each stage at one number of timesteps.
+
+    The learning rate falls over the current stage. Exploration falls over the first stage only and
+    then stays at its final value, also in the stages after it.
+
+    Attributes:
+        policy: holds the Q-network, its target where there is one, and the optimiser.
+        firing_rate: spikes per neuron and timestep that calibration aims at.
+        calibrated: observation scaling and thresholds have been set from data.
+        stage: index of the current stage, 0 before temporal pruning begins.
+        stage_start: agent steps at which it began.
+        last_loss: mean loss of the latest training, None before it.
+        algo: short name of the algorithm.
+        hyperparameters: constructor arguments that a checkpoint keeps.
+        prune_lr_factor: multiplies the learning rate in every stage after the first.
+    """
+
+    algo: ClassVar[str]
+    hyperparameters: ClassVar[tuple[str, ...]]
+    policy: SpikingMlpPolicy
+    firing_rate: float
+    last_loss: float | None = None
+    calibrated = False
+    stage = 0
+    stage_start = 0
+    prune_lr_factor = 1.0
+
+    def begin_stage(self, timesteps: int) -> None:
+        """Go on at another number of timesteps: fresh optimiser, exploration at its final value."""
+        self.policy.set_timesteps(timesteps)
+        self.policy_kwargs["timesteps"] = timesteps
+        self.policy.rebuild_optimizer(self.lr_schedule(1.0))
+        self.stage += 1
+        self.stage_start = self.num_timesteps
+        self._current_progress_remaining = 1.0
+
+    def exploration_progress(self) -> float:
+        """Return the progress remaining as exploration sees it (0 once the first stage is over)."""
+        return self._current_progress_remaining if self.stage == 0 else 0.0
+
+    def calibrate(self, observations: torch.Tensor) -> None:
+        """Set observation scaling and thresholds from raw observations ``(B, *obs)``, explicitly.
+
+        The target network, where there is one, is made equal afterwards.
+        """
+        q_net = self.policy.q_net
+        q_net.update_norm(observations)
+        if q_net.network.spiking:
+            with torch.no_grad():
+                calibrate_thresholds(q_net.network, q_net.features(observations), self.firing_rate)
+        if self.policy.has_target:
+            self.policy.q_net_target.load_state_dict(q_net.state_dict())
+        self.calibrated = True
+
+    def _update_learning_rate(self, optimizers: list[torch.optim.Optimizer] | torch.optim.Optimizer) -> None:
+        factor = self.prune_lr_factor if self.stage else 1.0
+        rate = factor * self.lr_schedule(self._current_progress_remaining)
+        self.logger.record("train/learning_rate", rate)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            update_learning_rate(optimizer, rate)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        done = num_timesteps - self.stage_start
+        self._current_progress_remaining = max(0.0, 1.0 - done / max(1, total_timesteps - self.stage_start))
+
+    def save_checkpoint(self, folder: Path | str, **info: Any) -> None:
+        """Save the agent as safetensors + JSON (``save`` is SB3's zip, which pickles).
+
+        Args:
+            folder: replaced atomically.
+            info: JSON-serialisable facts kept in ``config.json``, such as a score.
+
+        Raises:
+            OSError: the folder cannot be written; an older checkpoint stays.
+        """
+        kwargs = self.policy.q_net_kwargs
+        config = {
+            "kind": "agent",
+            "algo": self.algo,
+            "timesteps": self.policy.timesteps if self.policy.q_net.network.spiking else None,
+            "agent_steps": self.num_timesteps,
+            **info,
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "policy": kwargs,
+            "hyperparameters": {name: getattr(self, name) for name in self.hyperparameters},
+        }
+        save_checkpoint(folder, self.policy.q_net.state_dict(), config)
+
+    @classmethod
+    def load_checkpoint(
+        cls: type[SelfStaged], folder: Path | str, env: Any = None, device: str | torch.device = "auto"
+    ) -> SelfStaged:
+        """Load an agent saved by :meth:`save_checkpoint`; nothing in the file is executed.
+
+        Args:
+            folder: a checkpoint folder.
+            env: environment to train on; None to predict only.
+            device: torch device or "auto".
+
+        Raises:
+            UserError: damaged, foreign, of another algorithm, or not fitting ``env``.
+        """
+        tensors, config = load_checkpoint(folder)
+        if config.get("algo") != cls.algo:
+            raise UserError("checkpoint", str(folder), f"holds algo {config.get('algo')!r}, not {cls.algo!r}; use load_agent")
+        try:
+            observation_space = space_from_json(config["observation_space"])
+            action_space = space_from_json(config["action_space"])
+            model = cls(
+                env=env,
+                device=device,
+                policy_kwargs=dict(config["policy"]),
+                _init_setup_model=False,
+                **{k: v for k, v in config["hyperparameters"].items() if k in cls.hyperparameters},
+            )
+            if env is not None and (observation_space, action_space) != (model.observation_space, model.action_space):
+                raise UserError("env", str(env), f"has other spaces than the agent: {observation_space}, {action_space}")
+            model.observation_space, model.action_space = observation_space, action_space
+            if env is None:
+                model.n_envs = 1
+            model._setup_model()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError("checkpoint", str(folder), f"config.json is incomplete ({error!r})") from None
+        load_into(model.policy.q_net, tensors, folder)
+        if model.policy.has_target:
+            model.policy.q_net_target.load_state_dict(model.policy.q_net.state_dict())
+        model.calibrated = True
+        model.num_timesteps = int(config.get("agent_steps", 0))
+        return model

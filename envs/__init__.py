@@ -1,0 +1,5 @@
+"""Environments: one factory for training, evaluation and video; knows no agent."""
+
+from spiking_rl.envs.make import ReplayableEnv, check_environment, make_single, make_vectorised
+
+__all__ = ["ReplayableEnv", "check_environment", "make_single", "make_vectorised"]

@@ -1,0 +1,138 @@
+"""One factory for every environment that is trained in, evaluated in or filmed."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.error import DependencyNotInstalled
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from spiking_rl.errors import UserError
+
+
+def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
+    """Make one environment, its episode returns recorded in ``info``.
+
+    Args:
+        env_id: a Gymnasium id; ``module:EnvId`` imports the module first.
+        render: give RGB frames from ``render()``.
+
+    Raises:
+        UserError: the environment is unknown or something that it needs is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            # "The environment X is out of date" is a matter of taste, and the id is reported with
+            # every result.
+            warnings.filterwarnings("ignore", message=".*is out of date.*")
+            env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+    except DependencyNotInstalled as error:
+        raise UserError("env", env_id, f"needs a package that is not installed: {_one_line(error)}") from None
+    except ModuleNotFoundError as error:
+        raise UserError("env", env_id, f"{error}; install it or correct the module's name") from None
+    except gym.error.Error as error:
+        raise UserError("env", env_id, _suggestion(env_id, error)) from None
+    return Monitor(env)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _suggestion(env_id: str, error: gym.error.Error) -> str:
+    if isinstance(error, gym.error.DeprecatedEnv):
+        return _one_line(error)
+    close = difflib.get_close_matches(env_id, gym.registry.keys(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "see gymnasium.pprint_registry() for the ids"
+    return f"no such environment; {hint} (your own: module:EnvId)"
+
+
+def check_environment(env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:
+    """Make an environment once, close it, and return its observation and action space.
+
+    Raises:
+        UserError: as :func:`make_single`.
+    """
+    env = make_single(env_id)
+    spaces = env.observation_space, env.action_space
+    env.close()
+    return spaces
+
+
+class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment whose exact state can be saved as JSON: by seed and actions, not by pickling.
+
+    The state is the generator's state before the last reset and the actions since; restoring resets
+    and replays. Exact wherever all randomness comes from ``np_random`` (classic control, toy text,
+    and most well-behaved environments).
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self._seed: int | None = None
+        self._generator: dict[str, Any] | None = None
+        self._actions: list[Any] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reset, remembering how."""
+        self._seed = seed
+        self._generator = None if seed is not None else self.unwrapped.np_random.bit_generator.state  # type: ignore[assignment]
+        self._actions = []
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Step, remembering the action."""
+        self._actions.append(action)
+        return self.env.step(action)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state as JSON-serialisable values."""
+        return {
+            "seed": self._seed,
+            "generator": self._generator,
+            "actions": [np.asarray(a).tolist() for a in self._actions],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`get_state`: the next step gives what it would have given."""
+        if state["generator"] is not None:
+            self.unwrapped.np_random.bit_generator.state = state["generator"]
+        self.reset(seed=state["seed"])
+        for action in state["actions"]:
+            self.step(np.asarray(action)[()])
+
+
+def make_vectorised(env_id: str, num_envs: int, seed: int) -> DummyVecEnv:
+    """Make the training environments, resumable, seeded with ``seed, seed+1, ...``.
+
+    Raises:
+        UserError: as :func:`make_single`.
+    """
+    venv = DummyVecEnv([lambda: ReplayableEnv(make_single(env_id)) for _ in range(num_envs)])
+    venv.seed(seed)
+    return venv
+
+
+def get_states(venv: DummyVecEnv) -> list[dict[str, Any]]:
+    """Return the states of all environments made by :func:`make_vectorised`."""
+    return [env.get_wrapper_attr("get_state")() for env in venv.envs]
+
+
+def set_states(venv: DummyVecEnv, states: list[dict[str, Any]]) -> None:
+    """Restore the states of all environments.
+
+    Raises:
+        UserError: their number differs.
+    """
+    if len(states) != len(venv.envs):
+        raise UserError("num_envs", len(venv.envs), f"the saved run has {len(states)} environments")
+    venv.seed(None)  # drop pending seeds: the states bring their own
+    for env, state in zip(venv.envs, states, strict=True):
+        env.get_wrapper_attr("set_state")(state)

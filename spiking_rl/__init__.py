@@ -1,0 +1,42 @@
+"""spiking-rl: reinforcement-learning agents made of spiking neurons, pruned to one timestep.
+
+This package is the core: neurons, networks, calibration, temporal pruning, checkpoints, energy. It
+knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_rl.agents``.
+"""
+
+from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer
+from spiking_rl.errors import UserError
+from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
+from spiking_rl.neurons import LIF, LIFScan, LIFState, clamp_after_step, lif_scan, lif_scan_reference
+from spiking_rl.pruning import Done, Next, Stay, TemporalPruning
+from spiking_rl.surrogate import fire
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LIF",
+    "NETWORKS",
+    "Checkpoint",
+    "Done",
+    "LIFScan",
+    "LIFState",
+    "LayeredNetwork",
+    "Next",
+    "SpikeCounter",
+    "Stay",
+    "TemporalPruning",
+    "UserError",
+    "build_network",
+    "calibrate_thresholds",
+    "clamp_after_step",
+    "energy_ratio",
+    "fire",
+    "lif_scan",
+    "lif_scan_reference",
+    "load_checkpoint",
+    "macs_per_layer",
+    "register_network",
+    "save_checkpoint",
+]

@@ -1,0 +1,120 @@
+"""Checkpoints: weights as safetensors, everything else as JSON; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from spiking_rl.errors import UserError
+from spiking_rl.files import recover_folder, replace_folder
+
+FORMAT = "spiking-rl checkpoint"
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 16 * 2**20
+
+
+class Checkpoint(NamedTuple):
+    """A loaded checkpoint: ``tensors`` by name, and the ``config`` saved with them."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+
+def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a checkpoint folder atomically, replacing one that is there.
+
+    Args:
+        folder: receives ``model.safetensors`` and ``config.json``.
+        tensors: weights and buffers by name.
+        config: JSON-serialisable; ``format``, ``format_version`` and ``sha256`` are added.
+
+    Raises:
+        OSError: the folder cannot be written; the old checkpoint stays.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replace_folder(Path(folder)) as partial:
+        blob = safetensors.torch.save(plain)
+        (partial / WEIGHTS).write_bytes(blob)
+        full = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "sha256": hashlib.sha256(blob).hexdigest(),
+            **config,
+        }
+        (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, field: str = "checkpoint") -> dict[str, Any]:
+    """Read a JSON object from a file of bounded size.
+
+    Raises:
+        UserError: missing, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UserError(field, str(path), "is larger than any file of this kind; it is not one of ours")
+        loaded = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(field, str(path), f"cannot be read ({error}); name another, or train again") from None
+    if not isinstance(loaded, dict):
+        raise UserError(field, str(path), "does not hold a JSON object; it is not one of ours")
+    return loaded
+
+
+def load_checkpoint(folder: Path | str) -> Checkpoint:
+    """Read a checkpoint folder and verify it.
+
+    Raises:
+        UserError: missing, foreign, truncated or altered; the message names the file.
+    """
+    folder = Path(folder)
+    recover_folder(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            "checkpoint", str(folder), f"holds no {CONFIG}; name a run or one of its checkpoints/T… folders"
+        )
+    config = read_json(folder / CONFIG)
+    if config.get("format") != FORMAT:
+        raise UserError("checkpoint", str(folder), f"is not a {FORMAT} (config.json has another format)")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            "checkpoint",
+            str(folder),
+            f"has format version {config.get('format_version')!r}, this release reads {FORMAT_VERSION}; "
+            "use the release that wrote it",
+        )
+    try:
+        blob = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise UserError("checkpoint", str(folder / WEIGHTS), f"cannot be read ({error.strerror})") from None
+    if hashlib.sha256(blob).hexdigest() != config.get("sha256"):
+        raise UserError(
+            "checkpoint", str(folder / WEIGHTS), "is truncated or altered (its SHA-256 differs from config.json)"
+        )
+    try:
+        return Checkpoint(safetensors.torch.load(blob), config)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError("checkpoint", str(folder / WEIGHTS), f"is not a safetensors file ({error})") from None
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], origin: Path | str) -> None:
+    """Load tensors into a module, refusing any mismatch with one line.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n", 1)[-1].split())[:200]
+        raise UserError("checkpoint", str(origin), f"does not fit this network: {reason}") from None

@@ -1,0 +1,74 @@
+"""Files and folders that are either the old or the new, never half of one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems refuse to sync a folder; the rename is still atomic
+        if path.is_file():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file so that a crash leaves the old content or the new."""
+    raw = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _siblings(folder: Path) -> tuple[Path, Path, Path]:
+    return tuple(folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "ready", "old"))  # type: ignore[return-value]
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of ``folder``.
+
+    A crash at any moment leaves the old folder, or a complete new one that :func:`recover_folder`
+    puts in place. If the body raises, the old folder is untouched.
+    """
+    partial, ready, old = _siblings(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+        partial.rename(ready)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    recover_folder(folder)
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish a replacement that a crash interrupted; does nothing where there was none."""
+    _, ready, old = _siblings(folder)
+    if ready.is_dir():
+        if folder.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        ready.rename(folder)
+        _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

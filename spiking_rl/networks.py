@@ -1,0 +1,259 @@
+"""Networks of layers: a linear map, then neurons; run layer by layer over the whole scan time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.encoding import direct
+from spiking_rl.errors import UserError
+from spiking_rl.neurons import LIF, LIFState
+from spiking_rl.surrogate import DEFAULT_GAMMA, fire
+
+NetworkState = tuple[LIFState, ...]
+"""One state per spiking layer, first layer first."""
+
+Observer = Callable[[str, Tensor, Tensor], None]
+"""Called per hidden layer with its name, its output and its membrane potential before reset.
+
+Both are ``(S, B, *N)``; a ReLU layer has S = L and passes its current as the potential.
+"""
+
+
+class LayeredNetwork(nn.Module):
+    """Hidden layers of linear map + neurons, and a readout that integrates and does not fire.
+
+    With LIF neurons every decision lasts ``timesteps`` timesteps of direct encoding, and the output
+    is the readout's current averaged over them: the scale of logits and Q-values does not change
+    when T does (the papers sum; the argmax is the same). With ReLU neurons it is the plain network
+    of the same shape, the control.
+
+    Args:
+        maps: linear maps of the hidden layers, each module on a flat batch.
+        neurons: as many ``LIF`` or ``nn.ReLU`` modules (no mixture).
+        readout: the last linear map.
+        input_shape: shape of one input.
+        timesteps: T >= 1; ignored by a ReLU network.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[nn.Module],
+        neurons: Sequence[nn.Module],
+        readout: nn.Module,
+        *,
+        input_shape: Sequence[int],
+        timesteps: int = 1,
+    ) -> None:
+        super().__init__()
+        if not maps or len(maps) != len(neurons):
+            raise ValueError(f"{len(maps)} maps and {len(neurons)} neuron layers: one of each per hidden layer")
+        self.maps = nn.ModuleList(maps)
+        self.neurons = nn.ModuleList(neurons)
+        self.readout = readout
+        self.input_shape = tuple(input_shape)
+        self.spiking = all(isinstance(n, LIF) for n in neurons)
+        if not self.spiking and any(isinstance(n, LIF) for n in neurons):
+            raise ValueError("neurons mixes LIF and other layers; use one kind")
+        self._timesteps = 1
+        self.set_timesteps(timesteps)
+
+    @property
+    def timesteps(self) -> int:
+        """Timesteps T per decision (1 for a ReLU network)."""
+        return self._timesteps if self.spiking else 1
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Change T; weights, thresholds and leaks stay.
+
+        Raises:
+            UserError: timesteps is not a whole number >= 1.
+        """
+        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+            raise UserError("timesteps", timesteps, "must be a whole number of at least 1")
+        self._timesteps = timesteps
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the hidden layers, as observers and tables use them."""
+        return [f"layer{i + 1}" for i in range(len(self.maps))]
+
+    @torch.no_grad()
+    def neuron_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shape ``N`` of each hidden layer, found by one forward pass on zeros."""
+        shapes = []
+        x = torch.zeros(1, *self.input_shape, device=next(self.parameters()).device)
+        for layer in self.maps:
+            x = layer(x)
+            shapes.append(tuple(x.shape[1:]))
+        return shapes
+
+    def initial_state(self, batch: int) -> NetworkState:
+        """Return membranes at rest for a batch, to start a stateful run with."""
+        like = next(self.parameters())
+        return tuple(
+            LIFState(torch.zeros(batch, *shape, dtype=like.dtype, device=like.device))
+            for shape in (self.neuron_shapes() if self.spiking else [])
+        )
+
+    def forward(
+        self,
+        inputs: Tensor,
+        state: NetworkState | None = None,
+        starts: Tensor | None = None,
+        observer: Observer | None = None,
+    ) -> tuple[Tensor, NetworkState | None]:
+        """Run L decisions of a batch.
+
+        Args:
+            inputs: ``(L, B, *input_shape)``.
+            state: membranes before the first decision, carried through all L decisions (stateful);
+                None gives every decision fresh membranes (stateless).
+            starts: bool ``(L, B)``, true where a decision opens an episode; only with a state.
+            observer: sees every hidden layer's output and potential.
+
+        Returns:
+            Outputs ``(L, B, n)`` averaged over the timesteps, and the membranes after the last
+            decision (None when stateless).
+        """
+        length, batch = inputs.shape[:2]
+        flat = inputs.flatten(0, 1)
+        if not self.spiking:
+            return self._analog(flat, length, observer), state
+        if state is None:
+            # Fresh membranes make the decisions independent: they all travel in the batch.
+            outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
+            return outputs.reshape(length, batch, -1), None
+        return self._scan(inputs, state, starts, observer)
+
+    def _analog(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
+        for name, linear, neuron in zip(self.layer_names, self.maps, self.neurons, strict=True):
+            current = linear(x)
+            x = neuron(current)
+            if observer is not None:
+                observer(name, x.unflatten(0, (length, -1)), current.unflatten(0, (length, -1)))
+        out: Tensor = self.readout(x)
+        return out.unflatten(0, (length, -1))
+
+    def _scan(
+        self, inputs: Tensor, state: NetworkState | None, starts: Tensor | None, observer: Observer | None
+    ) -> tuple[Tensor, NetworkState | None]:
+        length, batch = inputs.shape[:2]
+        timesteps = self._timesteps
+        scan_starts = None
+        if starts is not None:
+            scan_starts = starts.new_zeros(length, timesteps, batch)
+            scan_starts[:, 0] = starts
+            scan_starts = scan_starts.flatten(0, 1)
+        x = inputs
+        after = []
+        for i, (linear, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
+            current = linear(x.flatten(0, 1))
+            current = current.reshape(-1, batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
+            if i == 0:
+                current = direct(current, timesteps)
+            if state is None and timesteps == 1:
+                # One fresh timestep is a plain threshold: no membrane is ever stored.
+                x, potential = fire(current, neuron.threshold, neuron.gamma), current
+            else:
+                x, layer_state, potential = neuron(
+                    current, None if state is None else state[i], scan_starts, trace=observer is not None
+                )
+                after.append(layer_state)
+            if observer is not None:
+                observer(f"layer{i + 1}", x, potential)
+        # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
+        mean = x if timesteps == 1 else x.unflatten(0, (length, timesteps)).mean(1)
+        out: Tensor = self.readout(mean.flatten(0, 1))
+        return out.unflatten(0, (length, batch)), None if state is None else tuple(after)
+
+
+NETWORKS: dict[str, Callable[..., LayeredNetwork]] = {}
+"""Registered builders by name."""
+
+
+def register_network(name: str) -> Callable[[Callable[..., LayeredNetwork]], Callable[..., LayeredNetwork]]:
+    """Register ``builder(input_shape, outputs, *, timesteps, neuron, **options)`` under a name."""
+
+    def add(builder: Callable[..., LayeredNetwork]) -> Callable[..., LayeredNetwork]:
+        if name in NETWORKS:
+            raise ValueError(f"network {name!r} is registered already")
+        NETWORKS[name] = builder
+        return builder
+
+    return add
+
+
+def build_network(name: str, input_shape: Sequence[int], outputs: int, **options: Any) -> LayeredNetwork:
+    """Build a registered network.
+
+    Args:
+        name: a key of :data:`NETWORKS`.
+        input_shape: shape of one input.
+        outputs: number of actions or classes.
+        options: passed to the builder.
+
+    Raises:
+        UserError: unknown name, or an option that the builder refuses.
+    """
+    if name not in NETWORKS:
+        raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
+    return NETWORKS[name](tuple(input_shape), outputs, **options)
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """Return a linear map that gives unit-variance inputs unit-variance currents."""
+    layer = nn.Linear(inputs, outputs)
+    bound = math.sqrt(3 / inputs)
+    nn.init.uniform_(layer.weight, -bound, bound)
+    return layer
+
+
+@register_network("mlp")
+def mlp(
+    input_shape: Sequence[int],
+    outputs: int,
+    *,
+    timesteps: int = 5,
+    neuron: str = "lif",
+    hidden: Sequence[int] = (256, 256),
+    per_channel: bool = False,
+    threshold: float = 0.5,
+    leak: float = 1.0,
+    gamma: float = DEFAULT_GAMMA,
+) -> LayeredNetwork:
+    """Build fully connected layers for vector inputs.
+
+    Args:
+        input_shape: any shape; it is flattened.
+        outputs: size of the readout, which starts at zero so that no action is preferred.
+        timesteps: T per decision.
+        neuron: ``"lif"``, or ``"relu"`` for the control.
+        hidden: width of each hidden layer.
+        per_channel: one threshold and leak per neuron instead of per layer.
+        threshold: initial threshold (calibrate on data to do better).
+        leak: initial leak.
+        gamma: height of the surrogate gradient.
+    """
+    if neuron not in ("lif", "relu"):
+        raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
+    if not hidden or any(not isinstance(h, int) or h < 1 for h in hidden):
+        raise UserError("hidden", hidden, "must list at least one layer width, each at least 1")
+    sizes = [math.prod(input_shape), *hidden]
+    maps: list[nn.Module] = [_linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    if len(input_shape) != 1:
+        maps[0] = nn.Sequential(nn.Flatten(), maps[0])
+    neurons: list[nn.Module] = [
+        LIF(width if per_channel else None, threshold=threshold, leak=leak, gamma=gamma)
+        if neuron == "lif"
+        else nn.ReLU()
+        for width in hidden
+    ]
+    readout = nn.Linear(sizes[-1], outputs)
+    nn.init.zeros_(readout.weight)
+    nn.init.zeros_(readout.bias)
+    return LayeredNetwork(maps, neurons, readout, input_shape=input_shape, timesteps=timesteps)

@@ -1,0 +1,278 @@
+"""The leaky integrate-and-fire neuron: one scan over time with explicit state.
+
+    u[t] = leak * u'[t-1] + I[t]        integrate
+    s[t] = 1 if u[t] > threshold        fire (strictly above, amplitude 1)
+    u'[t] = u[t] - threshold * s[t]     soft reset, in the same step
+
+Nothing here remembers anything between calls: the membrane is passed in and returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
+
+MIN_THRESHOLD = 1e-3
+"""Floor of a trained threshold; at 0 the surrogate gradient is undefined."""
+
+
+class LIFState(NamedTuple):
+    """What a layer of neurons carries from one call to the next.
+
+    Attributes:
+        membrane: potential after reset, shape ``(B, *N)``, in units of the input current.
+    """
+
+    membrane: Tensor
+
+
+class LIFScan(NamedTuple):
+    """Result of a scan.
+
+    Attributes:
+        spikes: in {0, 1}, shape ``(S, B, *N)``.
+        state: membranes after the last timestep.
+        potential: membrane potential before reset, ``(S, B, *N)``; None unless traced.
+    """
+
+    spikes: Tensor
+    state: LIFState
+    potential: Tensor | None = None
+
+
+def _check(current: Tensor, state: LIFState | None, starts: Tensor | None) -> None:
+    if current.dim() < 2 or current.shape[0] < 1:
+        raise ValueError(
+            f"current has shape {tuple(current.shape)}; lif_scan takes (S, B, *N) with S >= 1 timesteps"
+        )
+    if state is not None and state.membrane.shape != current.shape[1:]:
+        raise ValueError(
+            f"state.membrane has shape {tuple(state.membrane.shape)}, but current of shape "
+            f"{tuple(current.shape)} needs {tuple(current.shape[1:])}"
+        )
+    if starts is not None and (starts.shape != current.shape[:2] or starts.dtype != torch.bool):
+        raise ValueError(
+            f"starts is {starts.dtype} of shape {tuple(starts.shape)}; it must be torch.bool of shape "
+            f"{tuple(current.shape[:2])} (timesteps, batch)"
+        )
+
+
+def _keep_mask(starts: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return 0 where an episode starts and 1 elsewhere, shaped to multiply ``(S, B, *N)``."""
+    if starts is None:
+        return None
+    return (~starts).to(like.dtype).reshape(*starts.shape, *([1] * (like.dim() - 2)))
+
+
+def lif_scan_reference(
+    current: Tensor,
+    state: LIFState | None,
+    leak: Tensor,
+    threshold: Tensor,
+    starts: Tensor | None = None,
+    *,
+    gamma: float = DEFAULT_GAMMA,
+    trace: bool = False,
+) -> LIFScan:
+    """Scan LIF neurons over time: the plain loop that defines what :func:`lif_scan` must compute.
+
+    Arguments, result and errors are those of :func:`lif_scan`; autograd differentiates the loop.
+    """
+    _check(current, state, starts)
+    keep = _keep_mask(starts, current)
+    membrane = torch.zeros_like(current[0]) if state is None else state.membrane
+    spikes, potentials = [], []
+    for t in range(current.shape[0]):
+        if keep is not None:
+            membrane = membrane * keep[t]
+        potential = leak * membrane + current[t]
+        spike = fire(potential, threshold, gamma)
+        # The reset reaches the threshold and the potential, not the step function (the papers' code).
+        membrane = potential - threshold * spike.detach()
+        spikes.append(spike)
+        potentials.append(potential)
+    return LIFScan(torch.stack(spikes), LIFState(membrane), torch.stack(potentials) if trace else None)
+
+
+class _FusedScan(torch.autograd.Function):
+    """The same scan with one hand-written backward pass; saves one tensor, the potentials."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        current: Tensor,
+        membrane: Tensor | None,
+        leak: Tensor,
+        threshold: Tensor,
+        starts: Tensor | None,
+        gamma: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keep = _keep_mask(starts, current)
+        potentials = torch.empty(current.shape, dtype=current.dtype, device=current.device)
+        after = membrane
+        for t in range(current.shape[0]):
+            if after is None:
+                potentials[t] = current[t]
+            else:
+                before = after if keep is None else after * keep[t]
+                torch.addcmul(current[t], before, leak, out=potentials[t])
+            after = torch.where(potentials[t] > threshold, potentials[t] - threshold, potentials[t])
+        assert after is not None
+        spikes = (potentials > threshold).to(current.dtype)
+        ctx.save_for_backward(potentials, membrane, leak, threshold, keep)
+        ctx.gamma = gamma
+        ctx.set_materialize_grads(False)
+        return spikes, after, potentials
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_spikes, grad_after, grad_trace = grads
+        potentials, membrane, leak, threshold, keep = ctx.saved_tensors
+        steps = potentials.shape[0]
+        # Through firing, all timesteps at once ...
+        if grad_spikes is None:
+            through_fire = torch.zeros_like(potentials)
+        else:
+            through_fire = grad_spikes * surrogate_derivative(potentials, threshold, ctx.gamma)
+        grad_threshold = None
+        if ctx.needs_input_grad[3]:
+            grad_threshold = -(through_fire * potentials / threshold).sum_to_size(threshold.shape)
+        grad_potential = through_fire if grad_trace is None else through_fire + grad_trace
+        # ... and backwards through the membrane, the only recurrence.
+        grad_resets = torch.zeros_like(potentials)
+        carried = grad_after
+        for t in range(steps - 1, -1, -1):
+            if carried is not None:
+                grad_resets[t] = carried
+                grad_potential[t] += carried
+            carried = grad_potential[t] * leak
+            if keep is not None:
+                carried = carried * keep[t]
+        if grad_threshold is not None:
+            fired = potentials > threshold
+            grad_threshold = grad_threshold - (grad_resets * fired).sum_to_size(threshold.shape)
+        grad_leak = None
+        if ctx.needs_input_grad[2]:
+            grad_leak = torch.zeros_like(leak)
+            before = torch.where(potentials > threshold, potentials - threshold, potentials)[:-1]
+            if membrane is not None:
+                before = torch.cat([membrane.unsqueeze(0), before])
+            if before.shape[0]:
+                if keep is not None:
+                    before = before * keep[-before.shape[0] :]
+                product = grad_potential[-before.shape[0] :] * before
+                grad_leak = product.sum_to_size(leak.shape)
+        return grad_potential, carried if membrane is not None else None, grad_leak, grad_threshold, None, None
+
+
+def lif_scan(
+    current: Tensor,
+    state: LIFState | None,
+    leak: Tensor,
+    threshold: Tensor,
+    starts: Tensor | None = None,
+    *,
+    gamma: float = DEFAULT_GAMMA,
+    trace: bool = False,
+) -> LIFScan:
+    """Scan leaky integrate-and-fire neurons over time (module docstring for the equations).
+
+    Args:
+        current: input current ``I = W s + b``, shape ``(S, B, *N)``, S = environment steps times
+            timesteps, the timestep being the faster axis.
+        state: membranes before the first timestep, ``(B, *N)``; None means at rest (zero).
+        leak: membrane retained per timestep, in [0, 1] (1 = no leak); broadcasts against ``N``.
+        threshold: firing threshold, > 0, in units of the current; broadcasts against ``N``.
+        starts: bool ``(S, B)``, true at the first timestep of an episode: the membrane is zeroed
+            before the leak. None means that no episode starts inside.
+        gamma: height of the surrogate gradient at threshold.
+        trace: also return the potential before reset.
+
+    Returns:
+        ``LIFScan(spikes, state, potential)``.
+
+    Raises:
+        ValueError: shapes or the dtype of ``starts`` do not fit; the message names both sides.
+
+    Gradients: ``ds/du`` is the surrogate of :func:`spiking_rl.surrogate.fire`; the reset passes its
+    gradient to the threshold and to the potential, not through the step function; full
+    back-propagation through time. With one timestep and no state the gradient of the leak is zero.
+
+    Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022).
+    """
+    _check(current, state, starts)
+    membrane = None if state is None else state.membrane
+    spikes, after, potentials = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma)
+    return LIFScan(spikes, LIFState(after), potentials if trace else None)
+
+
+class LIF(nn.Module):
+    """A layer of LIF neurons with trainable threshold and leak.
+
+    Learnable parameters: ``threshold`` and ``leak``, one scalar each (the papers' form), or one per
+    channel, shaped ``(C, 1, ...)`` to broadcast against ``(B, C, ...)``.
+
+    Args:
+        channels: None for one scalar per layer, else the size C of the first neuron axis.
+        spatial_dims: axes behind the channel axis (2 for a convolution).
+        threshold: initial threshold, > 0.
+        leak: initial leak in [0, 1]; 1 is where the papers start.
+        gamma: height of the surrogate gradient.
+
+    Raises:
+        ValueError: threshold or leak out of range.
+    """
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        spatial_dims: int = 0,
+        *,
+        threshold: float = 0.5,
+        leak: float = 1.0,
+        gamma: float = DEFAULT_GAMMA,
+    ) -> None:
+        super().__init__()
+        if not threshold >= MIN_THRESHOLD:
+            raise ValueError(f"threshold = {threshold}: must be at least {MIN_THRESHOLD}")
+        if not 0 <= leak <= 1:
+            raise ValueError(f"leak = {leak}: must lie in [0, 1]")
+        shape = () if channels is None else (channels, *([1] * spatial_dims))
+        self.threshold = nn.Parameter(torch.full(shape, float(threshold)))
+        self.leak = nn.Parameter(torch.full(shape, float(leak)))
+        self.gamma = gamma
+
+    def forward(
+        self, current: Tensor, state: LIFState | None = None, starts: Tensor | None = None, trace: bool = False
+    ) -> LIFScan:
+        """Scan this layer over ``current`` (S, B, *N); see :func:`lif_scan`."""
+        return lif_scan(current, state, self.leak, self.threshold, starts, gamma=self.gamma, trace=trace)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Put the leak back into [0, 1] and the threshold above its floor."""
+        self.leak.clamp_(0, 1)
+        self.threshold.clamp_(min=MIN_THRESHOLD)
+
+    def extra_repr(self) -> str:
+        """Show what ``print(network)`` should show."""
+        return f"shape={tuple(self.threshold.shape)}, gamma={self.gamma}"
+
+
+def clamp_after_step(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Keep every threshold and leak of ``module`` in range after each step of ``optimizer``.
+
+    Registered where the optimiser is built, so that it also holds in training loops that this
+    package does not own.
+    """
+    neurons = [m for m in module.modules() if isinstance(m, LIF)]
+
+    def hook(*_: object) -> None:
+        for neuron in neurons:
+            neuron.clamp_()
+
+    optimizer.register_step_post_hook(hook)

@@ -1,0 +1,131 @@
+"""Figures: learning curves, and the continuum of timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spiking_rl.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+_BLUE, _ORANGE, _GREEN, _GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
+
+
+def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure  # slow to import, and most users of the core never plot
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#e2e8f0", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure atomically in the format that the file's ending names."""
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=150)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure:
+    """Draw score against agent steps, with the stages of temporal pruning marked.
+
+    Args:
+        runs: rows of ``progress.csv`` by the run's name; keys ``agent_steps``, ``timesteps``,
+            ``score`` (greedy evaluation) and ``train_return`` (None where no episode ended yet).
+        title: drawn above.
+    """
+    figure, (ax,) = _figure(1, 8, 4)
+    colours = [_BLUE, _ORANGE, _GREEN, "#805ad5", "#c53030"]
+    for (name, rows), colour in zip(runs.items(), colours * (1 + len(runs) // 5), strict=False):
+        steps = [r["agent_steps"] for r in rows]
+        label = "greedy evaluation" if len(runs) == 1 else name
+        ax.plot(steps, [r["score"] for r in rows], color=colour, marker="o", markersize=3, label=label)
+        if len(runs) == 1:
+            trained = [(r["agent_steps"], r["train_return"]) for r in rows if r["train_return"] is not None]
+            if trained:
+                ax.plot(*zip(*trained, strict=True), color=_ORANGE, alpha=0.8, label="training episodes")
+            _mark_stages(ax, rows)
+    ax.set_xlabel("agent steps")
+    ax.set_ylabel("return per episode")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    ax.legend(frameon=False, loc="lower right")
+    if title:
+        ax.set_title(title, loc="left", pad=18)
+    return figure
+
+
+def _mark_stages(ax: Axes, rows: Sequence[Row]) -> None:
+    """Draw a line where T changes and write T above each stage."""
+    edges = [0] + [a["agent_steps"] for a, b in zip(rows, rows[1:], strict=False) if a["timesteps"] != b["timesteps"]]
+    stages = list(dict.fromkeys(r["timesteps"] for r in rows))
+    if stages == [None]:
+        return
+    ends = [*edges[1:], rows[-1]["agent_steps"]]
+    for edge in edges[1:]:
+        ax.axvline(edge, color=_GREY, linestyle="--", linewidth=0.8)
+    for left, right, timesteps in zip(edges, ends, stages, strict=False):
+        ax.annotate(
+            f"T={timesteps}",
+            ((left + right) / 2, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            va="bottom",
+            color="#4a5568",
+            fontsize=9,
+        )
+
+
+def continuum(rows: Sequence[Row], title: str = "") -> Figure:
+    """Draw score, spike rate and energy against T, one point per row and the mean over seeds.
+
+    Args:
+        rows: result rows with ``timesteps``, ``mean_return``, ``ci95``, ``spike_rate`` (by layer) and
+            ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are a dashed line.
+        title: drawn above.
+    """
+    figure, axes = _figure(3, 11, 3.6)
+    spiking = [r for r in rows if r["timesteps"] is not None]
+    control = [r["mean_return"] for r in rows if r["timesteps"] is None]
+    order = sorted({r["timesteps"] for r in spiking}, reverse=True)
+    series = {
+        "return per episode": lambda r: r["mean_return"],
+        "spikes per neuron per timestep": lambda r: sum(r["spike_rate"].values()) / len(r["spike_rate"]),
+        "energy: ANN / SNN": lambda r: r["energy_ratio"],
+    }
+    for ax, (label, value) in zip(axes, series.items(), strict=True):
+        means = [_mean([value(r) for r in spiking if r["timesteps"] == t]) for t in order]
+        ax.plot(range(len(order)), means, color=_BLUE, marker="o", markersize=4)
+        for x, t in enumerate(order):
+            points = [r for r in spiking if r["timesteps"] == t]
+            if label == "return per episode" and len(points) == 1:
+                ax.errorbar([x], [value(points[0])], [points[0]["ci95"]], color=_BLUE, capsize=3)
+            elif len(points) > 1:
+                ax.scatter([x] * len(points), [value(p) for p in points], color=_BLUE, alpha=0.35, s=16)
+        ax.set_xticks(range(len(order)), [str(t) for t in order])
+        ax.set_xlabel("timesteps T")
+        ax.set_ylabel(label)
+        top = ax.get_ylim()[1]
+        ax.set_ylim(0, top * 1.08)
+    if control:
+        axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")
+        axes[0].legend(frameon=False, loc="lower left")
+    axes[2].axhline(1, color=_ORANGE, linestyle="--", linewidth=1)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,198 @@
+"""Temporal pruning: lower the number of timesteps step by step while training goes on.
+
+    train at T = start; for T = start-1 ... stop:
+        load the best checkpoint of the stage above, fresh optimiser, fine-tune at T, keep the best
+
+The object here only decides. It knows nothing of agents or classifiers: whoever trains reports
+scores and does as told.
+
+Source: Chowdhury, Rathi, Roy, ECCV 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spiking_rl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Go on training at this number of timesteps.
+
+    Attributes:
+        improved: the reported weights are the best of the stage: keep them.
+    """
+
+    improved: bool
+
+
+@dataclass(frozen=True)
+class Next:
+    """This stage is over: load ``checkpoint``, start a fresh optimiser, train at ``timesteps``.
+
+    Attributes:
+        timesteps: T of the stage to begin.
+        checkpoint: name of the best checkpoint of the stage above.
+        improved: the reported weights are the best of the finished stage: keep them first.
+    """
+
+    timesteps: int
+    checkpoint: str
+    improved: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last stage is over.
+
+    Attributes:
+        improved: the reported weights are the best of the stage: keep them.
+    """
+
+    improved: bool
+
+
+Decision = Stay | Next | Done
+
+
+@dataclass
+class StageRecord:
+    """Scores of one stage.
+
+    Attributes:
+        timesteps: T of the stage.
+        best: highest score reported, None before the first report.
+        last: most recent score.
+        reports: number of scores reported.
+    """
+
+    timesteps: int
+    best: float | None = None
+    last: float | None = None
+    reports: int = 0
+
+
+def check_pruning(start: int, stop: int) -> None:
+    """Refuse a range of timesteps that cannot be pruned through.
+
+    Raises:
+        UserError: naming ``timesteps`` or ``prune_to``.
+    """
+    for field, value in (("timesteps", start), ("prune_to", stop)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(field, value, "must be a whole number of at least 1")
+    if stop > start:
+        raise UserError(
+            "prune_to", stop, f"is above timesteps = {start}; pruning only lowers T, choose 1 to {start}"
+        )
+
+
+class TemporalPruning:
+    """A resumable state machine: ``report(score, spent)`` until it answers :class:`Done`.
+
+    Args:
+        start: timesteps T of the first stage.
+        stop: timesteps of the last stage, 1 <= stop <= start.
+        first_budget: what the first stage may spend, in the caller's unit (agent steps, epochs).
+        stage_budget: what each later stage may spend.
+
+    Raises:
+        UserError: stop above start, or a number that is not positive.
+    """
+
+    def __init__(self, start: int, stop: int, first_budget: float, stage_budget: float) -> None:
+        check_pruning(start, stop)
+        for field, value in (("first_budget", first_budget), ("stage_budget", stage_budget)):
+            if not value > 0:
+                raise UserError(field, value, "must be positive")
+        self.start = start
+        self.stop = stop
+        self.first_budget = first_budget
+        self.stage_budget = stage_budget
+        self.finished = False
+        self.stages = [StageRecord(start)]
+
+    @property
+    def timesteps(self) -> int:
+        """T of the current stage."""
+        return self.stages[-1].timesteps
+
+    @property
+    def budget(self) -> float:
+        """What the current stage may spend."""
+        return self.first_budget if len(self.stages) == 1 else self.stage_budget
+
+    @property
+    def checkpoint(self) -> str:
+        """Name under which the best weights of the current stage are kept."""
+        return f"T{self.timesteps}"
+
+    def report(self, score: float, spent: float) -> Decision:
+        """Take a validation score of the current weights and decide what comes next.
+
+        Args:
+            score: higher is better. A later score equal to the best replaces it: where scores
+                saturate, the weights trained longer are the better guess. NaN never improves.
+            spent: what the current stage has spent so far, in the unit of the budgets.
+
+        Raises:
+            RuntimeError: pruning is finished already.
+        """
+        if self.finished:
+            raise RuntimeError("pruning is finished; call extend(stop) to lower T further")
+        stage = self.stages[-1]
+        improved = not math.isnan(score) and (stage.best is None or score >= stage.best)
+        if improved:
+            stage.best = score
+        stage.last = score
+        stage.reports += 1
+        if spent < self.budget:
+            return Stay(improved)
+        if stage.best is None:
+            raise RuntimeError(f"no usable score at T={stage.timesteps}: every report was NaN")
+        if stage.timesteps == self.stop:
+            self.finished = True
+            return Done(improved)
+        checkpoint = self.checkpoint
+        self.stages.append(StageRecord(stage.timesteps - 1))
+        return Next(self.timesteps, checkpoint, improved)
+
+    def extend(self, stop: int) -> Next:
+        """Continue a finished pruning downwards to ``stop``.
+
+        Raises:
+            UserError: stop is not below the T reached.
+            RuntimeError: pruning is not finished yet.
+        """
+        if not self.finished:
+            raise RuntimeError("pruning is still under way")
+        check_pruning(self.start, stop)
+        if stop >= self.timesteps:
+            raise UserError("to", stop, f"the run is at T={self.timesteps} already; choose a smaller number")
+        self.stop = stop
+        self.finished = False
+        checkpoint = self.checkpoint
+        self.stages.append(StageRecord(self.timesteps - 1))
+        return Next(self.timesteps, checkpoint, False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to go on, as JSON-serialisable values."""
+        return {
+            "start": self.start,
+            "stop": self.stop,
+            "first_budget": self.first_budget,
+            "stage_budget": self.stage_budget,
+            "finished": self.finished,
+            "stages": [asdict(s) for s in self.stages],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> TemporalPruning:
+        """Rebuild from :meth:`state_dict`."""
+        made = cls(state["start"], state["stop"], state["first_budget"], state["stage_budget"])
+        made.finished = bool(state["finished"])
+        made.stages = [StageRecord(**s) for s in state["stages"]]
+        return made

@@ -1,0 +1,68 @@
+"""Firing, and the surrogate gradient that stands in for its derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_GAMMA = 0.3
+"""Height of the surrogate gradient at threshold, as in all three papers."""
+
+
+def surrogate_derivative(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor:
+    """Return the stand-in for ds/du: ``gamma/threshold * max(0, 1 - |u/threshold - 1|)``.
+
+    Args:
+        potential: membrane potential before reset, any shape ``(..., *N)``.
+        threshold: positive, broadcasts against ``potential``.
+        gamma: height of the triangle at threshold, > 0.
+
+    Returns:
+        A tensor shaped as ``potential``.
+
+    Source: Bellec et al. 2018; used by DIET-SNN (Rathi, Roy 2020) and temporal pruning
+    (Chowdhury, Rathi, Roy 2022).
+    """
+    triangle = (1 - (potential / threshold - 1).abs_()).clamp_(min=0)
+    return triangle.mul_(gamma / threshold)
+
+
+class _Fire(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, potential: Tensor, threshold: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(potential, threshold)
+        ctx.gamma = gamma
+        return (potential > threshold).to(potential.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        potential, threshold = ctx.saved_tensors
+        grad_potential = grads[0] * surrogate_derivative(potential, threshold, ctx.gamma)
+        grad_threshold = None
+        if ctx.needs_input_grad[1]:
+            # z = u/theta - 1, so ds/dtheta = -(u/theta) ds/du.
+            grad_threshold = -(grad_potential * potential / threshold).sum_to_size(threshold.shape)
+        return grad_potential, grad_threshold, None
+
+
+def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> Tensor:
+    """Return spikes: 1 where the potential is strictly above threshold, else 0.
+
+    Backward uses ``ds/du = gamma/threshold * max(0, 1 - |z|)`` with ``z = u/threshold - 1``, and
+    ``ds/dthreshold = -(u/threshold) ds/du``.
+
+    Args:
+        potential: membrane potential before reset, any shape ``(..., *N)``.
+        threshold: positive; its shape broadcasts against ``potential``.
+        gamma: height of the surrogate gradient at threshold, > 0.
+
+    Returns:
+        Spikes in {0, 1}, shape and dtype of ``potential``.
+    """
+    if torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad):
+        spikes: Tensor = _Fire.apply(potential, threshold, gamma)
+        return spikes
+    # Acting with a batch of one is all overhead: skip the autograd machinery.
+    return (potential > threshold).to(potential.dtype)
