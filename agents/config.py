@@ -19,15 +19,15 @@ Neuron = Literal["lif", "relu"]
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
-    """Settings that every algorithm shares."""
+class MainSettings:
+    """The settings that one changes first."""
 
     env: str = "CartPole-v1"
-    """Gymnasium id of the environment."""
+    """Gymnasium id, to use a recipe's settings elsewhere."""
     timesteps: int = 5
     """Timesteps T of the first stage."""
     prune_to: int = 1
-    """Timesteps of the last stage; equal to timesteps: no temporal pruning."""
+    """Timesteps of the last stage; equal to timesteps: no pruning."""
     seed: int = 0
     """Seed of every random generator."""
     agent_steps: int = 200_000
@@ -38,6 +38,12 @@ class TrainConfig:
     """Environments played side by side."""
     neuron: Neuron = "lif"
     """lif: spiking; relu: the control network of the same shape."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig(MainSettings):
+    """Settings that every algorithm shares."""
+
     hidden: tuple[int, ...] = (256, 256)
     """Neurons per hidden layer."""
     per_channel: bool = False
@@ -52,7 +58,7 @@ class TrainConfig:
     """Learning rate; falls linearly over each stage."""
     final_learning_rate: float = 0.0
     """Learning rate at the end of a stage."""
-    prune_lr_factor: float = 1.0
+    prune_lr_factor: float = 0.3
     """Multiplies the learning rate in the stages after the first."""
     gamma: float = 0.99
     """Discount."""
@@ -60,9 +66,13 @@ class TrainConfig:
     """Part of the first stage over which epsilon falls."""
     exploration_final_eps: float = 0.05
     """Epsilon afterwards."""
+    exploration_repeat: float = 1.0
+    """Mean number of steps that a random action is held."""
+    reward_scale: float = 0.1
+    """Rewards are multiplied by it for learning."""
     max_grad_norm: float = 10.0
     """Gradient clipping."""
-    eval_every: int = 5_000
+    eval_every: int = 10_000
     """Agent steps between evaluations (they select the kept checkpoint)."""
     eval_episodes: int = 20
     """Episodes of each of them."""
@@ -96,9 +106,11 @@ class TrainConfig:
         for name in ("gamma", "leak", "exploration_fraction", "exploration_final_eps"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(name, getattr(self, name), "must lie between 0 and 1")
-        for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor"):
+        for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
+        if not 1 <= self.exploration_repeat <= 1000:
+            raise UserError("exploration_repeat", self.exploration_repeat, "must lie between 1 and 1000")
         if not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if not self.hidden or min(self.hidden) < 1:
@@ -117,8 +129,6 @@ class PQNConfig(TrainConfig):
     """Minibatches per pass."""
     lam: float = 0.9
     """Lambda of the returns."""
-    reward_scale: float = 0.1
-    """Rewards are multiplied by it for learning."""
 
     algo = "pqn"
 
@@ -130,8 +140,6 @@ class PQNConfig(TrainConfig):
                 raise UserError(name, getattr(self, name), "must be at least 1")
         if not 0 <= self.lam <= 1:
             raise UserError("lam", self.lam, "must lie between 0 and 1")
-        if self.reward_scale <= 0:
-            raise UserError("reward_scale", self.reward_scale, "must be positive")
 
 
 @dataclass(kw_only=True)
@@ -146,17 +154,19 @@ class DQNConfig(TrainConfig):
     """Transitions per update."""
     train_freq: int = 32
     """Environment steps (of all environments together) between trainings."""
-    gradient_steps: int = 16
+    gradient_steps: int = 8
     """Updates per training."""
     target_update_interval: int = 500
     """Agent steps between copies to the target network."""
+    return_steps: int = 3
+    """n of the n-step returns."""
 
     algo = "dqn"
 
     def check(self) -> None:
         """As in :class:`TrainConfig`."""
         super().check()
-        names = ("buffer_size", "batch_size", "train_freq", "gradient_steps", "target_update_interval")
+        names = ("buffer_size", "batch_size", "train_freq", "gradient_steps", "target_update_interval", "return_steps")
         for name in names:
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")

@@ -6,7 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
@@ -19,7 +22,7 @@ from spiking_rl.agents.targets import double_q_targets
 class SpikingDQN(StagedAlgorithm, DQN):
     """Double DQN (van Hasselt et al. 2016) with a spiking Q-network: the algorithm of the papers.
 
-    Takes every argument of :class:`stable_baselines3.DQN` and adds one.
+    Takes every argument of :class:`stable_baselines3.DQN` and adds three.
 
     Args:
         policy: ``"MlpPolicy"`` or a policy class.
@@ -28,6 +31,9 @@ class SpikingDQN(StagedAlgorithm, DQN):
         learning_starts: random agent steps before learning; observation scaling and thresholds are
             set on them, so at least 1,000 are worth having.
         firing_rate: spikes per neuron and timestep that calibration aims at.
+        reward_scale: rewards are multiplied by it for learning (reported returns are not); Q-values
+            near 1 suit spikes, whose readout starts at zero.
+        exploration_repeat: mean number of steps that a random action is held.
         kwargs: everything else that SB3's DQN takes.
     """
 
@@ -35,6 +41,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     hyperparameters = (
         "buffer_size",
         "learning_starts",
+        "n_steps",
         "batch_size",
         "gamma",
         "gradient_steps",
@@ -42,8 +49,10 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "exploration_fraction",
         "exploration_initial_eps",
         "exploration_final_eps",
+        "exploration_repeat",
         "max_grad_norm",
         "firing_rate",
+        "reward_scale",
     )
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingMlpPolicy}
     policy: SpikingMlpPolicy  # type: ignore[assignment]
@@ -55,9 +64,13 @@ class SpikingDQN(StagedAlgorithm, DQN):
         learning_rate: float | Schedule = 1e-4,
         learning_starts: int = 1000,
         firing_rate: float = 0.2,
+        reward_scale: float = 1.0,
+        exploration_repeat: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.firing_rate = firing_rate
+        self.reward_scale = reward_scale
+        self.exploration_repeat = exploration_repeat
         super().__init__(
             policy,  # type: ignore[arg-type]
             env,  # type: ignore[arg-type]
@@ -65,6 +78,35 @@ class SpikingDQN(StagedAlgorithm, DQN):
             learning_starts=learning_starts,
             **kwargs,
         )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._setup_explorer()
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Explore in each environment on its own (SB3's DQN draws one coin for all)."""
+        assert self._last_obs is not None
+        warm_up = self.num_timesteps < learning_starts
+        if warm_up:
+            greedy = np.zeros(n_envs, dtype=np.int64)
+        else:
+            greedy, _ = self.policy.predict(self._last_obs, deterministic=True)
+        actions = self.explorer.choose(greedy, 1.0 if warm_up else self.exploration_rate)
+        return actions, actions
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: NDArray[Any],
+        new_obs: NDArray[Any] | dict[str, NDArray[Any]],
+        reward: NDArray[Any],
+        dones: NDArray[Any],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        self.explorer.end_episodes(dones)
 
     def _on_step(self) -> None:
         super()._on_step()
@@ -75,14 +117,17 @@ class SpikingDQN(StagedAlgorithm, DQN):
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        if not self.calibrated:
-            self.calibrate(self._replayed_observations())
+        if self.calibrated:
+            # A random policy sees a small part of the state space: the scaling must go on learning.
+            self.q_net.update_norm(self._latest_observations(self.train_freq.frequency))  # type: ignore[union-attr]
+        else:
+            self.calibrate(self._latest_observations(self.replay_buffer.size()))
         losses = []
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             with torch.no_grad():
                 targets = double_q_targets(
-                    batch.rewards,
+                    batch.rewards * self.reward_scale,
                     batch.dones,
                     self.gamma if batch.discounts is None else batch.discounts,
                     self.q_net(batch.next_observations),
@@ -100,12 +145,13 @@ class SpikingDQN(StagedAlgorithm, DQN):
         self.last_loss = torch.stack(losses).mean().item()
         self.logger.record("train/loss", self.last_loss)
 
-    def _replayed_observations(self, most: int = 4096) -> torch.Tensor:
-        """Return the latest raw observations of the replay buffer, ``(B, *obs)``."""
+    def _latest_observations(self, rows: int) -> torch.Tensor:
+        """Return the raw observations of the latest ``rows`` steps of all environments, ``(B, *obs)``."""
         assert self.replay_buffer is not None
-        rows = self.replay_buffer.size()
-        stored = self.replay_buffer.observations[:rows].reshape(-1, *self.replay_buffer.obs_shape)
-        return torch.as_tensor(np.array(stored[-most:]), device=self.device)
+        rows = min(rows, self.replay_buffer.size())
+        where = np.arange(self.replay_buffer.pos - rows, self.replay_buffer.pos) % self.replay_buffer.buffer_size
+        stored = self.replay_buffer.observations[where]
+        return torch.as_tensor(stored.reshape(-1, *self.replay_buffer.obs_shape), device=self.device)
 
     def begin_stage(self, timesteps: int) -> None:
         """As in :class:`StagedAlgorithm`; the target network starts equal to the online one."""

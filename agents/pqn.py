@@ -44,6 +44,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         exploration_fraction: part of the first stage over which epsilon falls.
         exploration_initial_eps: epsilon at the start.
         exploration_final_eps: epsilon afterwards.
+        exploration_repeat: mean number of steps that a random action is held.
         max_grad_norm: gradient clipping.
         calibration_steps: random agent steps before learning, on which observation scaling and
             thresholds are set.
@@ -67,6 +68,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         "exploration_fraction",
         "exploration_initial_eps",
         "exploration_final_eps",
+        "exploration_repeat",
         "max_grad_norm",
         "firing_rate",
     )
@@ -87,6 +89,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         exploration_fraction: float = 0.3,
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float = 0.05,
+        exploration_repeat: float = 1.0,
         max_grad_norm: float = 10.0,
         calibration_steps: int = 1024,
         firing_rate: float = 0.2,
@@ -120,6 +123,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.exploration_fraction = exploration_fraction
         self.exploration_initial_eps = exploration_initial_eps
         self.exploration_final_eps = exploration_final_eps
+        self.exploration_repeat = exploration_repeat
         self.max_grad_norm = max_grad_norm
         self.calibration_steps = calibration_steps
         self.firing_rate = firing_rate
@@ -135,6 +139,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         )
         self.policy = self.policy.to(self.device)
+        self._setup_explorer()
         self.exploration_schedule = LinearSchedule(
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
         )
@@ -187,8 +192,9 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         assert self.env is not None
         seen = [np.array(self._last_obs)]
         for _ in range(-(-self.calibration_steps // self.n_envs)):
-            actions = np.array([self.action_space.sample() for _ in range(self.n_envs)])
+            actions = self.explorer.choose(np.zeros(self.n_envs, dtype=np.int64), epsilon=1.0)
             self._last_obs, _, dones, infos = self.env.step(actions)  # type: ignore[assignment]
+            self.explorer.end_episodes(dones)
             self.num_timesteps += self.n_envs
             self._update_info_buffer(infos, dones)
             seen.append(np.array(self._last_obs))
@@ -211,10 +217,11 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             q = self._q(self._last_obs)  # type: ignore[arg-type]
             observations[t] = self._last_obs
             values[t] = q.max(1)
-            actions[t] = self._explore(q.argmax(1))
+            actions[t] = self.explorer.choose(q.argmax(1), self.exploration_rate)
             self._last_obs, rewards[t], done[t], infos = self.env.step(actions[t])  # type: ignore[assignment]
             self.num_timesteps += self.n_envs
             self._update_info_buffer(infos, done[t])
+            self.explorer.end_episodes(done[t])
             callback.update_locals(locals())
             if not callback.on_step():
                 return None
@@ -235,11 +242,6 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 self.policy.q_net(obs_as_tensor(observations, self.device)).float().cpu().numpy()
             )
         return values
-
-    def _explore(self, greedy: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Replace each environment's greedy action by a random one with probability epsilon."""
-        random = np.random.rand(self.n_envs) < self.exploration_rate
-        return np.where(random, np.random.randint(self.action_space.n, size=self.n_envs), greedy)  # type: ignore[attr-defined]
 
     def train(
         self, observations: NDArray[Any], actions: NDArray[np.int64], targets: NDArray[np.float32]

@@ -67,6 +67,7 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
         state = {
             "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
             "timesteps": model.policy.timesteps,
+            "exploring": {"left": model.explorer.left.tolist(), "action": model.explorer.action.tolist()},
             "optimiser": scalars,
             "replay": None if replay is None else {"pos": replay.pos, "full": replay.full},
             "episodes": list(model.ep_info_buffer or []),
@@ -117,6 +118,8 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
             if name not in _COUNTERS:
                 raise KeyError(name)
             setattr(model, name, value)
+        model.explorer.left = np.array(state["exploring"]["left"], dtype=np.int64)
+        model.explorer.action = np.array(state["exploring"]["action"], dtype=np.int64)
         replay = getattr(model, "replay_buffer", None)
         if replay is not None:
             _load_replay(folder / "replay", replay, state["replay"])

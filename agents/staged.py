@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import update_learning_rate
 
+from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
@@ -27,6 +29,8 @@ class StagedAlgorithm(BaseAlgorithm):
     Attributes:
         policy: holds the Q-network, its target where there is one, and the optimiser.
         firing_rate: spikes per neuron and timestep that calibration aims at.
+        exploration_repeat: mean number of steps that a random action is held.
+        explorer: chooses between greedy and random actions.
         calibrated: observation scaling and thresholds have been set from data.
         stage: index of the current stage, 0 before temporal pruning begins.
         stage_start: agent steps at which it began.
@@ -40,11 +44,17 @@ class StagedAlgorithm(BaseAlgorithm):
     hyperparameters: ClassVar[tuple[str, ...]]
     policy: SpikingMlpPolicy
     firing_rate: float
+    exploration_repeat: float
+    explorer: EpsilonGreedy
     last_loss: float | None = None
     calibrated = False
     stage = 0
     stage_start = 0
     prune_lr_factor = 1.0
+
+    def _setup_explorer(self) -> None:
+        assert isinstance(self.action_space, spaces.Discrete)
+        self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
 
     def begin_stage(self, timesteps: int) -> None:
         """Go on at another number of timesteps: fresh optimiser, exploration at its final value."""

@@ -85,6 +85,8 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         "gamma": config.gamma,
         "exploration_fraction": config.exploration_fraction,
         "exploration_final_eps": config.exploration_final_eps,
+        "exploration_repeat": config.exploration_repeat,
+        "reward_scale": config.reward_scale,
         "max_grad_norm": config.max_grad_norm,
         "firing_rate": config.firing_rate,
         "seed": config.seed,
@@ -102,13 +104,13 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
     }
     model: SpikingPQN | SpikingDQN
     if isinstance(config, PQNConfig):
-        names = ("n_steps", "n_epochs", "n_minibatches", "lam", "reward_scale")
+        names = ("n_steps", "n_epochs", "n_minibatches", "lam")
         model = SpikingPQN(**common, **{n: getattr(config, n) for n in names})
     else:
         assert isinstance(config, DQNConfig)
         names = ("buffer_size", "learning_starts", "batch_size", "gradient_steps", "target_update_interval")
         freq = max(1, config.train_freq // config.num_envs)
-        model = SpikingDQN(**common, train_freq=freq, **{n: getattr(config, n) for n in names})
+        model = SpikingDQN(**common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names})
     model.prune_lr_factor = config.prune_lr_factor
     return model
 

@@ -30,7 +30,9 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
             # "The environment X is out of date" is a matter of taste, and the id is reported with
             # every result.
             warnings.filterwarnings("ignore", message=".*is out of date.*")
-            env = gym.make(env_id, render_mode="rgb_array" if render else None, disable_env_checker=True)
+            # Environments of one's own often take no render_mode at all.
+            options = {"render_mode": "rgb_array"} if render else {}
+            env = gym.make(env_id, disable_env_checker=True, **options)
     except DependencyNotInstalled as error:
         raise UserError("env", env_id, f"needs a package that is not installed: {_one_line(error)}") from None
     except ModuleNotFoundError as error:

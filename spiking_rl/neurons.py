@@ -99,7 +99,7 @@ def lif_scan_reference(
 
 
 class _FusedScan(torch.autograd.Function):
-    """The same scan with one hand-written backward pass; saves one tensor, the potentials."""
+    """The same scan with one hand-written backward pass; saves the potentials beside its output."""
 
     @staticmethod
     def forward(
@@ -113,6 +113,7 @@ class _FusedScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         keep = _keep_mask(starts, current)
         potentials = torch.empty(current.shape, dtype=current.dtype, device=current.device)
+        spikes = torch.empty_like(potentials)
         after = membrane
         for t in range(current.shape[0]):
             if after is None:
@@ -120,10 +121,10 @@ class _FusedScan(torch.autograd.Function):
             else:
                 before = after if keep is None else after * keep[t]
                 torch.addcmul(current[t], before, leak, out=potentials[t])
-            after = torch.where(potentials[t] > threshold, potentials[t] - threshold, potentials[t])
+            torch.gt(potentials[t], threshold, out=spikes[t])
+            after = torch.addcmul(potentials[t], spikes[t], threshold, value=-1)
         assert after is not None
-        spikes = (potentials > threshold).to(current.dtype)
-        ctx.save_for_backward(potentials, membrane, leak, threshold, keep)
+        ctx.save_for_backward(potentials, spikes, membrane, leak, threshold, keep)
         ctx.gamma = gamma
         ctx.set_materialize_grads(False)
         return spikes, after, potentials
@@ -131,42 +132,43 @@ class _FusedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_spikes, grad_after, grad_trace = grads
-        potentials, membrane, leak, threshold, keep = ctx.saved_tensors
-        steps = potentials.shape[0]
+        potentials, spikes, membrane, leak, threshold, keep = ctx.saved_tensors
         # Through firing, all timesteps at once ...
         if grad_spikes is None:
             through_fire = torch.zeros_like(potentials)
         else:
-            through_fire = grad_spikes * surrogate_derivative(potentials, threshold, ctx.gamma)
-        grad_threshold = None
-        if ctx.needs_input_grad[3]:
-            grad_threshold = -(through_fire * potentials / threshold).sum_to_size(threshold.shape)
-        grad_potential = through_fire if grad_trace is None else through_fire + grad_trace
+            through_fire = surrogate_derivative(potentials, threshold, ctx.gamma).mul_(grad_spikes)
+        # Sums over time and batch come first: what is left has the size of one neuron layer.
+        grad_threshold = -(through_fire * potentials).sum((0, 1)) / threshold
+        grad_potential = through_fire if grad_trace is None else through_fire.add_(grad_trace)
         # ... and backwards through the membrane, the only recurrence.
-        grad_resets = torch.zeros_like(potentials)
         carried = grad_after
-        for t in range(steps - 1, -1, -1):
+        if grad_after is not None:
+            grad_threshold = grad_threshold - (grad_after * spikes[-1]).sum(0)
+        for t in range(potentials.shape[0] - 1, -1, -1):
             if carried is not None:
-                grad_resets[t] = carried
                 grad_potential[t] += carried
             carried = grad_potential[t] * leak
             if keep is not None:
                 carried = carried * keep[t]
-        if grad_threshold is not None:
-            fired = potentials > threshold
-            grad_threshold = grad_threshold - (grad_resets * fired).sum_to_size(threshold.shape)
-        grad_leak = None
-        if ctx.needs_input_grad[2]:
-            grad_leak = torch.zeros_like(leak)
-            before = torch.where(potentials > threshold, potentials - threshold, potentials)[:-1]
-            if membrane is not None:
-                before = torch.cat([membrane.unsqueeze(0), before])
-            if before.shape[0]:
-                if keep is not None:
-                    before = before * keep[-before.shape[0] :]
-                product = grad_potential[-before.shape[0] :] * before
-                grad_leak = product.sum_to_size(leak.shape)
-        return grad_potential, carried if membrane is not None else None, grad_leak, grad_threshold, None, None
+        # u[t] = leak * (u[t-1] - threshold * s[t-1]) + I[t]
+        later = grad_potential[1:] if keep is None else grad_potential[1:] * keep[1:]
+        by_spike = (later * spikes[:-1]).sum((0, 1))
+        grad_leak = (later * potentials[:-1]).sum((0, 1)) - threshold * by_spike
+        grad_threshold = grad_threshold - leak * by_spike
+        grad_membrane = None
+        if membrane is not None:
+            first = grad_potential[0] if keep is None else grad_potential[0] * keep[0]
+            grad_leak = grad_leak + (first * membrane).sum(0)
+            grad_membrane = carried
+        return (
+            grad_potential,
+            grad_membrane,
+            grad_leak.sum_to_size(leak.shape),
+            grad_threshold.sum_to_size(threshold.shape),
+            None,
+            None,
+        )
 
 
 def lif_scan(

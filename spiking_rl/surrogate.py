@@ -25,7 +25,8 @@ def surrogate_derivative(potential: Tensor, threshold: Tensor, gamma: float) -> 
     Source: Bellec et al. 2018; used by DIET-SNN (Rathi, Roy 2020) and temporal pruning
     (Chowdhury, Rathi, Roy 2022).
     """
-    triangle = (1 - (potential / threshold - 1).abs_()).clamp_(min=0)
+    # In place: these tensors hold all timesteps, and memory traffic is the cost.
+    triangle = (potential / threshold).sub_(1).abs_().neg_().add_(1).clamp_(min=0)
     return triangle.mul_(gamma / threshold)
 
 

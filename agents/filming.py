@@ -1,0 +1,119 @@
+"""Film greedy episodes, with the spikes beside the picture if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
+
+from spiking_rl.agents.evaluation import REPORT_SEED, q_network
+from spiking_rl.envs.make import make_single
+from spiking_rl.envs.video import Frame, write_video
+from spiking_rl.errors import UserError
+from spiking_rl.raster import SpikeRaster
+
+_PAUSE = 0.6  # seconds that the last frame of an episode stays
+
+
+@dataclass
+class Film:
+    """What was filmed.
+
+    Attributes:
+        path: of the mp4.
+        returns: of each episode.
+        frames: number of frames.
+        fps: frames per second.
+    """
+
+    path: Path
+    returns: list[float] = field(default_factory=list)
+    frames: int = 0
+    fps: float = 30.0
+
+
+def film(
+    model: BaseAlgorithm,
+    env: str,
+    path: Path | str,
+    *,
+    episodes: int = 1,
+    seed: int = REPORT_SEED,
+    spikes: bool = False,
+) -> Film:
+    """Write an mp4 of greedy episodes; episode k is reset with ``seed + k``, as in ``evaluate``.
+
+    Args:
+        model: a SpikingDQN or SpikingPQN.
+        env: Gymnasium id that renders RGB frames.
+        path: of the mp4.
+        episodes: how many, >= 1.
+        seed: of the first episode.
+        spikes: draw a live spike raster at the right.
+
+    Raises:
+        UserError: a bad number, an environment that cannot render, a ReLU network with ``spikes``.
+    """
+    if episodes < 1:
+        raise UserError("episodes", episodes, "must be at least 1")
+    if Path(path).suffix != ".mp4":
+        raise UserError("output", str(path), "must end with .mp4")
+    network = q_network(model).network
+    if spikes and not network.spiking:
+        raise UserError("spikes", spikes, "a ReLU network has none; leave it out")
+    playing = make_single(env, render=True)
+    if playing.render_mode != "rgb_array" or "rgb_array" not in playing.metadata.get("render_modes", []):
+        playing.close()
+        raise UserError("env", env, "gives no RGB frames (no render mode 'rgb_array')")
+    made = Film(Path(path), fps=float(playing.metadata.get("render_fps") or 30))
+    try:
+        made.frames = write_video(path, _frames(model, playing, seed, episodes, spikes, made), made.fps)
+    finally:
+        playing.close()
+    return made
+
+
+def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bool, made: Film) -> Iterator[Frame]:
+    q_net = q_network(model)
+    q_net.set_training_mode(False)
+    names = q_net.network.layer_names
+    sizes = {n: int(np.prod(s)) for n, s in zip(names, q_net.network.neuron_shapes(), strict=True)}
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=seed + episode)
+        total, over, step = 0.0, False, 0
+        frame = np.asarray(env.render())
+        raster = SpikeRaster(sizes, frame.shape[0]) if spikes else None
+        while not over:
+            seen: dict[str, NDArray[Any]] = {}
+
+            def observer(layer: str, output: Tensor, _: Tensor, seen: dict[str, NDArray[Any]] = seen) -> None:
+                seen[layer] = output[:, 0].flatten(1).numpy(force=True)
+
+            with torch.no_grad():
+                batch = torch.as_tensor(np.asarray(observation)[None], device=q_net.device)
+                action = int(q_net.q_values(batch, observer=observer)[0].argmax())
+            # The frame shows what the agent saw, the raster how it decided on it.
+            frame = np.asarray(env.render())
+            if raster is not None:
+                for layer, output in seen.items():
+                    raster.push(layer, output)
+                captions = [
+                    f"T = {q_net.network.timesteps}   return {total:g}",
+                    f"decision {step + 1}   action {action}   episode seed {seed + episode}",
+                ]
+                frame = np.concatenate([frame, raster.draw(captions)], axis=1)
+            yield frame
+            observation, reward, terminated, truncated, _ = env.step(action)
+            total += float(reward)
+            step += 1
+            over = terminated or truncated
+        made.returns.append(total)
+        for _ in range(round(_PAUSE * made.fps)):
+            yield frame

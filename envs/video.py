@@ -1,0 +1,57 @@
+"""Write frames as an mp4 that browsers play."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
+
+Frame = NDArray[np.uint8]
+
+
+def write_video(path: Path | str, frames: Iterable[Frame], fps: float) -> int:
+    """Write an H.264 mp4; a partial file is never left under the final name.
+
+    Args:
+        path: ends with ``.mp4``; its folder is made.
+        frames: RGB pictures of one size, ``(H, W, 3)``; an odd edge loses one pixel, which H.264
+            cannot store.
+        fps: frames per second.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: there was no frame.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    writer = None
+    count = 0
+    try:
+        for frame in frames:
+            even = np.ascontiguousarray(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
+            if writer is None:
+                size = (even.shape[1], even.shape[0])
+                options = ["-movflags", "+faststart"]  # lets a browser start before it has the whole file
+                writer = imageio_ffmpeg.write_frames(
+                    str(partial), size, fps=fps, quality=7, macro_block_size=2, output_params=options
+                )
+                writer.send(None)
+            writer.send(even)
+            count += 1
+        if writer is None:
+            raise ValueError("a video needs at least one frame")
+        writer.close()
+        writer = None
+        partial.replace(path)
+    finally:
+        if writer is not None:
+            writer.close()
+        partial.unlink(missing_ok=True)
+    return count

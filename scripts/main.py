@@ -1,0 +1,109 @@
+"""spiking-rl: train, prune, evaluate, render and plot spiking agents."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import json
+import os
+import sys
+from typing import NoReturn, Protocol, cast
+
+from spiking_rl.errors import UserError
+
+COMMANDS = {
+    "train": "train an agent, prune it to one timestep, score and film it",
+    "prune": "continue a finished run to fewer timesteps",
+    "evaluate": "score an agent, with spike rates, energy and latency",
+    "render": "film episodes, optionally with the spikes beside the picture",
+    "plot": "draw learning curves and the continuum of timesteps",
+    "list": "list recipes and networks",
+}
+
+USAGE = """usage: spiking-rl COMMAND ...
+
+{commands}
+
+  spiking-rl COMMAND --help    options of a command
+  spiking-rl COMMAND --json    one JSON object on standard output, for scripts
+  spiking-rl --version
+
+example:
+  spiking-rl train cartpole
+  spiking-rl render runs/cartpole-seed0 --timesteps 1 --spikes"""
+
+
+class Command(Protocol):
+    """A module of this folder that serves one command."""
+
+    def run(self, args: list[str]) -> object:
+        """Do the job; return what ``--json`` prints."""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed while working, 2 bad input, 130 interrupted."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+        print(USAGE.format(commands=lines))
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from spiking_rl import __version__
+
+        print(f"spiking-rl {__version__}")
+        return 0
+    name, args = argv[0], argv[1:]
+    if name not in COMMANDS:
+        return _fail(f"command = {name!r}: unknown; choose one of {', '.join(COMMANDS)}", 2)
+    as_json = "--json" in args
+    module = "listing" if name == "list" else name
+    command = cast(Command, importlib.import_module(f"spiking_rl.scripts.{module}"))
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            result = command.run([a for a in args if a != "--json"])
+        if as_json:
+            print(json.dumps(result, allow_nan=False))
+        return 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong, and nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(_disk_message(error), 1)
+
+
+class Stopped(Exception):
+    """A command ended early and says how to go on.
+
+    Args:
+        text: for the person.
+        code: exit code.
+    """
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"spiking-rl: {text}", file=sys.stderr)
+    return code
+
+
+def _disk_message(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some space, then" if full else "mend that, then"
+    return f"{error.strerror or error}{where}: what was saved before is intact; {remedy} go on with --resume"

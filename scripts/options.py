@@ -1,0 +1,43 @@
+"""How the commands read their arguments: typed dataclasses through tyro."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import tyro
+
+from spiking_rl.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], command: str, args: list[str], description: str, default: T | None = None) -> T:
+    """Parse arguments into a dataclass; a mistake exits with 2 and says what is allowed.
+
+    Args:
+        kind: a dataclass whose field docstrings are the help.
+        command: such as ``train CartPole-v1``, for the usage line.
+        args: what follows the command.
+        description: what the command does, with an example.
+        default: values of the options that are not given.
+    """
+    options = {"prog": f"spiking-rl {command}", "args": args, "description": description}
+    if default is not None:
+        options["default"] = default
+    return tyro.cli(kind, **options)
+
+
+def first_argument(args: list[str], field: str, what: str) -> tuple[str | None, list[str]]:
+    """Split off the positional argument that every command begins with.
+
+    Returns:
+        It and the rest; None where help is asked for instead.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if args and args[0] in ("-h", "--help", "--help-all"):
+        return None, args
+    if not args or args[0].startswith("-"):
+        raise UserError(field, args[0] if args else None, f"name {what} first, before any option")
+    return args[0], args[1:]

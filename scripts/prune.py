@@ -1,0 +1,42 @@
+"""spiking-rl prune: continue a finished run to fewer timesteps."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.agents.training import extend_run, resume_run
+from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.train import finish
+
+DESCRIPTION = """Lower the timesteps of a finished run, training on at each T.
+
+Example: spiking-rl prune runs/cartpole-seed0 --to 1"""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How far, and how."""
+
+    to: int = 1
+    """Timesteps to end with."""
+    hours: float | None = None
+    """Save and stop after so many hours."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+def run(args: list[str]) -> dict[str, Any]:
+    """Extend the run, then score, draw and film it as train does."""
+    name, rest = first_argument(args, "run", "a run folder")
+    options = parse(Options, "prune RUN", rest, DESCRIPTION)
+    assert name is not None
+    folder = RunFolder(Path(name))
+    folder.require()
+    with folder.locked():
+        session = resume_run(folder, device=options.device, hours=options.hours, progress=True)
+        extend_run(session, options.to)
+        return finish(session, shlex.join(["spiking-rl", "prune", *args]))

@@ -1,0 +1,61 @@
+"""spiking-rl render: film an agent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiking_rl.agents.evaluation import REPORT_SEED
+from spiking_rl.agents.filming import film
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.errors import UserError
+from spiking_rl.scripts.options import first_argument, parse
+
+DESCRIPTION = """Film greedy episodes as an mp4.
+
+RUN is a run folder or one of its checkpoints.
+Example: spiking-rl render runs/cartpole-seed0 --timesteps 1 --spikes"""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What to film."""
+
+    timesteps: int | None = None
+    """T of the run to film; default its lowest."""
+    spikes: bool = False
+    """Draw a live spike raster beside the picture."""
+    episodes: int = 1
+    """Number of episodes."""
+    seed: int = REPORT_SEED
+    """Seed of the first episode; episode k uses seed + k."""
+    output: Path | None = None
+    """The mp4; default RUN/videos/T1.mp4 and so on."""
+
+
+def run(args: list[str]) -> dict[str, Any]:
+    """Film and say where the video is."""
+    name, rest = first_argument(args, "run", "a run or checkpoint folder")
+    options = parse(Options, "render RUN", rest, DESCRIPTION)
+    assert name is not None
+    if options.seed < 0:
+        raise UserError("seed", options.seed, "must not be negative")
+    agent = load_agent(name, options.timesteps, device="cpu")
+    stem = agent.checkpoint.name + ("-spikes" if options.spikes else "")
+    folder = agent.run.videos if agent.run else Path("videos")
+    path = options.output or folder / f"{stem}.mp4"
+    try:
+        made = film(
+            agent.model, agent.environment, path, episodes=options.episodes, seed=options.seed, spikes=options.spikes
+        )
+    except PermissionError as error:
+        raise UserError("output", str(path), f"cannot be written ({error.strerror}); choose another --output") from None
+    print(f"video: {made.path} ({made.frames} frames, returns {', '.join(f'{r:g}' for r in made.returns)})")
+    return {
+        "video": str(made.path),
+        "environment": agent.environment,
+        "timesteps": agent.model.policy.timesteps if agent.model.policy.q_net.network.spiking else None,
+        "returns": made.returns,
+        "frames": made.frames,
+    }

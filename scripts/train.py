@@ -1,0 +1,189 @@
+"""spiking-rl train: everything from an empty folder to a one-timestep agent on video."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiking_rl.agents.config import (
+    DQNConfig,
+    MainSettings,
+    PQNConfig,
+    TrainConfig,
+    load_config,
+    load_recipe,
+)
+from spiking_rl.agents.filming import film
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.report import evaluate_run, format_table
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.agents.training import Interrupted, TrainingSession, resume_run, start_run
+from spiking_rl.errors import UserError
+from spiking_rl.scripts.main import Stopped
+from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.plot import draw_run
+
+DESCRIPTION = """Train a spiking Q-network, prune it to one timestep, score it, film it.
+
+ENV is a recipe (see `spiking-rl list`), a Gymnasium id, or module:EnvId for your own environment.
+Example: spiking-rl train cartpole --seed 1 --run runs/first
+
+`spiking-rl train ENV --help-all` shows every setting of the algorithm."""
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """Where and how to run; nothing here changes what is learned."""
+
+    run: Path | None = None
+    """Run folder; default runs/NAME-seedN."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+    hours: float | None = None
+    """Save and stop after so many hours."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass(kw_only=True)
+class MainOptions(MainSettings, RunOptions):
+    """What ``--help`` shows; ``--help-all`` shows every setting."""
+
+
+@dataclass(kw_only=True)
+class PQNOptions(PQNConfig, RunOptions):
+    """Options of ``train --algo pqn``."""
+
+
+@dataclass(kw_only=True)
+class DQNOptions(DQNConfig, RunOptions):
+    """Options of ``train --algo dqn``."""
+
+
+OPTIONS: dict[str, type[PQNOptions] | type[DQNOptions]] = {"pqn": PQNOptions, "dqn": DQNOptions}
+
+
+def run(args: list[str]) -> dict[str, Any]:
+    """Train, then score every T, draw the curves and film the last one."""
+    name, rest = first_argument(args, "env", "a recipe or an environment id")
+    algo = _option(rest, "--algo")
+    rest = _without(rest, "--algo")
+    short, recipe = load_recipe(name or "cartpole", algo)
+    kind = OPTIONS[recipe.algo]
+    usage = f"train {name or 'ENV'} [--algo pqn|dqn]"
+    if "--help" in rest or "-h" in rest:
+        shown = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(MainSettings)}
+        parse(MainOptions, usage, ["--help"], DESCRIPTION, MainOptions(**shown))
+    rest = ["--help" if arg == "--help-all" else arg for arg in rest]
+    default = kind(**dataclasses.asdict(recipe))
+    options = parse(kind, usage, rest, DESCRIPTION, default)
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(type(recipe))}
+    config = type(recipe)(**values)
+    folder = RunFolder(options.run or Path("runs") / _default_name(short, config, recipe))
+    where = {"device": options.device, "hours": options.hours, "progress": True}
+    if options.resume:
+        folder.require()
+        _refuse_changes(folder, config, recipe)
+        with folder.locked():
+            return finish(resume_run(folder, **where), _command(args))
+    session = start_run(config, folder, **where)
+    with folder.locked():
+        return finish(session, _command(args))
+
+
+def _default_name(short: str, config: TrainConfig, recipe: TrainConfig) -> str:
+    parts = [short]
+    if config.algo != load_recipe(short)[1].algo:
+        parts.append(config.algo)
+    if config.neuron != recipe.neuron:
+        parts.append(config.neuron)
+    return "-".join([*parts, f"seed{config.seed}"])
+
+
+def _command(args: list[str]) -> str:
+    return shlex.join(["spiking-rl", "train", *args])
+
+
+def _option(args: list[str], name: str) -> str | None:
+    for i, arg in enumerate(args):
+        if arg == name and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(name + "="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _without(args: list[str], name: str) -> list[str]:
+    kept, skip = [], False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg == name:
+            skip = True
+        elif not arg.startswith(name + "="):
+            kept.append(arg)
+    return kept
+
+
+def _refuse_changes(folder: RunFolder, asked: TrainConfig, recipe: TrainConfig) -> None:
+    """A resumed run keeps its settings: refuse a flag that says otherwise.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    saved = load_config(folder.config)
+    if type(saved) is not type(asked):
+        raise UserError("algo", asked.algo, f"the run in {folder.path} uses {saved.algo}; leave --algo out or match it")
+    for field in dataclasses.fields(asked):
+        value = getattr(asked, field.name)
+        given = value != getattr(recipe, field.name) or field.name == "env"
+        if given and value != getattr(saved, field.name):
+            raise UserError(
+                field.name,
+                value,
+                f"the run in {folder.path} was started with {getattr(saved, field.name)!r}; "
+                "leave the option out to go on with it, or start another run",
+            )
+
+
+def finish(session: TrainingSession, command: str) -> dict[str, Any]:
+    """Run a session to its end, then make the table, the figures and the video."""
+    folder, config = session.folder, session.config
+    print(f"run folder: {folder.path}")
+    try:
+        session.run()
+    except Interrupted as stop:
+        steps = session.model.num_timesteps
+        text = f"stopped after {steps:,} agent steps, everything is saved.\nGo on with: {_go_on(folder, config)}"
+        raise Stopped(text, 130 if stop.reason == "interrupt" else 0) from None
+    results: dict[str, Any] = {"run": str(folder.path), "rows": []}
+    if config.report_episodes:
+        print(f"scoring every T on {config.report_episodes} unseen episodes ...")
+        results |= evaluate_run(folder, config.report_episodes, command)
+        print(f"\n{config.env}, seed {config.seed}, {config.algo}\n{format_table(results['rows'])}\n")
+    for figure in draw_run(folder):
+        print(f"figure: {figure}")
+    if config.video_episodes:
+        _film(folder, config)
+    return results
+
+
+def _film(folder: RunFolder, config: TrainConfig) -> None:
+    agent = load_agent(folder.path, device="cpu")
+    spiking = agent.model.policy.q_net.network.spiking
+    path = folder.videos / f"{agent.checkpoint.name}.mp4"
+    try:
+        made = film(agent.model, agent.environment, path, episodes=config.video_episodes, spikes=spiking)
+    except UserError as error:
+        # Some environments do not draw themselves; the training is no worse for it.
+        print(f"no video: {error}")
+        return
+    print(f"video:  {made.path} (returns {', '.join(f'{r:g}' for r in made.returns)})")
+
+
+def _go_on(folder: RunFolder, config: TrainConfig) -> str:
+    algo = "" if load_recipe(config.env)[1].algo == config.algo else f" --algo {config.algo}"
+    return f"spiking-rl train {config.env}{algo} --run {shlex.quote(str(folder.path))} --resume"

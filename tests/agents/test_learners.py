@@ -1,0 +1,186 @@
+"""Both learners: they learn, keep their target in step, and behave as SB3 algorithms do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from spiking_rl import UserError, load_checkpoint
+from spiking_rl.agents import SpikingDQN, SpikingPQN, evaluate, load_agent
+from spiking_rl.agents.policies import RunningNorm, SpikingMlpPolicy
+from spiking_rl.envs import make_vectorised
+
+
+class Match(gym.Env[np.ndarray, int]):
+    """Eight steps; the reward is 1 where the action equals the sign that is shown."""
+
+    observation_space = spaces.Box(-3, 3, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.left = 8
+        return self._look(), {}
+
+    def _look(self) -> np.ndarray:
+        self.sign = int(self.np_random.integers(2))
+        return np.array([2 * self.sign - 1, self.np_random.normal()], dtype=np.float32).clip(-3, 3)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        reward = float(action == self.sign)
+        self.left -= 1
+        return self._look(), reward, self.left == 0, False, {}
+
+
+gym.register("Match-v0", entry_point=Match)
+
+
+def learner(algo: str, seed: int = 0, timesteps: int = 2, neuron: str = "lif") -> SpikingPQN | SpikingDQN:
+    env = make_vectorised("Match-v0", 4, seed)
+    policy = {"timesteps": timesteps, "network_kwargs": {"hidden": [16, 16], "neuron": neuron}}
+    if algo == "pqn":
+        quick = {"gamma": 0.5, "lam": 0.5, "calibration_steps": 256, "learning_rate": 3e-3}
+        return SpikingPQN("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=policy, **quick)
+    return SpikingDQN(
+        "MlpPolicy",
+        env,
+        seed=seed,
+        device="cpu",
+        policy_kwargs=policy,
+        learning_rate=3e-3,
+        learning_starts=256,
+        train_freq=8,
+        gradient_steps=8,
+        target_update_interval=64,
+        exploration_fraction=0.5,
+        gamma=0.5,
+        n_steps=2,
+        buffer_size=2000,
+    )
+
+
+@pytest.fixture(scope="module", params=["pqn", "dqn"])
+def trained(request: pytest.FixtureRequest) -> SpikingPQN | SpikingDQN:
+    return learner(request.param).learn(3000)
+
+
+def test_it_learns(trained: SpikingPQN | SpikingDQN) -> None:
+    # Chance is 4 of 8, perfect is 8.
+    assert evaluate(trained, "Match-v0", episodes=20).mean_return > 7.5
+    mean, _ = evaluate_policy(trained, make_vectorised("Match-v0", 4, 99), n_eval_episodes=20)
+    assert mean > 7.5
+
+
+def test_predict_takes_one_observation_or_many(trained: SpikingPQN | SpikingDQN) -> None:
+    one, state = trained.predict(np.array([1, 0], dtype=np.float32), deterministic=True)
+    assert one.shape == ()
+    assert int(one) == 1
+    assert state is None
+    many, _ = trained.predict(np.array([[1, 0], [-1, 0], [1, 1]], dtype=np.float32), deterministic=True)
+    assert many.tolist() == [1, 0, 1]
+
+
+def test_exploration_reaches_each_environment_on_its_own(trained: SpikingPQN | SpikingDQN) -> None:
+    if isinstance(trained, SpikingDQN):
+        pytest.skip("SB3's DQN draws one coin for all environments")
+    old, trained.exploration_rate = trained.exploration_rate, 0.5
+    actions, _ = trained.predict(np.tile(np.array([1, 0], dtype=np.float32), (400, 1)))
+    trained.exploration_rate = old
+    assert 0.15 < float(np.mean(actions == 0)) < 0.35  # half of them random, half of those wrong
+
+
+def test_checkpoints_give_the_same_agent_back(trained: SpikingPQN | SpikingDQN, tmp_path: Any) -> None:
+    trained.save_checkpoint(tmp_path / "agent", environment="Match-v0", score=1.0)
+    again = load_agent(tmp_path / "agent").model
+    assert type(again) is type(trained)
+    assert again.gamma == trained.gamma
+    seen = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32).clip(-3, 3)
+    batch = torch.as_tensor(seen)
+    torch.testing.assert_close(again.policy.q_net(batch), trained.policy.q_net(batch), rtol=0, atol=0)
+    assert load_checkpoint(tmp_path / "agent").config["score"] == 1.0
+    with pytest.raises(UserError, match="load_agent"):
+        (SpikingDQN if isinstance(trained, SpikingPQN) else SpikingPQN).load_checkpoint(tmp_path / "agent")
+    with pytest.raises(UserError, match="other spaces"):
+        type(trained).load_checkpoint(tmp_path / "agent", env=make_vectorised("CartPole-v1", 1, 0))
+
+
+def test_a_loaded_agent_goes_on_learning(trained: SpikingPQN | SpikingDQN, tmp_path: Any) -> None:
+    trained.save_checkpoint(tmp_path / "agent", environment="Match-v0")
+    again = type(trained).load_checkpoint(tmp_path / "agent", env=make_vectorised("Match-v0", 4, 5))
+    before = copy.deepcopy(again.policy.q_net.state_dict())
+    again.learn(1024)
+    assert any(not torch.equal(v, before[k]) for k, v in again.policy.q_net.state_dict().items())
+
+
+def test_training_moves_every_threshold_and_leak_within_range(trained: SpikingPQN | SpikingDQN) -> None:
+    for neuron in trained.policy.q_net.network.neurons:
+        assert 0 <= float(neuron.leak.detach()) <= 1
+        assert float(neuron.threshold.detach()) > 0
+    assert trained.policy.q_net.network.neurons[0].leak.grad is not None
+
+
+def test_a_stage_lowers_t_with_a_fresh_optimiser_and_a_target_in_step() -> None:
+    model = learner("dqn").learn(1024)
+    assert model.policy.optimizer.state_dict()["state"]
+    model.begin_stage(1)
+    assert not model.policy.optimizer.state_dict()["state"]
+    assert model.policy.q_net.network.timesteps == model.policy.q_net_target.network.timesteps == 1
+    assert model.policy_kwargs["timesteps"] == 1
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.size() > 0
+    online, target = model.policy.q_net.state_dict(), model.policy.q_net_target.state_dict()
+    assert all(torch.equal(v, target[k]) for k, v in online.items())
+    model.learn(512, reset_num_timesteps=False)
+    assert model.exploration_rate == pytest.approx(0.05)  # no second exploration ramp
+
+
+def test_the_target_follows_thresholds_leaks_and_scaling() -> None:
+    model = learner("dqn")
+    model.learn(1024)
+    model.policy.q_net.network.neurons[0].threshold.data.fill_(0.77)
+    model.policy.q_net.network.neurons[1].leak.data.fill_(0.33)
+    model.policy.q_net.norm.running_mean.fill_(1.5)
+    for _ in range(64):
+        model._on_step()
+    target = model.policy.q_net_target
+    assert target.network.neurons[0].threshold.item() == pytest.approx(0.77)
+    assert target.network.neurons[1].leak.item() == pytest.approx(0.33)
+    assert target.norm.running_mean.tolist() == [1.5, 1.5]
+
+
+def test_the_relu_control_learns_in_the_same_loop() -> None:
+    model = learner("pqn", neuron="relu").learn(3000)
+    result = evaluate(model, "Match-v0", episodes=20)
+    assert result.mean_return > 7.5
+    assert result.timesteps is None
+    assert result.spike_rate is None
+    assert result.energy_ratio == 1
+
+
+def test_running_norm_equals_the_statistics_of_all_it_saw() -> None:
+    norm = RunningNorm((3,))
+    data = torch.randn(100, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, 7.0, -2.0])
+    for part in data.split([1, 9, 40, 50]):
+        norm.update(part)
+    torch.testing.assert_close(norm.running_mean, data.mean(0))
+    torch.testing.assert_close(norm.running_var, data.var(0, unbiased=False))
+    scaled = norm(data)
+    torch.testing.assert_close(scaled.std(0, unbiased=False), torch.ones(3), rtol=1e-3, atol=1e-3)
+    assert float(norm(torch.full((1, 3), 1e6)).max()) == 10
+
+
+@pytest.mark.parametrize(
+    ("env", "field"),
+    [("Pendulum-v1", "action_space"), ("Blackjack-v1", "observation_space")],
+)
+def test_spaces_that_cannot_work_are_named(env: str, field: str) -> None:
+    made = gym.make(env)
+    with pytest.raises(UserError, match=field):
+        SpikingMlpPolicy(made.observation_space, made.action_space, lambda _: 1e-3)  # type: ignore[arg-type]

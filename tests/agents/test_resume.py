@@ -1,0 +1,130 @@
+"""A run that dies and is resumed ends as one that did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import COMMAND, SMALL, as_flags, environment
+
+from spiking_rl import UserError, load_checkpoint
+from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.agents.training import Interrupted, TrainingSession, replace_settings, resume_run, start_run
+
+DQN = {"learning_starts": 512, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
+
+
+def session_in(path: Path, algo: str, **changes: object) -> TrainingSession:
+    settings = {**SMALL, "agent_steps": 2048, **(DQN if algo == "dqn" else {}), **changes}
+    return start_run(replace_settings(load_recipe("cartpole", algo)[1], settings), RunFolder(path), device="cpu")
+
+
+def final_tensors(path: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("T3", "T3-end", "T2", "T2-end"):
+        tensors = load_checkpoint(path / "checkpoints" / name).tensors
+        found |= {f"{name}/{k}": v for k, v in tensors.items()}
+    return found
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    first, second = final_tensors(a), final_tensors(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"{name} differs"
+    assert (a / "progress.csv").read_text() == (b / "progress.csv").read_text()
+
+
+@pytest.fixture(scope="module", params=["pqn", "dqn"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    path = tmp_path_factory.mktemp("whole") / request.param
+    session_in(path, request.param).run()
+    return request.param, path
+
+
+@pytest.mark.parametrize("stop_at", [600, 1300, 2100])
+def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_path: Path, stop_at: int) -> None:
+    algo, whole = uninterrupted
+    session = session_in(tmp_path / "run", algo)
+    between = session.between_rollouts
+
+    def stop() -> None:
+        session.stop_requested = session.model.num_timesteps >= stop_at
+        between()
+
+    session.between_rollouts = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        session.run()
+    # Other random numbers drawn meanwhile must not matter: everything comes from the files.
+    torch.manual_seed(stop_at)
+    np.random.seed(stop_at)
+    resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
+    assert_same_end(whole, tmp_path / "run")
+
+
+def test_a_run_killed_without_warning_resumes_bit_for_bit(
+    uninterrupted: tuple[str, Path], tmp_path: Path
+) -> None:
+    algo, whole = uninterrupted
+    path = tmp_path / "run"
+    settings = {**SMALL, "agent_steps": 2048, **(DQN if algo == "dqn" else {})}
+    command = [*COMMAND, "train", "cartpole", "--algo", algo, *as_flags(settings), "--device", "cpu", "--run", str(path)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (path / "resume" / "state.json").is_file():
+        assert process.poll() is None, "the run ended before it saved anything"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([*command, "--resume"], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_end(whole, path)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    settings = {**SMALL, "agent_steps": 1_000_000, "save_every": 1_000_000}
+    command = [*COMMAND, "train", "cartpole", *as_flags(settings), "--run", str(path)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (path / "progress.csv").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--run {path} --resume" in errors
+    assert "Traceback" not in errors
+    state = json.loads((path / "resume" / "state.json").read_text())
+    assert state["counters"]["num_timesteps"] >= 1024
+
+
+def test_hours_stop_the_run_with_everything_saved(tmp_path: Path) -> None:
+    session = session_in(tmp_path / "run", "pqn")
+    session.deadline = time.monotonic()  # the hours are over at once
+    with pytest.raises(Interrupted, match="time"):
+        session.run()
+    resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
+    assert (tmp_path / "run" / "checkpoints" / "T2").is_dir()
+
+
+@pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", "last_obs.npy", "replay/rewards.npy"])
+def test_a_damaged_state_is_refused_by_name(tmp_path: Path, file: str) -> None:
+    session = session_in(tmp_path / "run", "dqn")
+    session.deadline = time.monotonic()
+    with pytest.raises(Interrupted):
+        session.run()
+    target = tmp_path / "run" / "resume" / file
+    target.write_bytes(target.read_bytes()[:-7])
+    with pytest.raises(UserError, match=os.path.basename(file)):
+        resume_run(RunFolder(tmp_path / "run"), device="cpu")

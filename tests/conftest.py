@@ -1,0 +1,84 @@
+"""What several tests need: one small trained run, the real command line, one torch thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.agents.training import replace_settings, start_run
+
+torch.set_num_threads(1)  # small networks; the suite may share two cores
+
+SMALL = {
+    "timesteps": 3,
+    "prune_to": 2,
+    "agent_steps": 4096,
+    "prune_steps": 1024,
+    "num_envs": 4,
+    "hidden": (16, 16),
+    "eval_every": 1024,
+    "eval_episodes": 2,
+    "save_every": 512,
+    "report_episodes": 2,
+    "video_episodes": 0,
+}
+"""Settings of a run that takes seconds."""
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def as_flags(settings: dict[str, object]) -> list[str]:
+    """Return settings as command-line options."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, tuple) else (value,)
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a subprocess: no display, one thread."""
+    return os.environ | {"SDL_VIDEODRIVER": "dummy", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+COMMAND = [sys.executable, "-m", "spiking_rl.scripts"]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run the real command line in a process of its own."""
+
+    def call(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [*COMMAND, *map(str, args)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=240, env=environment(), check=False, **options
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train one small run; tests only read it."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "small")
+    config = replace_settings(load_recipe("cartpole")[1], SMALL)
+    session = start_run(config, folder, device="cpu")
+    with folder.locked():
+        session.run()
+    return folder.path
+
+
+def last_json(text: str) -> dict[str, object]:
+    """Return the JSON object that a command printed."""
+    loaded = json.loads(text)
+    assert isinstance(loaded, dict)
+    return loaded

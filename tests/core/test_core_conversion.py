@@ -1,0 +1,89 @@
+"""Thresholds calibrated on data give the firing rate asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spiking_rl import LayeredNetwork, SpikeCounter, UserError, build_network, calibrate_thresholds
+
+
+def network_of(timesteps: int, **options: object) -> LayeredNetwork:
+    torch.manual_seed(0)
+    return build_network("mlp", (4,), 2, timesteps=timesteps, **({"hidden": (64, 48)} | options))
+
+
+def thresholds(network: LayeredNetwork) -> list[torch.Tensor]:
+    return [n.threshold.detach().clone() for n in network.neurons]
+
+
+@pytest.mark.parametrize("timesteps", [1, 5])
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.35])
+@pytest.mark.parametrize("options", [{}, {"leak": 0.5}, {"per_channel": True}], ids=["scalar", "leaky", "per_channel"])
+def test_every_layer_reaches_the_rate(timesteps: int, rate: float, options: dict[str, object]) -> None:
+    network = network_of(timesteps, **options)
+    inputs = torch.randn(500, 4)
+    reached = calibrate_thresholds(network, inputs, rate)
+    assert reached == pytest.approx([rate, rate], abs=0.01)
+    # Counted again by running the network as an agent would.
+    counter = SpikeCounter()
+    network(inputs.unsqueeze(0), observer=counter)
+    assert list(counter.rates.values()) == pytest.approx(reached, abs=1e-3)
+    assert network.neurons[0].threshold.requires_grad
+    assert all(len(t.unique()) == 1 for t in thresholds(network))
+
+
+def test_calibration_is_repeatable_and_changes_thresholds_alone() -> None:
+    network = network_of(3)
+    inputs = torch.randn(200, 4)
+    before = {k: v.clone() for k, v in network.state_dict().items() if "threshold" not in k}
+    calibrate_thresholds(network, inputs, 0.2)
+    first = thresholds(network)
+    calibrate_thresholds(network, inputs, 0.2)
+    torch.testing.assert_close(thresholds(network), first)
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in before.items())
+
+
+def test_forward_never_calibrates() -> None:
+    network = network_of(2)
+    before = thresholds(network)
+    network(torch.randn(3, 200, 4) * 50)
+    network(torch.randn(3, 200, 4) * 50, network.initial_state(200))
+    assert all(torch.equal(a, b) for a, b in zip(before, thresholds(network), strict=True))
+
+
+def test_a_layer_that_cannot_fire_says_so() -> None:
+    network = network_of(2)
+    with torch.no_grad():
+        network.maps[0].bias.fill_(-100)
+    reached = calibrate_thresholds(network, torch.randn(100, 4), 0.2)
+    assert reached[0] == 0.0
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, float("nan")])
+def test_an_impossible_rate_is_refused(rate: float) -> None:
+    network = network_of(2)
+    before = thresholds(network)
+    with pytest.raises(UserError, match="between 0 and 1") as caught:
+        calibrate_thresholds(network, torch.randn(10, 4), rate)
+    assert caught.value.field == "rate"
+    assert thresholds(network) == before
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.zeros(0, 4), "at least 2"),
+        (torch.zeros(1, 4), "at least 2"),
+        (torch.tensor([[0.0, 1, 2, 3], [0, 1, float("nan"), 3]]), "finite"),
+        (torch.tensor([[0.0, 1, 2, 3], [0, 1, float("inf"), 3]]), "finite"),
+    ],
+    ids=["none", "one", "nan", "infinity"],
+)
+def test_useless_inputs_are_refused(inputs: torch.Tensor, words: str) -> None:
+    network = network_of(2)
+    before = thresholds(network)
+    with pytest.raises(UserError, match=words) as caught:
+        calibrate_thresholds(network, inputs)
+    assert caught.value.field == "inputs"
+    assert thresholds(network) == before

@@ -1,0 +1,166 @@
+"""Temporal pruning as a state machine: what it decides, and that it can be put down and taken up."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spiking_rl import Done, Next, Stay, TemporalPruning, UserError
+from spiking_rl.pruning import check_pruning
+
+NAN = float("nan")
+SCORES = st.lists(
+    st.one_of(st.integers(-3, 3).map(float), st.just(NAN), st.floats(allow_infinity=False)), min_size=1, max_size=40
+)
+
+
+def test_a_full_walk_from_five_to_one() -> None:
+    pruning = TemporalPruning(5, 1, first_budget=100, stage_budget=10)
+    assert (pruning.timesteps, pruning.budget, pruning.checkpoint) == (5, 100, "T5")
+    assert pruning.report(3.0, 10) == Stay(True)
+    assert pruning.report(2.0, 99.9) == Stay(False)
+    assert pruning.report(4.0, 100) == Next(4, "T5", improved=True)
+    assert (pruning.timesteps, pruning.budget, pruning.checkpoint) == (4, 10, "T4")
+    # Every stage is judged by its own scores: 1 is the first and best of T=4.
+    assert pruning.report(1.0, 5) == Stay(True)
+    assert pruning.report(0.5, 10) == Next(3, "T4", improved=False)
+    assert pruning.report(0.5, 11) == Next(2, "T3", improved=True)
+    assert pruning.report(-7.0, 10) == Next(1, "T2", improved=True)
+    assert pruning.report(-8.0, 1) == Stay(True)
+    assert not pruning.finished
+    assert pruning.report(9.0, 10) == Done(True)
+    assert pruning.finished
+    assert [(s.timesteps, s.best, s.last, s.reports) for s in pruning.stages] == [
+        (5, 4.0, 4.0, 3),
+        (4, 1.0, 0.5, 2),
+        (3, 0.5, 0.5, 1),
+        (2, -7.0, -7.0, 1),
+        (1, 9.0, 9.0, 2),
+    ]
+    with pytest.raises(RuntimeError, match="finished"):
+        pruning.report(1.0, 1)
+
+
+def test_start_equal_to_stop_is_one_stage() -> None:
+    pruning = TemporalPruning(2, 2, 10, 10)
+    assert pruning.report(1.0, 9) == Stay(True)
+    assert pruning.report(0.0, 10) == Done(False)
+
+
+def test_the_later_of_two_equal_scores_wins() -> None:
+    pruning = TemporalPruning(2, 1, 10, 10)
+    assert [pruning.report(s, 1).improved for s in (500.0, 500.0, 499.9, 500.0)] == [True, True, False, True]
+
+
+def test_nan_never_improves() -> None:
+    pruning = TemporalPruning(2, 1, 10, 10)
+    assert [pruning.report(s, 1).improved for s in (NAN, -1e9, NAN, -1e9)] == [False, True, False, True]
+    assert pruning.stages[0].best == -1e9
+    assert pruning.report(NAN, 10) == Next(1, "T2", improved=False)
+
+
+def test_a_stage_without_a_usable_score_cannot_end() -> None:
+    pruning = TemporalPruning(2, 1, 10, 10)
+    pruning.report(NAN, 5)
+    with pytest.raises(RuntimeError, match=r"T=2.*NaN"):
+        pruning.report(NAN, 10)
+    assert pruning.timesteps == 2
+
+
+@given(scores=SCORES, start=st.integers(1, 5), data=st.data())
+def test_saved_at_any_point_it_decides_the_same(scores: list[float], start: int, data: st.DataObject) -> None:
+    stop = data.draw(st.integers(1, start))
+    kept = TemporalPruning(start, stop, first_budget=3, stage_budget=2)
+    spent = 0
+    for score in scores:
+        spent += 1
+        resumed = TemporalPruning.from_state_dict(json.loads(json.dumps(kept.state_dict())))
+        assert (resumed.timesteps, resumed.budget, resumed.checkpoint) == (kept.timesteps, kept.budget, kept.checkpoint)
+        decision, error = answer(kept, score, spent)
+        assert answer(resumed, score, spent) == (decision, error)
+        assert json.dumps(resumed.state_dict()) == json.dumps(kept.state_dict())
+        if isinstance(decision, Next):
+            spent = 0
+        if isinstance(decision, Done) or error:
+            break
+
+
+def answer(pruning: TemporalPruning, score: float, spent: float) -> tuple[Any, str | None]:
+    try:
+        return pruning.report(score, spent), None
+    except RuntimeError as error:
+        return None, str(error)
+
+
+@given(scores=SCORES, reports_per_stage=st.integers(1, 4))
+def test_improved_means_no_earlier_score_of_the_stage_was_higher(scores: list[float], reports_per_stage: int) -> None:
+    pruning = TemporalPruning(4, 1, reports_per_stage, reports_per_stage)
+    stage: list[float] = []
+    for score in scores:
+        usable = [s for s in stage if not math.isnan(s)]
+        before = pruning.timesteps
+        decision, error = answer(pruning, score, len(stage) + 1)
+        stage.append(score)
+        if error:
+            assert all(math.isnan(s) for s in stage)
+            return
+        assert decision.improved == (not math.isnan(score) and all(score >= s for s in usable))
+        assert isinstance(decision, Stay) == (len(stage) < reports_per_stage)
+        if isinstance(decision, Next):
+            assert (decision.timesteps, decision.checkpoint) == (before - 1, f"T{before}")
+            stage = []
+        if isinstance(decision, Done):
+            assert before == 1
+            return
+
+
+def test_a_finished_run_is_extended_downwards() -> None:
+    pruning = TemporalPruning(4, 3, 10, 5)
+    with pytest.raises(RuntimeError, match="under way"):
+        pruning.extend(1)
+    pruning.report(1.0, 10)
+    assert pruning.report(2.0, 5) == Done(True)
+    for stop in (3, 4):
+        with pytest.raises(UserError, match="T=3"):
+            pruning.extend(stop)
+    assert pruning.finished, "a refused extension changes nothing"
+    assert pruning.extend(1) == Next(2, "T3", improved=False)
+    pruning = TemporalPruning.from_state_dict(json.loads(json.dumps(pruning.state_dict())))
+    assert (pruning.timesteps, pruning.budget, pruning.stop) == (2, 5, 1)
+    assert pruning.report(0.0, 5) == Next(1, "T2", improved=True)
+    assert pruning.report(0.0, 5) == Done(True)
+    with pytest.raises(UserError):
+        pruning.extend(0)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "field"),
+    [(0, 1, "timesteps"), (-2, 1, "timesteps"), (True, 1, "timesteps"), (2.0, 1, "timesteps"), ("5", 1, "timesteps")]
+    + [(5, 0, "prune_to"), (5, -1, "prune_to"), (5, True, "prune_to"), (5, 1.0, "prune_to"), (5, None, "prune_to")]
+    + [(2, 3, "prune_to")],
+)  # fmt: skip
+def test_impossible_ranges_are_refused(start: Any, stop: Any, field: str) -> None:
+    for refuse in (lambda: check_pruning(start, stop), lambda: TemporalPruning(start, stop, 10, 10)):
+        with pytest.raises(UserError) as caught:
+            refuse()
+        assert caught.value.field == field
+        assert repr(start if field == "timesteps" else stop) in str(caught.value)
+
+
+def test_a_possible_range_is_accepted() -> None:
+    for start, stop in ((1, 1), (5, 1), (5, 5)):
+        check_pruning(start, stop)
+
+
+@pytest.mark.parametrize("field", ["first_budget", "stage_budget"])
+@pytest.mark.parametrize("budget", [0, -1, NAN])
+def test_budgets_must_be_positive(field: str, budget: float) -> None:
+    budgets = {"first_budget": 10.0, "stage_budget": 10.0, field: budget}
+    with pytest.raises(UserError, match="must be positive") as caught:
+        TemporalPruning(5, 1, **budgets)
+    assert caught.value.field == field
