@@ -52,7 +52,9 @@ def load_agent(path: Path | str, timesteps: int | None = None, device: str = "au
         raise UserError("run", str(path), "is neither a run nor a checkpoint; name the folder that train printed")
     config = load_checkpoint(path).config
     if run is None and timesteps is not None and timesteps != config.get("timesteps"):
-        raise UserError("timesteps", timesteps, f"{path} was trained with T={config.get('timesteps')}; name the run instead")
+        raise UserError(
+            "timesteps", timesteps, f"{path} was trained with T={config.get('timesteps')}; name the run instead"
+        )
     algorithm = ALGORITHMS.get(str(config.get("algo")))
     environment = config.get("environment")
     if algorithm is None or not isinstance(environment, str):

@@ -88,9 +88,7 @@ class SpikingQNetwork(BasePolicy):
         )
         shape: tuple[int, ...] = (self.features_extractor.features_dim,)
         self.norm = RunningNorm(shape)
-        self.network = build_network(
-            network, shape, int(action_space.n), timesteps=timesteps, **(network_kwargs or {})
-        )
+        self.network = build_network(network, shape, int(action_space.n), timesteps=timesteps, **(network_kwargs or {}))
 
     def features(self, observations: PyTorchObs) -> Tensor:
         """Return the network's input ``(B, *input_shape)`` for raw observations ``(B, *obs)``."""

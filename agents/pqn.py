@@ -243,9 +243,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             )
         return values
 
-    def train(
-        self, observations: NDArray[Any], actions: NDArray[np.int64], targets: NDArray[np.float32]
-    ) -> None:
+    def train(self, observations: NDArray[Any], actions: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
         """Regress Q(s, a) on the targets of one rollout, ``(L, N)`` each."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)

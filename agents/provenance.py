@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _PACKAGES = ("spiking-rl", "torch", "stable-baselines3", "gymnasium", "numpy")
 
@@ -37,10 +41,6 @@ def commit() -> str | None:
 
 def machine() -> str:
     """Describe processor count and architecture, and the GPU where there is one."""
-    import os
-
-    import torch
-
     parts = [f"{os.cpu_count()} CPU cores", platform.machine(), platform.system()]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
@@ -55,6 +55,16 @@ def provenance() -> dict[str, Any]:
         "date": today(),
         "machine": machine(),
     }
+
+
+def peak_rss_mb() -> float | None:
+    """Return the largest resident set of this process so far, in MB; None where POSIX is missing."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def today() -> str:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spiking_rl.agents.config import load_config
 from spiking_rl.agents.evaluation import evaluate
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.agents.runs import RunFolder, checkpoint_name
-from spiking_rl.agents.config import load_config
 
 
-def evaluate_run(run: RunFolder, episodes: int, command: str) -> dict[str, Any]:
+def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> dict[str, Any]:
     """Evaluate every kept checkpoint of a run and write ``results.json``.
 
     Args:
         run: a run with at least one checkpoint.
         episodes: per checkpoint, on the report seeds.
         command: what made the run, kept with the results.
+        facts: further facts kept with them, such as the time that training took.
 
     Returns:
-        ``{"command", "commit", "date", "machine", "rows"}``, one row per T, highest first, with the
+        ``{"command", "commit", "date", "machine", ..., "rows"}``, one row per T, highest first, with the
         fields of :class:`spiking_rl.agents.Evaluation` and ``algo, seed, agent_steps, end_return``.
     """
     config = load_config(run.config)
@@ -38,7 +39,8 @@ def evaluate_run(run: RunFolder, episodes: int, command: str) -> dict[str, Any]:
                 last.model, last.environment, episodes=episodes, measure_latency=False
             ).mean_return
         rows.append(row)
-    results = {"command": command, "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
+    results = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
+    results |= {**facts, "rows": rows}
     run.write_results(results)
     return results
 

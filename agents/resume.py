@@ -1,8 +1,8 @@
 """The whole state of a training run as files: resume continues bit for bit, unpickling nothing.
 
-    state.json            counters, schedules, random generators, environments, hashes of the rest
-    tensors.safetensors   networks and optimiser
-    replay/*.npy          replay buffer, where there is one
+state.json            counters, schedules, random generators, environments, hashes of the rest
+tensors.safetensors   networks and optimiser
+replay/*.npy          replay buffer, where there is one
 """
 
 from __future__ import annotations

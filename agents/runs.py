@@ -1,7 +1,7 @@
 """The run folder: where everything about one training run is kept.
 
-    config.yaml  progress.csv  tensorboard/  checkpoints/T5/ ... T1/  resume/  results.json
-    figures/  videos/
+config.yaml  progress.csv  tensorboard/  checkpoints/T5/ ... T1/  resume/  results.json
+figures/  videos/
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ class RunFolder:
             with self.progress.open(newline="") as file:
                 raw = list(csv.DictReader(file))
             whole = ("agent_steps", "timesteps")
-            return [
-                {k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in raw
-            ]
+            return [{k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in raw]
         except (OSError, ValueError, TypeError) as error:
-            raise UserError("run", str(self.progress), f"cannot be read ({error}); has the run been evaluated?") from None
+            raise UserError(
+                "run", str(self.progress), f"cannot be read ({error}); has the run been evaluated?"
+            ) from None
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Replace results.json."""

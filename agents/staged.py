@@ -134,7 +134,9 @@ class StagedAlgorithm(BaseAlgorithm):
         """
         tensors, config = load_checkpoint(folder)
         if config.get("algo") != cls.algo:
-            raise UserError("checkpoint", str(folder), f"holds algo {config.get('algo')!r}, not {cls.algo!r}; use load_agent")
+            raise UserError(
+                "checkpoint", str(folder), f"holds algo {config.get('algo')!r}, not {cls.algo!r}; use load_agent"
+            )
         try:
             observation_space = space_from_json(config["observation_space"])
             action_space = space_from_json(config["action_space"])
@@ -146,7 +148,9 @@ class StagedAlgorithm(BaseAlgorithm):
                 **{k: v for k, v in config["hyperparameters"].items() if k in cls.hyperparameters},
             )
             if env is not None and (observation_space, action_space) != (model.observation_space, model.action_space):
-                raise UserError("env", str(env), f"has other spaces than the agent: {observation_space}, {action_space}")
+                raise UserError(
+                    "env", str(env), f"has other spaces than the agent: {observation_space}, {action_space}"
+                )
             model.observation_space, model.action_space = observation_space, action_space
             if env is None:
                 model.n_envs = 1

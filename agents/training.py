@@ -110,7 +110,9 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         assert isinstance(config, DQNConfig)
         names = ("buffer_size", "learning_starts", "batch_size", "gradient_steps", "target_update_interval")
         freq = max(1, config.train_freq // config.num_envs)
-        model = SpikingDQN(**common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names})
+        model = SpikingDQN(
+            **common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names}
+        )
     model.prune_lr_factor = config.prune_lr_factor
     return model
 
@@ -160,6 +162,8 @@ class TrainingSession:
         self.next_eval = config.eval_every
         self.next_save = config.save_every
         self.warned: list[str] = []
+        self.seconds = 0.0
+        self._started = time.monotonic()
 
     # -- where the state lives -------------------------------------------------------------------
 
@@ -170,6 +174,7 @@ class TrainingSession:
             "rows": self.rows,
             "next_eval": self.next_eval,
             "next_save": self.next_save,
+            "seconds": self.seconds + time.monotonic() - self._started,
         }
         save_training_state(self.folder.resume, self.model, extra)
 
@@ -182,6 +187,7 @@ class TrainingSession:
             self.pruning = TemporalPruning.from_state_dict(extra["pruning"])
             self.rows = list(extra["rows"])
             self.next_eval, self.next_save = int(extra["next_eval"]), int(extra["next_save"])
+            self.seconds = float(extra["seconds"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError("resume", str(self.folder.resume), f"is incomplete ({error!r})") from None
 
@@ -198,6 +204,7 @@ class TrainingSession:
             OSError: the disk is full or gone; what was saved stays.
         """
         torch.set_num_threads(self.config.threads)
+        self._started = time.monotonic()
         board = ResumableTensorBoard(str(self.folder.tensorboard), self.model.num_timesteps)
         self.model.set_logger(Logger(None, [board]))
         self.progress = Progress(self._total_steps(), self.model.num_timesteps, self.shown)
@@ -208,6 +215,8 @@ class TrainingSession:
         finally:
             self.progress.close()
             board.close()
+            self.seconds += time.monotonic() - self._started
+            self._started = time.monotonic()
 
     def _total_steps(self) -> int:
         later = self.pruning.start - self.pruning.stop
@@ -257,9 +266,7 @@ class TrainingSession:
     def _evaluate(self) -> Any:
         """Score the current weights on the selection seeds, keep them if best, write progress."""
         model, config = self.model, self.config
-        result = evaluate(
-            model, config.env, episodes=config.eval_episodes, seed=SELECTION_SEED, measure_latency=False
-        )
+        result = evaluate(model, config.env, episodes=config.eval_episodes, seed=SELECTION_SEED, measure_latency=False)
         name = self._checkpoint_name()
         decision = self.pruning.report(result.mean_return, model.num_timesteps - model.stage_start)
         returns = [e["r"] for e in model.ep_info_buffer or []]

@@ -80,9 +80,7 @@ class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._generator: dict[str, Any] | None = None
         self._actions: list[Any] = []
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, remembering how."""
         self._seed = seed
         self._generator = None if seed is not None else self.unwrapped.np_random.bit_generator.state  # type: ignore[assignment]

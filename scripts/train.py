@@ -18,6 +18,7 @@ from spiking_rl.agents.config import (
 )
 from spiking_rl.agents.filming import film
 from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.provenance import peak_rss_mb
 from spiking_rl.agents.report import evaluate_run, format_table
 from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.training import Interrupted, TrainingSession, resume_run, start_run
@@ -162,7 +163,8 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     results: dict[str, Any] = {"run": str(folder.path), "rows": []}
     if config.report_episodes:
         print(f"scoring every T on {config.report_episodes} unseen episodes ...")
-        results |= evaluate_run(folder, config.report_episodes, command)
+        cost = {"train_seconds": round(session.seconds, 1), "peak_rss_mb": peak_rss_mb()}
+        results |= evaluate_run(folder, config.report_episodes, command, **cost)
         print(f"\n{config.env}, seed {config.seed}, {config.algo}\n{format_table(results['rows'])}\n")
     for figure in draw_run(folder):
         print(f"figure: {figure}")

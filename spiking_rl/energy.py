@@ -36,9 +36,7 @@ def macs_per_layer(network: LayeredNetwork) -> list[int]:
     x = torch.zeros(1, *network.input_shape, device=next(network.parameters()).device)
     for layer in [*network.maps, network.readout]:
         counts.append(0)
-        handles = [
-            m.register_forward_hook(hook) for m in layer.modules() if isinstance(m, (nn.Linear, nn.Conv2d))
-        ]
+        handles = [m.register_forward_hook(hook) for m in layer.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         x = layer(x)
         for handle in handles:
             handle.remove()

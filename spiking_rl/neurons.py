@@ -46,9 +46,7 @@ class LIFScan(NamedTuple):
 
 def _check(current: Tensor, state: LIFState | None, starts: Tensor | None) -> None:
     if current.dim() < 2 or current.shape[0] < 1:
-        raise ValueError(
-            f"current has shape {tuple(current.shape)}; lif_scan takes (S, B, *N) with S >= 1 timesteps"
-        )
+        raise ValueError(f"current has shape {tuple(current.shape)}; lif_scan takes (S, B, *N) with S >= 1 timesteps")
     if state is not None and state.membrane.shape != current.shape[1:]:
         raise ValueError(
             f"state.membrane has shape {tuple(state.membrane.shape)}, but current of shape "

@@ -85,9 +85,7 @@ def check_pruning(start: int, stop: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(field, value, "must be a whole number of at least 1")
     if stop > start:
-        raise UserError(
-            "prune_to", stop, f"is above timesteps = {start}; pruning only lowers T, choose 1 to {start}"
-        )
+        raise UserError("prune_to", stop, f"is above timesteps = {start}; pruning only lowers T, choose 1 to {start}")
 
 
 class TemporalPruning:

@@ -70,13 +70,22 @@ def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_
     assert_same_end(whole, tmp_path / "run")
 
 
-def test_a_run_killed_without_warning_resumes_bit_for_bit(
-    uninterrupted: tuple[str, Path], tmp_path: Path
-) -> None:
+def test_a_run_killed_without_warning_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
     algo, whole = uninterrupted
     path = tmp_path / "run"
     settings = {**SMALL, "agent_steps": 2048, **(DQN if algo == "dqn" else {})}
-    command = [*COMMAND, "train", "cartpole", "--algo", algo, *as_flags(settings), "--device", "cpu", "--run", str(path)]
+    command = [
+        *COMMAND,
+        "train",
+        "cartpole",
+        "--algo",
+        algo,
+        *as_flags(settings),
+        "--device",
+        "cpu",
+        "--run",
+        str(path),
+    ]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (path / "resume" / "state.json").is_file():

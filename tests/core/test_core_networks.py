@@ -249,7 +249,9 @@ def test_the_relu_control_is_the_plain_network(name: str) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("option", [{"neuron": "izhikevich"}, {"no_such_option": 1}, {"threshold": -1.0}, {"leak": 2.0}])
+@pytest.mark.parametrize(
+    "option", [{"neuron": "izhikevich"}, {"no_such_option": 1}, {"threshold": -1.0}, {"leak": 2.0}]
+)
 def test_a_bad_option_is_an_error_for_the_user(name: str, option: dict[str, Any]) -> None:
     ((field, value),) = option.items()
     with pytest.raises(UserError) as caught:

@@ -63,9 +63,7 @@ def test_maps_and_neurons_must_pair_up() -> None:
 @pytest.mark.parametrize("neurons", [(LIF, nn.ReLU), (nn.ReLU, LIF)])
 def test_kinds_of_neurons_do_not_mix(neurons: tuple[type[nn.Module], ...]) -> None:
     with pytest.raises(ValueError, match="mixes"):
-        LayeredNetwork(
-            [nn.Linear(4, 4), nn.Linear(4, 4)], [n() for n in neurons], nn.Linear(4, 2), input_shape=(4,)
-        )
+        LayeredNetwork([nn.Linear(4, 4), nn.Linear(4, 4)], [n() for n in neurons], nn.Linear(4, 2), input_shape=(4,))
 
 
 def test_a_convolutional_network_runs_stateless_and_stateful() -> None:

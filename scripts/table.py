@@ -1,0 +1,88 @@
+"""Make a results table: seeds x (pruned, ReLU control, trained directly at T=1), through the real command line.
+
+python -m spiking_rl.scripts.table --output results/cartpole.json
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.provenance import commit, machine, today
+from spiking_rl.checkpoint import read_json
+from spiking_rl.files import write_atomically
+from spiking_rl.scripts.options import parse
+
+DESCRIPTION = """Train and score every seed of every line of the table; finished runs are not repeated.
+
+Example: python -m spiking_rl.scripts.table --recipe cartpole --jobs 2"""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What to run."""
+
+    recipe: str = "cartpole"
+    """Recipe or environment id."""
+    algos: tuple[str, ...] = ("pqn", "dqn")
+    """Algorithms."""
+    methods: tuple[str, ...] = ("pruned", "direct", "relu")
+    """pruned: T=5 to 1; direct: at T=1 from the start; relu: the ReLU network. Equal agent steps."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds."""
+    runs: Path = Path("runs/table")
+    """Folder of the runs."""
+    output: Path = Path("results/cartpole.json")
+    """Results."""
+    jobs: int = 1
+    """Runs side by side."""
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    options = parse(Options, "table", sys.argv[1:], DESCRIPTION)
+    lines = [(s, a, m) for a in options.algos for m in options.methods for s in options.seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = [row for part in pool.map(lambda line: _line(options, *line), lines) for row in part]
+    command = "python -m spiking_rl.scripts.table " + " ".join(sys.argv[1:])
+    results = {"command": command.strip(), "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.output, json.dumps(results, indent=1) + "\n")
+    print(f"{len(rows)} rows: {options.output}")
+
+
+def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str, Any]]:
+    """Train one run unless it is there, and return its rows."""
+    short, config = load_recipe(options.recipe, algo)
+    run = options.runs / f"{short}-{algo}-{method}-seed{seed}"
+    if not (run / "results.json").is_file():
+        stages = config.timesteps - config.prune_to
+        # The controls get all the agent steps that the pruned network gets over its stages.
+        single = ["--agent-steps", str(config.agent_steps + stages * config.prune_steps)]
+        extra = {
+            "pruned": [],
+            "direct": ["--timesteps", "1", *single],
+            "relu": ["--neuron", "relu", *single],
+        }[method]
+        arguments = ["train", options.recipe, "--algo", algo, "--seed", str(seed), *extra, "--run", str(run)]
+        resume = ["--resume"] if (run / "config.yaml").is_file() else []
+        command = [sys.executable, "-m", "spiking_rl.scripts", *arguments, *resume]
+        log = options.runs / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True)
+    results = read_json(run / "results.json", "results")
+    cost = {key: results.get(key) for key in ("train_seconds", "peak_rss_mb", "commit")}
+    scores = ", ".join(f"{row['mean_return']:.1f}" for row in results["rows"])
+    print(f"{run.name}: {scores}", flush=True)
+    return [{"method": method, **row, **cost} for row in results["rows"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Figures: they can be saved, and show what the rows say."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from spiking_rl.plotting import continuum, learning_curve, save_figure
+
+
+def progress(
+    agent_steps: int, timesteps: int | None, score: float, train_return: float | None = None
+) -> dict[str, Any]:
+    return {"agent_steps": agent_steps, "timesteps": timesteps, "score": score, "train_return": train_return}
+
+
+CURVE = [
+    progress(1000, 3, 20.0),
+    progress(2000, 3, 150.0, 60.0),
+    progress(3000, 2, 180.0, 100.0),
+    progress(4000, 1, 500.0, 300.0),
+]
+
+
+def result(timesteps: int | None, mean: float, rate: float = 0.1, ratio: float = 4.0) -> dict[str, Any]:
+    rates = {"layer1": rate, "layer2": 3 * rate}
+    return {"timesteps": timesteps, "mean_return": mean, "ci95": 5.0, "spike_rate": rates, "energy_ratio": ratio}
+
+
+RESULTS = [result(3, 480.0), result(2, 470.0), result(1, 490.0)]
+
+
+def texts(axes: Any) -> list[str]:
+    return [t.get_text() for t in axes.texts]
+
+
+FIGURES = {
+    "one run": lambda: learning_curve({"seed0": CURVE}, "CartPole-v1"),
+    "one run, one row": lambda: learning_curve({"seed0": CURVE[:1]}),
+    "two runs": lambda: learning_curve({"seed0": CURVE, "seed1": CURVE[:2]}),
+    "seven runs": lambda: learning_curve({f"seed{i}": CURVE for i in range(7)}),
+    "relu run": lambda: learning_curve({"relu": [progress(1000, None, 20.0), progress(2000, None, 30.0)]}),
+    "run of no rows": lambda: learning_curve({"seed0": []}),
+    "continuum": lambda: continuum(RESULTS, "CartPole-v1"),
+    "with control": lambda: continuum([*RESULTS, result(None, 450.0)]),
+    "two seeds": lambda: continuum([*RESULTS, *RESULTS]),
+    "one T": lambda: continuum(RESULTS[:1]),
+    "negative": lambda: continuum([result(t, -90.0 - t) for t in (3, 2, 1)]),
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_figures_are_saved(tmp_path: Path, figure: str) -> None:
+    made = FIGURES[figure]()
+    save_figure(made, tmp_path / "figures" / "a.png")
+    save_figure(made, tmp_path / "figures" / "a.svg")
+    picture = np.asarray(Image.open(io.BytesIO((tmp_path / "figures" / "a.png").read_bytes())).convert("L"))
+    assert picture.shape[0] > 300
+    assert picture.std() > 1, "an empty picture"
+    assert "<svg" in (tmp_path / "figures" / "a.svg").read_text()
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["a.png", "a.svg"]
+
+
+def test_the_curve_shows_scores_and_stages() -> None:
+    (axes,) = learning_curve({"seed0": CURVE}, "CartPole-v1").axes
+    greedy, training = axes.lines[:2]
+    assert greedy.get_xydata().tolist() == [[1000, 20], [2000, 150], [3000, 180], [4000, 500]]
+    assert training.get_xydata().tolist() == [[2000, 60], [3000, 100], [4000, 300]], "None is left out"
+    assert texts(axes) == ["T=3", "T=2", "T=1"]
+    assert [line.get_xdata()[0] for line in axes.lines[2:]] == [2000, 3000]
+    assert axes.get_title(loc="left") == "CartPole-v1"
+    assert axes.get_xlabel() == "agent steps"
+
+
+def test_curves_of_several_runs_have_names_and_colours_of_their_own() -> None:
+    (axes,) = learning_curve({"seed0": CURVE, "seed1": CURVE[:2]}).axes
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["seed0", "seed1"]
+    assert len({line.get_color() for line in axes.lines}) == 2
+    assert texts(axes) == []
+
+
+def test_the_continuum_shows_return_rate_and_energy() -> None:
+    figure = continuum([*RESULTS, result(None, 450.0)])
+    first, second, third = (a.lines[0].get_ydata() for a in figure.axes)
+    assert list(first) == [480, 470, 490], "from high T to low"
+    assert list(second) == pytest.approx([0.2, 0.2, 0.2]), "mean over layers"
+    assert list(third) == [4, 4, 4]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["3", "2", "1"]
+    assert figure.axes[0].get_legend().get_texts()[0].get_text() == "ReLU network"
+    assert figure.axes[0].lines[-1].get_ydata()[0] == 450
+
+
+def test_the_continuum_takes_the_mean_over_seeds() -> None:
+    figure = continuum([result(1, 400.0), result(1, 500.0)])
+    assert list(figure.axes[0].lines[0].get_ydata()) == [450]
+    assert figure.axes[0].collections[0].get_offsets()[:, 1].tolist() == [400, 500]
+
+
+@pytest.mark.parametrize("means", [[480, 470, 490], [-21, -5, 18], [-90, -110, -80], [0, 0, 0]], ids=str)
+def test_every_point_lies_inside_the_axes(means: list[float]) -> None:
+    axes = continuum([result(t, float(m)) for t, m in zip((3, 2, 1), means, strict=True)]).axes[0]
+    low, high = axes.get_ylim()
+    assert low < high, "higher is better must read upwards"
+    assert all(low <= m <= high for m in means)

@@ -1,0 +1,269 @@
+"""The real command line: the whole job, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+import yaml
+from conftest import SMALL, Cli, as_flags, last_json
+
+from spiking_rl import load_checkpoint
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.scripts.main import run as run_command
+
+
+@pytest.fixture(scope="module")
+def whole_job(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
+    run = tmp_path_factory.mktemp("job") / "run"
+    settings = {**SMALL, "video_episodes": 1}
+    done = cli("train", "cartpole", *as_flags(settings), "--run", run, "--json")
+    assert done.returncode == 0, done.stderr
+    return run, last_json(done.stdout)
+
+
+def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, object]]) -> None:
+    run, printed = whole_job
+    for name in (
+        "config.yaml",
+        "progress.csv",
+        "results.json",
+        "resume/state.json",
+        "checkpoints/T3/model.safetensors",
+        "checkpoints/T2/config.json",
+        "figures/learning_curve.png",
+        "figures/timesteps.png",
+        "videos/T2.mp4",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "tensorboard").glob("events*"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["seed"] == 0
+    assert config["timesteps"] == 3
+    assert set(config["provenance"]["versions"]) >= {"torch", "stable-baselines3", "gymnasium", "numpy"}
+    results = json.loads((run / "results.json").read_text())
+    assert [row["timesteps"] for row in results["rows"]] == [3, 2]
+    assert set(results) == {"command", "commit", "date", "machine", "train_seconds", "peak_rss_mb", "rows"}
+    assert printed["rows"] == results["rows"]
+    stages = [row["timesteps"] for row in RunFolder(run).read_progress()]
+    assert stages == sorted(stages, reverse=True)
+    assert set(stages) == {3, 2}
+
+
+def test_the_later_stage_starts_from_the_best_of_the_one_above(whole_job: tuple[Path, dict[str, object]]) -> None:
+    rows = RunFolder(whole_job[0]).read_progress()
+    best = max(row["score"] for row in rows if row["timesteps"] == 3)
+    config = load_checkpoint(whole_job[0] / "checkpoints" / "T3").config
+    assert config["score"] == best
+    assert config["timesteps"] == 3
+
+
+def test_evaluate_prints_one_json_object(cli: Cli, small_run: Path) -> None:
+    done = cli("evaluate", small_run, "--timesteps", 3, "--episodes", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    row = last_json(done.stdout)
+    assert list(row) == [
+        "environment",
+        "timesteps",
+        "episodes",
+        "mean_return",
+        "ci95",
+        "spike_rate",
+        "energy_ratio",
+        "decision_ms",
+    ]
+    assert row["timesteps"] == 3
+    assert row["environment"] == "CartPole-v1"
+    again = last_json(cli("evaluate", small_run / "checkpoints" / "T3", "--episodes", 3, "--json").stdout)
+    assert again["mean_return"] == row["mean_return"]
+
+
+def test_render_films_the_episode_that_evaluate_scores(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    video = tmp_path / "deep" / "film.mp4"
+    done = cli("render", small_run, "--spikes", "--seed", 7, "--output", video, "--json")
+    assert done.returncode == 0, done.stderr
+    made = last_json(done.stdout)
+    frames, _ = imageio_ffmpeg.count_frames_and_secs(str(video))
+    assert frames == made["frames"]
+    scored = last_json(cli("evaluate", small_run, "--seed", 7, "--episodes", 1, "--json").stdout)
+    assert made["returns"] == [scored["mean_return"]]
+
+
+def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    done = cli("plot", small_run, small_run, "--output", tmp_path / "curves.svg")
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (tmp_path / "curves.svg").read_text()
+
+
+def test_prune_continues_a_finished_run(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**SMALL, "prune_to": 3, "agent_steps": 2048}
+    assert cli("train", "CartPole-v1", *as_flags(settings), "--run", run).returncode == 0
+    above = load_checkpoint(run / "checkpoints" / "T3").tensors
+    done = cli("prune", run, "--to", 1)
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(run).checkpoint_timesteps() == [3, 2, 1]
+    assert {r["timesteps"] for r in RunFolder(run).read_progress()} == {3, 2, 1}
+    after = load_checkpoint(run / "checkpoints" / "T3").tensors
+    assert all((after[k] == v).all() for k, v in above.items())  # the stage above is left as it was
+    done = cli("prune", run, "--to", 1)
+    assert done.returncode == 2
+    assert "to = 1" in done.stderr
+
+
+def test_the_relu_control_runs_the_same_way(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = cli("train", "cartpole", *as_flags(SMALL), "--neuron", "relu", "--run", run, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = last_json(done.stdout)["rows"]  # type: ignore[misc]
+    assert row["timesteps"] is None
+    assert row["energy_ratio"] == 1
+    assert cli("evaluate", run, "--episodes", 1).returncode == 0
+    assert "ReLU" in cli("render", run, "--spikes").stderr
+    assert "ReLU" in cli("prune", run, "--to", 1).stderr
+
+
+def one_line(text: str) -> str:
+    (line,) = text.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train", "CartPol-v1"], ["env", "CartPol-v1", "CartPole-v1"]),
+        (["train", "no_such_module:Env-v0"], ["env", "no_such_module"]),
+        (["train", "Pendulum-v1"], ["action_space", "Box", "Discrete"]),
+        (["train", "cartpole", "--timesteps", "0"], ["timesteps", "0", "at least 1"]),
+        (["train", "cartpole", "--prune-to", "6"], ["prune_to", "6", "timesteps = 5"]),
+        (["train", "cartpole", "--prune-to", "0"], ["prune_to", "0"]),
+        (["train", "cartpole", "--algo", "ppo"], ["algo", "ppo", "pqn"]),
+        (["train", "cartpole", "--hours", "-1"], ["hours", "-1"]),
+        (["train", "cartpole", "--device", "cuda:9"], ["device", "cuda:9"]),
+        (["train", "cartpole", "--device", "toaster"], ["device", "toaster"]),
+        (["train", "cartpole", "--learning-rate", "nan"], ["learning_rate", "nan"]),
+        (["train", "cartpole", "--hidden", "0"], ["hidden"]),
+        (["train", "cartpole", "--firing-rate", "1"], ["firing_rate", "1"]),
+        (["train", "cartpole", "--run", "/dev/null/x"], ["run", "/dev/null/x", "cannot be written"]),
+        (["train", "cartpole", "--run", "/proc/nothing"], ["run", "/proc/nothing", "cannot be written"]),
+        (["train", "cartpole", "--run", "nowhere", "--resume"], ["run", "nowhere", "no run"]),
+        (["train"], ["env"]),
+        (["evaluate", "nowhere"], ["run", "nowhere"]),
+        (["render", "nowhere"], ["run", "nowhere"]),
+        (["plot", "nowhere"], ["run", "nowhere"]),
+        (["prune", "nowhere", "--to", "1"], ["run", "nowhere"]),
+        (["fly"], ["command", "fly", "train"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    args: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(args) == 2  # in this process: starting one costs seconds, and there are many cases
+    line = one_line(capfd.readouterr().err)
+    for word in words:
+        assert word in line
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_a_folder_in_use_is_left_alone(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in small_run.rglob("*") if p.is_file()}
+    done = cli("train", "cartpole", "--run", small_run)
+    assert done.returncode == 2
+    assert "--resume" in one_line(done.stderr)
+    assert before == {p: p.stat().st_mtime_ns for p in small_run.rglob("*") if p.is_file()}
+    (tmp_path / "file").write_text("mine")
+    assert cli("train", "cartpole", "--run", tmp_path / "file").returncode == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_held_by_another_process_is_refused(cli: Cli, small_run: Path) -> None:
+    with RunFolder(small_run).locked():
+        done = cli("train", "cartpole", *as_flags(SMALL), "--run", small_run, "--resume")
+    assert done.returncode == 2
+    assert "another process" in one_line(done.stderr)
+
+
+def test_resume_refuses_other_settings(cli: Cli, small_run: Path) -> None:
+    done = cli("train", "cartpole", "--run", small_run, "--resume", "--seed", 5)
+    assert done.returncode == 2
+    assert "seed = 5" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle"])
+def test_a_bad_checkpoint_is_named(cli: Cli, small_run: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "T2"
+    folder.mkdir()
+    for file in (small_run / "checkpoints" / "T2").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif damage == "pickle":
+        weights.write_bytes(b"\x80\x04cos\nsystem\n")
+    else:
+        config.write_text('{"format": "something else"}')
+    done = cli("evaluate", folder)
+    assert done.returncode == 2
+    assert str(folder) in one_line(done.stderr)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits file sizes through POSIX")
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**SMALL, "prune_to": 3, "agent_steps": 1024}
+    assert cli("train", "cartpole", *as_flags(settings), "--run", run).returncode == 0
+    good = load_checkpoint(run / "checkpoints" / "T3").tensors
+
+    def limit() -> None:  # what a full disk does to a write, without filling one
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    done = cli("prune", run, "--to", 1, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--resume" in done.stderr.strip().splitlines()[-1]
+    after = load_checkpoint(run / "checkpoints" / "T3").tensors
+    assert all((after[k] == v).all() for k, v in good.items())
+    assert not list(run.rglob("*.partial"))
+    done = cli("prune", run, "--to", 1)
+    if done.returncode == 2:  # the pruning had begun and was saved: it is continued as any run
+        done = cli("train", "cartpole", "--run", run, "--resume")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "prune", "evaluate", "render", "plot"])
+def test_help_fits_a_screen_and_has_an_example(cli: Cli, command: str) -> None:
+    done = cli(command, "--help")
+    assert done.returncode == 0
+    assert "Example: spiking-rl" in done.stdout
+    assert len(done.stdout.splitlines()) <= 45
+
+
+def test_overview_and_version(cli: Cli) -> None:
+    overview = cli("--help")
+    assert overview.returncode == 0
+    for command in ("train", "prune", "evaluate", "render", "plot", "list"):
+        assert command in overview.stdout
+    assert cli("--version").stdout.startswith("spiking-rl 0.")
+    listed = last_json(cli("list", "--json").stdout)
+    assert listed["recipes"]["cartpole"] == "CartPole-v1"  # type: ignore[index]
+    assert "mlp" in listed["networks"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("env", ["Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "Taxi-v4"])
+def test_other_environments_run_with_the_defaults(cli: Cli, tmp_path: Path, env: str) -> None:
+    settings = {**SMALL, "agent_steps": 1500, "prune_steps": 512, "report_episodes": 1}
+    done = cli("train", env, *as_flags(settings), "--run", tmp_path / "run", "--json")
+    if env == "LunarLander-v3" and "not installed" in done.stderr:
+        assert done.returncode == 2
+        return
+    assert done.returncode == 0, done.stderr
+    assert [row["timesteps"] for row in last_json(done.stdout)["rows"]] == [3, 2]  # type: ignore[attr-defined]
