@@ -273,9 +273,7 @@ def load_config(path: Path) -> TrainConfig:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "run", str(path.parent), f"holds no readable config.yaml ({error}); name a run folder"
-        ) from None
+        raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error})") from None
     values = _read_yaml(text, str(path))
     values.pop("provenance", None)
     algo = values.pop("algo", None)

@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
-from spiking_rl.agents.policies import SpikingMlpPolicy
+from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import double_q_targets
 
@@ -55,7 +55,9 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "reward_scale",
     )
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingMlpPolicy}
-    policy: SpikingMlpPolicy  # type: ignore[assignment]
+    policy: SpikingMlpPolicy
+    q_net: SpikingQNetwork  # type: ignore[assignment]
+    q_net_target: SpikingQNetwork  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
         self.reward_scale = reward_scale
         self.exploration_repeat = exploration_repeat
         super().__init__(
-            policy,  # type: ignore[arg-type]
+            policy,
             env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
             learning_starts=learning_starts,

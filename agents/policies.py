@@ -128,7 +128,7 @@ class SpikingQNetwork(BasePolicy):
         return values.squeeze(0), after
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        return self(observation).argmax(dim=1).reshape(-1)
+        return self.forward(observation).argmax(dim=1).reshape(-1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         raise NotImplementedError("save the policy that holds this network")
@@ -195,6 +195,7 @@ class SpikingMlpPolicy(DQNPolicy):
 
     def make_q_net(self) -> SpikingQNetwork:  # type: ignore[override]
         """Build one Q-network."""
+        assert isinstance(self.action_space, spaces.Discrete)
         return SpikingQNetwork(self.observation_space, self.action_space, **self.q_net_kwargs).to(self.device)
 
     def rebuild_optimizer(self, learning_rate: float) -> None:

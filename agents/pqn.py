@@ -202,7 +202,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
 
     def _collect(self, callback: BaseCallback) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]] | None:
         """Play one rollout; return observations, actions and targets, or None if a callback stops."""
-        assert self.env is not None and self._last_obs is not None
+        assert self.env is not None
+        assert self._last_obs is not None
         self.policy.set_training_mode(False)
         shape = (self.n_steps, self.n_envs)
         observations = np.zeros((*shape, *self._last_obs.shape[1:]), dtype=self._last_obs.dtype)  # type: ignore[union-attr]

@@ -39,7 +39,7 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
                 last.model, last.environment, episodes=episodes, measure_latency=False
             ).mean_return
         rows.append(row)
-    results = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
+    results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
     results |= {**facts, "rows": rows}
     run.write_results(results)
     return results

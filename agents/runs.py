@@ -130,9 +130,7 @@ class RunFolder:
             whole = ("agent_steps", "timesteps")
             return [{k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in raw]
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                "run", str(self.progress), f"cannot be read ({error}); has the run been evaluated?"
-            ) from None
+            raise UserError("run", str(self.progress), f"cannot be read ({error}); wait for an evaluation") from None
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Replace results.json."""

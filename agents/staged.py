@@ -140,13 +140,9 @@ class StagedAlgorithm(BaseAlgorithm):
         try:
             observation_space = space_from_json(config["observation_space"])
             action_space = space_from_json(config["action_space"])
-            model = cls(
-                env=env,
-                device=device,
-                policy_kwargs=dict(config["policy"]),
-                _init_setup_model=False,
-                **{k: v for k, v in config["hyperparameters"].items() if k in cls.hyperparameters},
-            )
+            options = {k: v for k, v in config["hyperparameters"].items() if k in cls.hyperparameters}
+            options |= {"policy_kwargs": dict(config["policy"]), "_init_setup_model": False}
+            model = cls(env=env, device=device, **options)
             if env is not None and (observation_space, action_space) != (model.observation_space, model.action_space):
                 raise UserError(
                     "env", str(env), f"has other spaces than the agent: {observation_space}, {action_space}"

@@ -41,6 +41,7 @@ from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.energy import odd_layers
 from spiking_rl.envs.make import check_environment, make_vectorised
 from spiking_rl.errors import UserError
+from spiking_rl.neurons import LIF
 from spiking_rl.pruning import Next, Stay, TemporalPruning
 
 
@@ -104,8 +105,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
     }
     model: SpikingPQN | SpikingDQN
     if isinstance(config, PQNConfig):
-        names = ("n_steps", "n_epochs", "n_minibatches", "lam")
-        model = SpikingPQN(**common, **{n: getattr(config, n) for n in names})
+        model = SpikingPQN(**common, **_pick(config, "n_steps", "n_epochs", "n_minibatches", "lam"))
     else:
         assert isinstance(config, DQNConfig)
         names = ("buffer_size", "learning_starts", "batch_size", "gradient_steps", "target_update_interval")
@@ -115,6 +115,10 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         )
     model.prune_lr_factor = config.prune_lr_factor
     return model
+
+
+def _pick(config: TrainConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 class _BetweenRollouts(BaseCallback):
@@ -300,7 +304,7 @@ class TrainingSession:
         for layer, rate in rates.items():
             logger.record(f"spikes/{layer}", rate)
         for i, neuron in enumerate(self.model.policy.q_net.network.neurons):
-            if hasattr(neuron, "threshold"):
+            if isinstance(neuron, LIF):
                 logger.record(f"threshold/layer{i + 1}", neuron.threshold.detach().mean().item())
                 logger.record(f"leak/layer{i + 1}", neuron.leak.detach().mean().item())
         logger.record("train/timesteps_T", row["timesteps"] or 1)

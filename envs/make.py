@@ -31,7 +31,7 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
             # every result.
             warnings.filterwarnings("ignore", message=".*is out of date.*")
             # Environments of one's own often take no render_mode at all.
-            options = {"render_mode": "rgb_array"} if render else {}
+            options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
             env = gym.make(env_id, disable_env_checker=True, **options)
     except DependencyNotInstalled as error:
         raise UserError("env", env_id, f"needs a package that is not installed: {_one_line(error)}") from None

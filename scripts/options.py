@@ -21,10 +21,10 @@ def parse(kind: type[T], command: str, args: list[str], description: str, defaul
         description: what the command does, with an example.
         default: values of the options that are not given.
     """
-    options = {"prog": f"spiking-rl {command}", "args": args, "description": description}
-    if default is not None:
-        options["default"] = default
-    return tyro.cli(kind, **options)
+    name = f"spiking-rl {command}"
+    if default is None:
+        return tyro.cli(kind, prog=name, args=args, description=description)
+    return tyro.cli(kind, prog=name, args=args, description=description, default=default)
 
 
 def first_argument(args: list[str], field: str, what: str) -> tuple[str | None, list[str]]:

@@ -84,7 +84,7 @@ def run(args: list[str]) -> dict[str, Any]:
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(type(recipe))}
     config = type(recipe)(**values)
     folder = RunFolder(options.run or Path("runs") / _default_name(short, config, recipe))
-    where = {"device": options.device, "hours": options.hours, "progress": True}
+    where: dict[str, Any] = {"device": options.device, "hours": options.hours, "progress": True}
     if options.resume:
         folder.require()
         _refuse_changes(folder, config, recipe)

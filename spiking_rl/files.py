@@ -45,7 +45,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     A crash at any moment leaves the old folder, or a complete new one that :func:`recover_folder`
     puts in place. If the body raises, the old folder is untouched.
     """
-    partial, ready, old = _siblings(folder)
+    partial, ready, _ = _siblings(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -135,9 +136,8 @@ class LayeredNetwork(nn.Module):
             current = linear(x)
             x = neuron(current)
             if observer is not None:
-                observer(name, x.unflatten(0, (length, -1)), current.unflatten(0, (length, -1)))
-        out: Tensor = self.readout(x)
-        return out.unflatten(0, (length, -1))
+                observer(name, _unfold(x, length), _unfold(current, length))
+        return _unfold(self.readout(x), length)
 
     def _scan(
         self, inputs: Tensor, state: NetworkState | None, starts: Tensor | None, observer: Observer | None
@@ -158,6 +158,7 @@ class LayeredNetwork(nn.Module):
                 current = direct(current, timesteps)
             if state is None and timesteps == 1:
                 # One fresh timestep is a plain threshold: no membrane is ever stored.
+                assert isinstance(neuron, LIF)
                 x, potential = fire(current, neuron.threshold, neuron.gamma), current
             else:
                 x, layer_state, potential = neuron(
@@ -167,9 +168,14 @@ class LayeredNetwork(nn.Module):
             if observer is not None:
                 observer(f"layer{i + 1}", x, potential)
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
-        mean = x if timesteps == 1 else x.unflatten(0, (length, timesteps)).mean(1)
-        out: Tensor = self.readout(mean.flatten(0, 1))
-        return out.unflatten(0, (length, batch)), None if state is None else tuple(after)
+        mean = x if timesteps == 1 else _unfold(x, length).mean(1)
+        out = _unfold(self.readout(mean.flatten(0, 1)), length)
+        return out, None if state is None else tuple(after)
+
+
+def _unfold(folded: Tensor, length: int) -> Tensor:
+    """Split the first axis: ``(L*K, ...)`` becomes ``(L, K, ...)``."""
+    return folded.reshape(length, -1, *folded.shape[1:])
 
 
 NETWORKS: dict[str, Callable[..., LayeredNetwork]] = {}
@@ -244,7 +250,7 @@ def mlp(
     if not hidden or any(not isinstance(h, int) or h < 1 for h in hidden):
         raise UserError("hidden", hidden, "must list at least one layer width, each at least 1")
     sizes = [math.prod(input_shape), *hidden]
-    maps: list[nn.Module] = [_linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+    maps: list[nn.Module] = [_linear(a, b) for a, b in pairwise(sizes)]
     if len(input_shape) != 1:
         maps[0] = nn.Sequential(nn.Flatten(), maps[0])
     neurons: list[nn.Module] = [

@@ -206,7 +206,7 @@ def lif_scan(
     """
     _check(current, state, starts)
     membrane = None if state is None else state.membrane
-    spikes, after, potentials = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma)
+    spikes, after, potentials = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma)  # type: ignore[no-untyped-call]
     return LIFScan(spikes, LIFState(after), potentials if trace else None)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure
 
 def _mark_stages(ax: Axes, rows: Sequence[Row]) -> None:
     """Draw a line where T changes and write T above each stage."""
-    edges = [0] + [a["agent_steps"] for a, b in zip(rows, rows[1:], strict=False) if a["timesteps"] != b["timesteps"]]
+    edges = [0] + [a["agent_steps"] for a, b in pairwise(rows) if a["timesteps"] != b["timesteps"]]
     stages = list(dict.fromkeys(r["timesteps"] for r in rows))
     if stages == [None]:
         return
@@ -99,10 +100,10 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     spiking = [r for r in rows if r["timesteps"] is not None]
     control = [r["mean_return"] for r in rows if r["timesteps"] is None]
     order = sorted({r["timesteps"] for r in spiking}, reverse=True)
-    series = {
-        "return per episode": lambda r: r["mean_return"],
-        "spikes per neuron per timestep": lambda r: sum(r["spike_rate"].values()) / len(r["spike_rate"]),
-        "energy: ANN / SNN": lambda r: r["energy_ratio"],
+    series: dict[str, Callable[[Row], float]] = {
+        "return per episode": lambda r: float(r["mean_return"]),
+        "spikes per neuron per timestep": lambda r: _mean(list(r["spike_rate"].values())),
+        "energy: ANN / SNN": lambda r: float(r["energy_ratio"]),
     }
     for ax, (label, value) in zip(axes, series.items(), strict=True):
         means = [_mean([value(r) for r in spiking if r["timesteps"] == t]) for t in order]
@@ -116,8 +117,8 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
         ax.set_xticks(range(len(order)), [str(t) for t in order])
         ax.set_xlabel("timesteps T")
         ax.set_ylabel(label)
-        top = ax.get_ylim()[1]
-        ax.set_ylim(0, top * 1.08)
+        if min(means) >= 0:
+            ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
     if control:
         axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")
         axes[0].legend(frameon=False, loc="lower left")

@@ -63,7 +63,7 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         Spikes in {0, 1}, shape and dtype of ``potential``.
     """
     if torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad):
-        spikes: Tensor = _Fire.apply(potential, threshold, gamma)
+        spikes: Tensor = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
         return spikes
     # Acting with a batch of one is all overhead: skip the autograd machinery.
     return (potential > threshold).to(potential.dtype)

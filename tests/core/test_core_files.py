@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,8 @@ def test_recovery_itself_may_die(tmp_path: Path, first: int) -> None:
         for dies_at in (first, i):
             with pytest.MonkeyPatch.context() as patch:
                 Machine(patch, dies_at)
-                try:
+                with suppress(Death):
                     recover_folder(folder)
-                except Death:
-                    pass
         recover_folder(folder)
         assert read(folder) == NEW
         assert not ready.exists()
@@ -197,10 +196,8 @@ def test_a_crash_while_writing_a_file_leaves_the_old_or_the_new(tmp_path: Path) 
         path.write_text("old")
         with pytest.MonkeyPatch.context() as patch:
             Machine(patch, n)
-            try:
+            with suppress(Death):
                 write_atomically(path, "new")
-            except Death:
-                pass
         seen.append(path.read_text())
         write_atomically(path, "newer")
         assert path.read_text() == "newer"

@@ -68,13 +68,13 @@ def test_kinds_of_neurons_do_not_mix(neurons: tuple[type[nn.Module], ...]) -> No
 
 def test_a_convolutional_network_runs_stateless_and_stateful() -> None:
     torch.manual_seed(0)
-    network = LayeredNetwork(
-        [nn.Conv2d(1, 3, 3), nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 5, 2)), nn.Sequential(nn.Flatten(), nn.Linear(20, 6))],
-        [LIF(3, 2), LIF(5, 2), LIF(6)],
-        nn.Linear(6, 2),
-        input_shape=(1, 8, 8),
-        timesteps=3,
-    )  # fmt: skip
+    maps = [
+        nn.Conv2d(1, 3, 3),
+        nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 5, 2)),
+        nn.Sequential(nn.Flatten(), nn.Linear(20, 6)),
+    ]
+    neurons = [LIF(3, 2), LIF(5, 2), LIF(6)]
+    network = LayeredNetwork(maps, neurons, nn.Linear(6, 2), input_shape=(1, 8, 8), timesteps=3)
     assert network.neuron_shapes() == [(3, 6, 6), (5, 2, 2), (6,)]
     inputs = torch.randn(4, 2, 1, 8, 8)
     stateless, _ = network(inputs)

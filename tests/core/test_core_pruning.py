@@ -140,10 +140,11 @@ def test_a_finished_run_is_extended_downwards() -> None:
 
 @pytest.mark.parametrize(
     ("start", "stop", "field"),
-    [(0, 1, "timesteps"), (-2, 1, "timesteps"), (True, 1, "timesteps"), (2.0, 1, "timesteps"), ("5", 1, "timesteps")]
-    + [(5, 0, "prune_to"), (5, -1, "prune_to"), (5, True, "prune_to"), (5, 1.0, "prune_to"), (5, None, "prune_to")]
-    + [(2, 3, "prune_to")],
-)  # fmt: skip
+    [
+        *[(start, 1, "timesteps") for start in (0, -2, True, 2.0, "5", None)],
+        *[(5, stop, "prune_to") for stop in (0, -1, True, 1.0, "1", None, 6)],
+    ],
+)
 def test_impossible_ranges_are_refused(start: Any, stop: Any, field: str) -> None:
     for refuse in (lambda: check_pruning(start, stop), lambda: TemporalPruning(start, stop, 10, 10)):
         with pytest.raises(UserError) as caught:

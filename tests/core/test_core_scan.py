@@ -131,13 +131,12 @@ def test_the_module_is_the_function_with_its_own_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"threshold": 0.0}, {"threshold": -1.0}, {"threshold": float("nan")}]
-    + [{"leak": -0.1}, {"leak": 1.01}, {"leak": float("nan")}],
-)  # fmt: skip
-def test_impossible_initial_values_are_refused(options: dict[str, float]) -> None:
-    ((name, value),) = options.items()
+    ("name", "value"),
+    [*[("threshold", v) for v in (0.0, -1.0, float("nan"))], *[("leak", v) for v in (-0.1, 1.01, float("nan"))]],
+)
+def test_impossible_initial_values_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name} = {value}"):
-        LIF(**options)  # type: ignore[arg-type]
+        LIF(**{name: value})  # type: ignore[arg-type]
 
 
 def step_with(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradient: float) -> None:

@@ -44,9 +44,8 @@ def imported(source: str, package: str) -> Iterator[str]:
 
 def breaches(source: str, package: str, layer: str) -> list[str]:
     """Return the imports that a layer must not have."""
-    refused = [f"{prefix}{upper}" for upper in FORBIDDEN[layer] for prefix in ("spiking_rl.", "")]
     # The bare names are other people's packages, for everybody.
-    refused += UPPER
+    refused = [*UPPER, *(f"spiking_rl.{upper}" for upper in FORBIDDEN[layer])]
     return [name for name in imported(source, package) if any(f"{name}.".startswith(f"{r}.") for r in refused)]
 
 

@@ -1,0 +1,25 @@
+"""Check what is inside a built wheel: python tests/check_wheel.py WHEEL."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+
+
+def check(path: str) -> None:
+    names = zipfile.ZipFile(path).namelist()
+    top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert top == {"spiking_rl"}, f"top level holds {sorted(top)}, not spiking_rl alone"
+    for wanted in (
+        "spiking_rl/py.typed",
+        "spiking_rl/agents/recipes/cartpole.yaml",
+        "spiking_rl/agents/recipes/default.yaml",
+        "spiking_rl/envs/make.py",
+        "spiking_rl/scripts/main.py",
+    ):
+        assert wanted in names, f"{wanted} is missing"
+    print(f"wheel: {len(names)} files, one package")
+
+
+if __name__ == "__main__":
+    check(sys.argv[1])
