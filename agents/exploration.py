@@ -40,11 +40,8 @@ class EpsilonGreedy:
         Draws from numpy's global generator, as SB3 does, so that ``set_random_seed`` governs it.
         """
         n = len(greedy)
-        # The share of time in a two-state chain that is left at rate 1/repeat is epsilon if it is
-        # entered at this rate.
-        enter = 1.0 if epsilon >= 1 else min(1.0, epsilon / (self.repeat * (1 - epsilon)))
-        if self.repeat == 1:
-            enter = epsilon
+        # Random runs last `repeat` steps, greedy ones (1 - enter) / enter: this makes the share epsilon.
+        enter = epsilon / (epsilon + self.repeat * (1 - epsilon))
         begins = (self.left == 0) & (np.random.rand(n) < enter)
         lengths = np.random.geometric(1 / self.repeat, size=n)
         actions = np.random.randint(self.n_actions, size=n)

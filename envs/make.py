@@ -9,6 +9,7 @@ from typing import Any, SupportsFloat
 import gymnasium as gym
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
+from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -29,7 +30,7 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
         with warnings.catch_warnings():
             # "The environment X is out of date" is a matter of taste, and the id is reported with
             # every result.
-            warnings.filterwarnings("ignore", message=".*is out of date.*")
+            warnings.filterwarnings("ignore", message=".*(is out of date|unversioned).*")
             # Environments of one's own often take no render_mode at all.
             options: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
             env = gym.make(env_id, disable_env_checker=True, **options)
@@ -37,7 +38,7 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
         raise UserError("env", env_id, f"needs a package that is not installed: {_one_line(error)}") from None
     except ModuleNotFoundError as error:
         raise UserError("env", env_id, f"{error}; install it or correct the module's name") from None
-    except gym.error.Error as error:
+    except (gym.error.Error, ValueError) as error:
         raise UserError("env", env_id, _suggestion(env_id, error)) from None
     return Monitor(env)
 
@@ -46,7 +47,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _suggestion(env_id: str, error: gym.error.Error) -> str:
+def _suggestion(env_id: str, error: Exception) -> str:
     if isinstance(error, gym.error.DeprecatedEnv):
         return _one_line(error)
     close = difflib.get_close_matches(env_id, gym.registry.keys(), n=1, cutoff=0.5)
@@ -78,18 +79,19 @@ class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._seed: int | None = None
         self._generator: dict[str, Any] | None = None
-        self._actions: list[Any] = []
+        self._options: dict[str, Any] | None = None
+        self._actions: list[NDArray[Any]] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset, remembering how."""
-        self._seed = seed
+        self._seed, self._options = seed, options
         self._generator = None if seed is not None else self.unwrapped.np_random.bit_generator.state  # type: ignore[assignment]
         self._actions = []
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
         """Step, remembering the action."""
-        self._actions.append(action)
+        self._actions.append(np.array(action))  # a copy: the caller may reuse its array
         return self.env.step(action)
 
     def get_state(self) -> dict[str, Any]:
@@ -97,16 +99,17 @@ class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):
         return {
             "seed": self._seed,
             "generator": self._generator,
-            "actions": [np.asarray(a).tolist() for a in self._actions],
+            "options": self._options,
+            "actions": [action.tolist() for action in self._actions],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`get_state`: the next step gives what it would have given."""
         if state["generator"] is not None:
             self.unwrapped.np_random.bit_generator.state = state["generator"]
-        self.reset(seed=state["seed"])
+        self.reset(seed=state["seed"], options=state["options"])
         for action in state["actions"]:
-            self.step(np.asarray(action)[()])
+            self.step(np.asarray(action, dtype=self.action_space.dtype)[()])
 
 
 def make_vectorised(env_id: str, num_envs: int, seed: int) -> DummyVecEnv:
@@ -133,6 +136,6 @@ def set_states(venv: DummyVecEnv, states: list[dict[str, Any]]) -> None:
     """
     if len(states) != len(venv.envs):
         raise UserError("num_envs", len(venv.envs), f"the saved run has {len(states)} environments")
-    venv.seed(None)  # drop pending seeds: the states bring their own
+    venv._reset_seeds()  # drop pending seeds: the states bring their own
     for env, state in zip(venv.envs, states, strict=True):
         env.get_wrapper_attr("set_state")(state)

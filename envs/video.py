@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def write_video(path: Path | str, frames: Iterable[Frame], fps: float) -> int:
             raise ValueError("a video needs at least one frame")
         writer.close()
         writer = None
+        # The encoder's exit status is lost on the way here: believe only what can be decoded.
+        try:
+            complete = imageio_ffmpeg.count_frames_and_secs(str(partial))[0] == count
+        except (RuntimeError, OSError):
+            complete = False
+        if not complete:
+            raise OSError(errno.EIO, "the video could not be written whole (is the disk full?)", str(path))
         partial.replace(path)
     finally:
         if writer is not None:

@@ -43,12 +43,13 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
     with replace_folder(Path(folder)) as partial:
         blob = safetensors.torch.save(plain)
         (partial / WEIGHTS).write_bytes(blob)
-        full = {
+        own = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "sha256": hashlib.sha256(blob).hexdigest(),
-            **config,
         }
+        # Ours win over a config that was loaded with an older checkpoint.
+        full = own | {name: value for name, value in config.items() if name not in own}
         (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False) + "\n")
 
 

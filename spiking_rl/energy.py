@@ -33,7 +33,7 @@ def macs_per_layer(network: LayeredNetwork) -> list[int]:
         # Each output element costs one product per weight of its row or filter.
         counts[-1] += output[0].numel() * weight[0].numel()
 
-    x = torch.zeros(1, *network.input_shape, device=next(network.parameters()).device)
+    x = next(network.parameters()).new_zeros(1, *network.input_shape)
     for layer in [*network.maps, network.readout]:
         counts.append(0)
         handles = [m.register_forward_hook(hook) for m in layer.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]

@@ -45,6 +45,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     A crash at any moment leaves the old folder, or a complete new one that :func:`recover_folder`
     puts in place. If the body raises, the old folder is untouched.
     """
+    folder = folder.absolute()
     partial, ready, _ = _siblings(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
@@ -64,6 +65,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 def recover_folder(folder: Path) -> None:
     """Finish a replacement that a crash interrupted; does nothing where there was none."""
+    folder = folder.absolute()  # "." has no name to derive others from
     _, ready, old = _siblings(folder)
     if ready.is_dir():
         if folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -21,7 +22,8 @@ NetworkState = tuple[LIFState, ...]
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called per hidden layer with its name, its output and its membrane potential before reset.
 
-Both are ``(S, B, *N)``; a ReLU layer has S = L and passes its current as the potential.
+Both are ``(S, B, *N)`` with S = L*T when stateful; stateless decisions all travel in the batch,
+``(T, L*B, *N)``. A ReLU layer has S = L and passes its current as the potential.
 """
 
 
@@ -87,7 +89,7 @@ class LayeredNetwork(nn.Module):
     def neuron_shapes(self) -> list[tuple[int, ...]]:
         """Return the shape ``N`` of each hidden layer, found by one forward pass on zeros."""
         shapes = []
-        x = torch.zeros(1, *self.input_shape, device=next(self.parameters()).device)
+        x = next(self.parameters()).new_zeros(1, *self.input_shape)
         for layer in self.maps:
             x = layer(x)
             shapes.append(tuple(x.shape[1:]))
@@ -208,6 +210,10 @@ def build_network(name: str, input_shape: Sequence[int], outputs: int, **options
     """
     if name not in NETWORKS:
         raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
+    known = inspect.signature(NETWORKS[name]).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(option, value, f"is no option of network {name!r}; it has {', '.join(list(known)[2:])}")
     return NETWORKS[name](tuple(input_shape), outputs, **options)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spiking_rl.errors import UserError
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -44,9 +45,22 @@ class LIFScan(NamedTuple):
     potential: Tensor | None = None
 
 
-def _check(current: Tensor, state: LIFState | None, starts: Tensor | None) -> None:
+def _fits(shape: torch.Size, neurons: torch.Size) -> bool:
+    """Tell whether a parameter broadcasts against the neurons without enlarging them."""
+    if len(shape) > len(neurons):
+        return False
+    return all(s in (1, n) for s, n in zip(reversed(shape), reversed(neurons), strict=False))
+
+
+def _check(current: Tensor, state: LIFState | None, leak: Tensor, threshold: Tensor, starts: Tensor | None) -> None:
     if current.dim() < 2 or current.shape[0] < 1:
         raise ValueError(f"current has shape {tuple(current.shape)}; lif_scan takes (S, B, *N) with S >= 1 timesteps")
+    for name, parameter in (("leak", leak), ("threshold", threshold)):
+        if parameter.dim() and not _fits(parameter.shape, current.shape[2:]):
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}, but current of shape {tuple(current.shape)} "
+                f"has neurons of shape {tuple(current.shape[2:])}; it must broadcast against those"
+            )
     if state is not None and state.membrane.shape != current.shape[1:]:
         raise ValueError(
             f"state.membrane has shape {tuple(state.membrane.shape)}, but current of shape "
@@ -80,7 +94,7 @@ def lif_scan_reference(
 
     Arguments, result and errors are those of :func:`lif_scan`; autograd differentiates the loop.
     """
-    _check(current, state, starts)
+    _check(current, state, leak, threshold, starts)
     keep = _keep_mask(starts, current)
     membrane = torch.zeros_like(current[0]) if state is None else state.membrane
     spikes, potentials = [], []
@@ -196,7 +210,7 @@ def lif_scan(
         ``LIFScan(spikes, state, potential)``.
 
     Raises:
-        ValueError: shapes or the dtype of ``starts`` do not fit; the message names both sides.
+        ValueError: shapes, or the dtype of ``starts``, do not fit; the message names both sides.
 
     Gradients: ``ds/du`` is the surrogate of :func:`spiking_rl.surrogate.fire`; the reset passes its
     gradient to the threshold and to the potential, not through the step function; full
@@ -204,7 +218,7 @@ def lif_scan(
 
     Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022).
     """
-    _check(current, state, starts)
+    _check(current, state, leak, threshold, starts)
     membrane = None if state is None else state.membrane
     spikes, after, potentials = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma)  # type: ignore[no-untyped-call]
     return LIFScan(spikes, LIFState(after), potentials if trace else None)
@@ -224,7 +238,7 @@ class LIF(nn.Module):
         gamma: height of the surrogate gradient.
 
     Raises:
-        ValueError: threshold or leak out of range.
+        UserError: threshold or leak out of range.
     """
 
     def __init__(
@@ -238,9 +252,9 @@ class LIF(nn.Module):
     ) -> None:
         super().__init__()
         if not threshold >= MIN_THRESHOLD:
-            raise ValueError(f"threshold = {threshold}: must be at least {MIN_THRESHOLD}")
+            raise UserError("threshold", threshold, f"must be at least {MIN_THRESHOLD}")
         if not 0 <= leak <= 1:
-            raise ValueError(f"leak = {leak}: must lie in [0, 1]")
+            raise UserError("leak", leak, "must lie in [0, 1]")
         shape = () if channels is None else (channels, *([1] * spatial_dims))
         self.threshold = nn.Parameter(torch.full(shape, float(threshold)))
         self.leak = nn.Parameter(torch.full(shape, float(leak)))

@@ -57,7 +57,9 @@ def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure
             trained = [(r["agent_steps"], r["train_return"]) for r in rows if r["train_return"] is not None]
             if trained:
                 ax.plot(*zip(*trained, strict=True), color=_ORANGE, alpha=0.8, label="training episodes")
-            _mark_stages(ax, rows)
+            if rows:
+                _mark_stages(ax, rows)
+    ax.set_xlim(left=0)
     ax.set_xlabel("agent steps")
     ax.set_ylabel("return per episode")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")

@@ -65,7 +65,7 @@ class StageRecord:
     Attributes:
         timesteps: T of the stage.
         best: highest score reported, None before the first report.
-        last: most recent score.
+        last: most recent score, None if it was NaN.
         reports: number of scores reported.
     """
 
@@ -145,7 +145,7 @@ class TemporalPruning:
         improved = not math.isnan(score) and (stage.best is None or score >= stage.best)
         if improved:
             stage.best = score
-        stage.last = score
+        stage.last = None if math.isnan(score) else score
         stage.reports += 1
         if spent < self.budget:
             return Stay(improved)

@@ -86,6 +86,11 @@ def test_saved_at_any_point_it_decides_the_same(scores: list[float], start: int,
         assert json.dumps(resumed.state_dict()) == json.dumps(kept.state_dict())
         if isinstance(decision, Next):
             spent = 0
+        if isinstance(decision, Done):
+            resumed = TemporalPruning.from_state_dict(json.loads(json.dumps(kept.state_dict())))
+            assert resumed.finished
+            assert answer(resumed, score, spent) == answer(kept, score, spent), "finished is finished"
+            assert stop == 1 or resumed.extend(stop - 1) == kept.extend(stop - 1)
         if isinstance(decision, Done) or error:
             break
 

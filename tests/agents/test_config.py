@@ -1,0 +1,54 @@
+"""Settings: recipes, YAML, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spiking_rl import UserError
+from spiking_rl.agents.config import CONFIGS, load_config, load_recipe, recipes, save_config
+from spiking_rl.agents.training import replace_settings
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+@pytest.mark.parametrize("algo", sorted(CONFIGS))
+def test_every_recipe_is_sound(name: str, algo: str) -> None:
+    _, config = load_recipe(name, algo)
+    config.check()
+    assert config.algo == algo
+
+
+def test_an_environment_id_finds_its_recipe() -> None:
+    assert load_recipe("CartPole-v1") == load_recipe("cartpole")
+    short, config = load_recipe("my_module:My/Env-v0")
+    assert short == "My-Env-v0"
+    assert config.env == "my_module:My/Env-v0"
+
+
+@pytest.mark.parametrize("algo", sorted(CONFIGS))
+def test_a_saved_config_comes_back(tmp_path: Path, algo: str) -> None:
+    config = replace_settings(load_recipe("cartpole", algo)[1], {"seed": 7, "hidden": [8], "learning_rate": 1})
+    save_config(tmp_path / "config.yaml", config, {"commit": None})
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("algo: pqn\nsede: 1\n", ["sede", "seed"]),
+        ("algo: pqn\nseed: one\n", ["seed", "one", "int"]),
+        ("algo: pqn\nneuron: izhikevich\n", ["neuron", "lif"]),
+        ("algo: pqn\nhidden: [1.5]\n", ["hidden"]),
+        ("algo: sac\n", ["algo", "sac"]),
+        ("- 1\n", ["config"]),
+        ("a: [\n", ["config", "YAML"]),
+        ("!!python/object/apply:os.system ['true']\n", ["config", "YAML"]),
+    ],
+)
+def test_a_mistake_in_a_config_is_named(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "config.yaml")
+    for word in words:
+        assert word in str(caught.value)

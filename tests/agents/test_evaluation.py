@@ -1,0 +1,76 @@
+"""Evaluation: named seeds, honest intervals, and a model left as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from spiking_rl import UserError
+from spiking_rl.agents import evaluate, load_agent, prune
+from spiking_rl.agents.evaluation import REPORT_SEED, SELECTION_SEED
+from spiking_rl.envs import make_vectorised
+
+
+def test_scores_are_those_of_playing_each_seed_alone(small_run: Path) -> None:
+    agent = load_agent(small_run)
+    result = evaluate(agent.model, "CartPole-v1", episodes=30, seed=500, measure_latency=False)
+    env = gym.make("CartPole-v1")
+    for k in (0, 7, 29):
+        observation, _ = env.reset(seed=500 + k)
+        total, over = 0.0, False
+        while not over:
+            action, _ = agent.model.predict(observation, deterministic=True)
+            observation, reward, terminated, truncated, _ = env.step(int(action))
+            total += float(reward)
+            over = terminated or truncated
+        assert result.returns[k] == total
+    assert result.mean_return == pytest.approx(np.mean(result.returns))
+    assert result.ci95 == pytest.approx(1.96 * np.std(result.returns, ddof=1) / np.sqrt(30))
+
+
+def test_selection_report_and_training_use_disjoint_seeds() -> None:
+    most = 100_000  # episodes of an evaluation, generously
+    assert SELECTION_SEED + most < REPORT_SEED
+    assert SELECTION_SEED > 2**20  # training environments are seeded seed, seed + 1, ...
+
+
+def test_another_t_can_be_played_and_the_model_stays(small_run: Path) -> None:
+    agent = load_agent(small_run, timesteps=3)
+    assert agent.model.policy.timesteps == 3
+    assert evaluate(agent.model, "CartPole-v1", episodes=1, timesteps=5).timesteps == 5
+    assert agent.model.policy.timesteps == 3
+
+
+def test_a_run_gives_its_lowest_t_unless_asked(small_run: Path) -> None:
+    assert load_agent(small_run).model.policy.timesteps == 2
+    with pytest.raises(UserError, match="T=3, T=2"):
+        load_agent(small_run, timesteps=4)
+    with pytest.raises(UserError, match="name the run"):
+        load_agent(small_run / "checkpoints" / "T3", timesteps=2)
+
+
+@pytest.mark.parametrize("episodes", [0, -3, 2.5])
+def test_a_bad_number_of_episodes_is_named(small_run: Path, episodes: object) -> None:
+    with pytest.raises(UserError, match="episodes"):
+        evaluate(load_agent(small_run).model, "CartPole-v1", episodes=episodes)  # type: ignore[arg-type]
+
+
+def test_a_foreign_model_is_named() -> None:
+    from stable_baselines3 import DQN
+
+    with pytest.raises(UserError, match="evaluate_policy"):
+        evaluate(DQN("MlpPolicy", "CartPole-v1", buffer_size=10), "CartPole-v1")
+
+
+def test_pruning_a_model_in_python(small_run: Path) -> None:
+    model = load_agent(small_run / "checkpoints" / "T3").model
+    venv = make_vectorised("CartPole-v1", 2, 0)
+    model = type(model).load_checkpoint(small_run / "checkpoints" / "T3", env=venv)
+    pruned = prune(model, "CartPole-v1", to=1, agent_steps=512, eval_every=256, eval_episodes=2)
+    assert pruned is model
+    assert pruned.policy.timesteps == 1
+    with pytest.raises(UserError, match="T=1 already"):
+        prune(model, "CartPole-v1", to=1)
