@@ -74,7 +74,7 @@ class TrainConfig(MainSettings):
     """Gradient clipping."""
     eval_every: int = 10_000
     """Agent steps between evaluations (they select the kept checkpoint)."""
-    eval_episodes: int = 20
+    eval_episodes: int = 25
     """Episodes of each of them."""
     report_episodes: int = 100
     """Episodes of the final table, on other seeds; 0 leaves it out."""

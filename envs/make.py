@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from typing import Any, SupportsFloat
 
@@ -26,6 +27,8 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
     Raises:
         UserError: the environment is unknown or something that it needs is not installed.
     """
+    # pygame must not look for a screen that a server does not have: frames are drawn in memory.
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     try:
         with warnings.catch_warnings():
             # "The environment X is out of date" is a matter of taste, and the id is reported with

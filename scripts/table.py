@@ -17,6 +17,7 @@ from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.checkpoint import read_json
 from spiking_rl.files import write_atomically
+from spiking_rl.plotting import continuum, save_figure
 from spiking_rl.scripts.options import parse
 
 DESCRIPTION = """Train and score every seed of every line of the table; finished runs are not repeated.
@@ -55,6 +56,12 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, json.dumps(results, indent=1) + "\n")
     print(f"{len(rows)} rows: {options.output}")
+    for algo in options.algos:
+        figure = options.output.with_name(f"{options.output.stem}-{algo}.png")
+        own = [row for row in rows if row["algo"] == algo]
+        seeds = ", ".join(str(s) for s in options.seeds)
+        save_figure(continuum(own, f"{own[0]['environment']}, {algo}, seeds {seeds}; line: mean"), figure)
+        print(f"figure: {figure}")
 
 
 def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str, Any]]:

@@ -95,11 +95,13 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
 
     Args:
         rows: result rows with ``timesteps``, ``mean_return``, ``ci95``, ``spike_rate`` (by layer) and
-            ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are a dashed line.
+            ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are a dashed line, rows
+            whose ``method`` is "direct" (trained at that T from the start) crosses.
         title: drawn above.
     """
     figure, axes = _figure(3, 11, 3.6)
-    spiking = [r for r in rows if r["timesteps"] is not None]
+    spiking = [r for r in rows if r["timesteps"] is not None and r.get("method") != "direct"]
+    direct = [r for r in rows if r.get("method") == "direct"]
     control = [r["mean_return"] for r in rows if r["timesteps"] is None]
     order = sorted({r["timesteps"] for r in spiking}, reverse=True)
     series: dict[str, Callable[[Row], float]] = {
@@ -109,7 +111,10 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     }
     for ax, (label, value) in zip(axes, series.items(), strict=True):
         means = [_mean([value(r) for r in spiking if r["timesteps"] == t]) for t in order]
-        ax.plot(range(len(order)), means, color=_BLUE, marker="o", markersize=4)
+        ax.plot(range(len(order)), means, color=_BLUE, marker="o", markersize=4, label="pruned step by step")
+        if direct:
+            at = [order.index(r["timesteps"]) + 0.12 for r in direct]  # beside, not under, the others
+            ax.scatter(at, [value(r) for r in direct], color=_GREEN, marker="x", s=24, label="trained directly")
         for x, t in enumerate(order):
             points = [r for r in spiking if r["timesteps"] == t]
             if label == "return per episode" and len(points) == 1:
@@ -123,6 +128,7 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
             ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
     if control:
         axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")
+    if control or direct:
         axes[0].legend(frameon=False, loc="lower left")
     axes[2].axhline(1, color=_ORANGE, linestyle="--", linewidth=1)
     if title:
