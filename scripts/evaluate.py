@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from spiking_rl.agents.building import resolve_device
 from spiking_rl.agents.evaluation import REPORT_SEED, evaluate
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.report import format_table
-from spiking_rl.agents.training import resolve_device
 from spiking_rl.errors import UserError
 from spiking_rl.scripts.options import first_argument, parse
 

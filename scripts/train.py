@@ -21,7 +21,8 @@ from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.provenance import peak_rss_mb
 from spiking_rl.agents.report import evaluate_run, format_table
 from spiking_rl.agents.runs import RunFolder
-from spiking_rl.agents.training import Interrupted, TrainingSession, resume_run, start_run
+from spiking_rl.agents.session import Interrupted, TrainingSession
+from spiking_rl.agents.training import resume_run, start_run
 from spiking_rl.errors import UserError
 from spiking_rl.scripts.main import Stopped
 from spiking_rl.scripts.options import first_argument, parse

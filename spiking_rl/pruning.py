@@ -176,6 +176,16 @@ class TemporalPruning:
         self.stages.append(StageRecord(self.timesteps - 1))
         return Next(self.timesteps, checkpoint, False)
 
+    @classmethod
+    def trained(cls, timesteps: int, stage_budget: float) -> TemporalPruning:
+        """Return a finished machine for a network that was trained at ``timesteps`` elsewhere.
+
+        Call :meth:`extend` to prune it; each stage may spend ``stage_budget``.
+        """
+        made = cls(timesteps, timesteps, stage_budget, stage_budget)
+        made.finished = True
+        return made
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on, as JSON-serialisable values."""
         return {

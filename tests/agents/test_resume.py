@@ -17,7 +17,8 @@ from conftest import COMMAND, SMALL, as_flags, environment
 from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.runs import RunFolder
-from spiking_rl.agents.training import Interrupted, TrainingSession, replace_settings, resume_run, start_run
+from spiking_rl.agents.session import Interrupted, TrainingSession
+from spiking_rl.agents.training import replace_settings, resume_run, start_run
 
 DQN = {"learning_starts": 512, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
 

@@ -1,0 +1,78 @@
+"""Build a learner from settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stable_baselines3.common.utils import LinearSchedule, get_device
+
+from spiking_rl.agents.config import DQNConfig, PQNConfig, TrainConfig
+from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.pqn import SpikingPQN
+from spiking_rl.envs.make import make_vectorised
+from spiking_rl.errors import UserError
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device, "auto" meaning a GPU where there is one.
+
+    Raises:
+        UserError: unknown, or not on this machine.
+    """
+    try:
+        found = torch.device("cpu") if device == "cpu" else get_device(device)
+    except RuntimeError:
+        raise UserError("device", device, "is no torch device; use auto, cpu or cuda") from None
+    if device.startswith("cuda") and found.type != "cuda":
+        raise UserError("device", device, "no CUDA GPU is available here; use --device cpu")
+    return found
+
+
+def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | SpikingDQN:
+    """Build the learner and its environments from checked settings.
+
+    Raises:
+        UserError: an environment or a device that cannot be used.
+    """
+    torch_device = resolve_device(device)
+    venv = make_vectorised(config.env, config.num_envs, config.seed)
+    common: dict[str, Any] = {
+        "env": venv,
+        "learning_rate": LinearSchedule(config.learning_rate, config.final_learning_rate, 1.0),
+        "gamma": config.gamma,
+        "exploration_fraction": config.exploration_fraction,
+        "exploration_final_eps": config.exploration_final_eps,
+        "exploration_repeat": config.exploration_repeat,
+        "reward_scale": config.reward_scale,
+        "max_grad_norm": config.max_grad_norm,
+        "firing_rate": config.firing_rate,
+        "seed": config.seed,
+        "device": torch_device,
+        "policy_kwargs": {
+            "timesteps": config.timesteps,
+            "network_kwargs": {
+                "neuron": config.neuron,
+                "hidden": list(config.hidden),
+                "per_channel": config.per_channel,
+                "leak": config.leak,
+                "gamma": config.surrogate_gamma,
+            },
+        },
+    }
+    model: SpikingPQN | SpikingDQN
+    if isinstance(config, PQNConfig):
+        model = SpikingPQN(**common, **_pick(config, "n_steps", "n_epochs", "n_minibatches", "lam"))
+    else:
+        assert isinstance(config, DQNConfig)
+        names = ("buffer_size", "learning_starts", "batch_size", "gradient_steps", "target_update_interval")
+        freq = max(1, config.train_freq // config.num_envs)
+        model = SpikingDQN(
+            **common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names}
+        )
+    model.prune_lr_factor = config.prune_lr_factor
+    return model
+
+
+def _pick(config: TrainConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
