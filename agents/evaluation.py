@@ -23,6 +23,9 @@ SELECTION_SEED = 10_000_000
 REPORT_SEED = 20_000_000
 """First episode seed of reported scores: disjoint from selection and from training seeds."""
 
+MAX_DECISIONS = 27_000
+"""An episode is cut here: some environments never end one by themselves. (30 minutes of Atari.)"""
+
 _PARALLEL = 25  # environments stepped together: one forward pass decides for all of them
 
 
@@ -81,6 +84,8 @@ def evaluate(
 ) -> Evaluation:
     """Play greedy episodes; episode k is reset with ``seed + k``, whatever runs beside it.
 
+    An episode that does not end is cut after :data:`MAX_DECISIONS` decisions.
+
     Args:
         model: a SpikingDQN or SpikingPQN.
         env: Gymnasium id.
@@ -127,6 +132,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     waiting = list(enumerate(seeds))
     envs = [make_single(env_id) for _ in range(min(_PARALLEL, len(seeds)))]
     returns = [0.0] * len(seeds)
+    lengths = [0] * len(seeds)
     playing: list[tuple[Any, int, Any]] = []  # environment, index of its episode, observation
     for env in envs:
         episode, seed = waiting.pop(0)
@@ -138,7 +144,8 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
         for (env, episode, _), action in zip(playing, actions, strict=True):
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
-            if terminated or truncated:
+            lengths[episode] += 1
+            if terminated or truncated or lengths[episode] >= MAX_DECISIONS:
                 if not waiting:
                     continue
                 episode, seed = waiting.pop(0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from spiking_rl.agents.evaluation import REPORT_SEED, q_network
+from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, q_network
 from spiking_rl.envs.make import make_single
 from spiking_rl.envs.video import Frame, write_video
 from spiking_rl.errors import UserError
@@ -113,7 +113,7 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
             observation, reward, terminated, truncated, _ = env.step(action)
             total += float(reward)
             step += 1
-            over = terminated or truncated
+            over = terminated or truncated or step >= MAX_DECISIONS
         made.returns.append(total)
         for _ in range(round(_PAUSE * made.fps)):
             yield frame

@@ -74,3 +74,24 @@ def test_pruning_a_model_in_python(small_run: Path) -> None:
     assert pruned.policy.timesteps == 1
     with pytest.raises(UserError, match="T=1 already"):
         prune(model, "CartPole-v1", to=1)
+
+
+class Endless(gym.Env[np.ndarray, int]):
+    """Never ends an episode."""
+
+    observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:
+        super().reset(seed=seed)
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        return np.zeros(4, np.float32), 1.0, False, False, {}
+
+
+def test_an_episode_that_never_ends_is_cut(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gym.register("Endless-v0", entry_point=Endless)
+    monkeypatch.setattr("spiking_rl.agents.evaluation.MAX_DECISIONS", 50)
+    model = load_agent(small_run).model
+    assert evaluate(model, "Endless-v0", episodes=3, measure_latency=False).returns == [50, 50, 50]
