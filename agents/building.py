@@ -71,6 +71,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
             **common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names}
         )
     model.prune_lr_factor = config.prune_lr_factor
+    model.average_decay = config.average_decay
     return model
 
 

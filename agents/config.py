@@ -60,6 +60,8 @@ class TrainConfig(MainSettings):
     """Learning rate at the end of a stage."""
     prune_lr_factor: float = 0.3
     """Multiplies the learning rate in the stages after the first."""
+    average_decay: float = 0.95
+    """Decay per training of the weight average that is evaluated and kept; 0: none."""
     gamma: float = 0.99
     """Discount."""
     exploration_fraction: float = 0.3
@@ -109,6 +111,8 @@ class TrainConfig(MainSettings):
         for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
+        if not 0 <= self.average_decay < 1:
+            raise UserError("average_decay", self.average_decay, "must be at least 0 and below 1")
         if not 1 <= self.exploration_repeat <= 1000:
             raise UserError("exploration_repeat", self.exploration_repeat, "must lie between 1 and 1000")
         if not 0 < self.firing_rate < 1:

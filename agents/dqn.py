@@ -143,6 +143,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
             self.policy.optimizer.step()
             losses.append(loss.detach())
         self._n_updates += gradient_steps
+        self.update_average()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.last_loss = torch.stack(losses).mean().item()
         self.logger.record("train/loss", self.last_loss)

@@ -264,6 +264,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 self.policy.optimizer.step()
                 losses.append(loss.detach())
         self._n_updates += self.n_epochs * self.n_minibatches
+        self.update_average()
         self.last_loss = torch.stack(losses).mean().item()
         self.logger.record("train/loss", self.last_loss)
         self.logger.record("train/q_target_mean", float(targets.mean()))

@@ -54,6 +54,7 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
     """
     with replace_folder(folder) as partial:
         tensors = {f"policy.{k}": v.cpu().contiguous() for k, v in model.policy.state_dict().items()}
+        tensors |= {f"average.{k}": v.cpu().contiguous() for k, v in (model.average or {}).items()}
         optimiser, scalars = _pack_optimiser(model.policy.optimizer)
         last_obs = np.asarray(model._last_obs)
         (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**tensors, **optimiser}))
@@ -112,6 +113,8 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         model.policy.load_state_dict(
             {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
         )
+        average = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+        model.average = {k: v.to(model.device) for k, v in average.items()} or None
         model.policy.rebuild_optimizer(model.lr_schedule(1.0))
         _unpack_optimiser(model.policy.optimizer, tensors, state["optimiser"])
         for name, value in state["counters"].items():

@@ -161,7 +161,8 @@ class TrainingSession:
         name = self.checkpoint_name()
         decision = self._evaluate()
         # The end of the stage is kept beside its best: what training gave without selection.
-        self._keep(f"{name}-end")
+        with self.model.averaged_weights():
+            self._keep(f"{name}-end")
         assert not isinstance(decision, Stay)
         if isinstance(decision, Next):
             self.begin(decision)
@@ -193,9 +194,14 @@ class TrainingSession:
     def _evaluate(self) -> Decision:
         """Score the current weights on the selection seeds, keep them if best, write progress."""
         model, config = self.model, self.config
-        result = evaluate(model, config.env, episodes=config.eval_episodes, seed=SELECTION_SEED, measure_latency=False)
-        name = self.checkpoint_name()
-        decision = self.pruning.report(result.mean_return, model.num_timesteps - model.stage_start)
+        with model.averaged_weights():
+            result = evaluate(
+                model, config.env, episodes=config.eval_episodes, seed=SELECTION_SEED, measure_latency=False
+            )
+            name = self.checkpoint_name()
+            decision = self.pruning.report(result.mean_return, model.num_timesteps - model.stage_start)
+            if decision.improved:
+                self._keep(name, score=result.mean_return)
         returns = [e["r"] for e in model.ep_info_buffer or []]
         rates = result.spike_rate
         row = {
@@ -210,8 +216,6 @@ class TrainingSession:
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)
-        if decision.improved:
-            self._keep(name, score=result.mean_return)
         self._log(row, rates or {})
         return decision
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -37,6 +39,8 @@ class StagedAlgorithm(BaseAlgorithm):
         last_loss: mean loss of the latest training, None before it.
         algo: short name of the algorithm.
         hyperparameters: constructor arguments that a checkpoint keeps.
+        average_decay: decay of the weight average per training; 0 keeps none.
+        average: averaged weights and buffers of the Q-network by name, None before the first training.
         prune_lr_factor: multiplies the learning rate in every stage after the first.
     """
 
@@ -51,13 +55,48 @@ class StagedAlgorithm(BaseAlgorithm):
     stage = 0
     stage_start = 0
     prune_lr_factor = 1.0
+    average_decay = 0.0
+    average: dict[str, torch.Tensor] | None = None
 
     def _setup_explorer(self) -> None:
         assert isinstance(self.action_space, spaces.Discrete)
         self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
 
+    def update_average(self) -> None:
+        """Move the weight average towards the current weights; the learners call it after training.
+
+        Q-learning on binary activations flips between policies from one update to the next; the
+        average does not (Polyak averaging; Izmailov et al. 2018).
+        """
+        if not self.average_decay:
+            return
+        weights = self.policy.q_net.state_dict()
+        if self.average is None:
+            self.average = {name: tensor.clone() for name, tensor in weights.items()}
+            return
+        for name, tensor in weights.items():
+            if "running_" in name:
+                self.average[name].copy_(tensor)
+            else:
+                self.average[name].lerp_(tensor, 1 - self.average_decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Put the averaged weights into the Q-network for a while (no change where there are none)."""
+        if self.average is None:
+            yield
+            return
+        q_net = self.policy.q_net
+        current = {name: tensor.clone() for name, tensor in q_net.state_dict().items()}
+        q_net.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            q_net.load_state_dict(current)
+
     def begin_stage(self, timesteps: int) -> None:
         """Go on at another number of timesteps: fresh optimiser, exploration at its final value."""
+        self.average = None
         self.policy.set_timesteps(timesteps)
         self.policy_kwargs["timesteps"] = timesteps
         self.policy.rebuild_optimizer(self.lr_schedule(1.0))
