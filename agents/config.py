@@ -103,8 +103,10 @@ class TrainConfig(MainSettings):
         for name in ("seed", "report_episodes", "video_episodes"):
             if getattr(self, name) < 0:
                 raise UserError(name, getattr(self, name), "must not be negative")
-        if self.seed >= 2**31:
-            raise UserError("seed", self.seed, "must be below 2147483648")
+        if self.seed >= 10_000_000:
+            raise UserError("seed", self.seed, "must be below 10000000, where the seeds of evaluations begin")
+        if not 0 <= self.final_learning_rate < float("inf"):
+            raise UserError("final_learning_rate", self.final_learning_rate, "must be 0 or positive, and finite")
         for name in ("gamma", "leak", "exploration_fraction", "exploration_final_eps"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(name, getattr(self, name), "must lie between 0 and 1")
@@ -176,6 +178,8 @@ class DQNConfig(TrainConfig):
                 raise UserError(name, getattr(self, name), "must be at least 1")
         if not 2 <= self.learning_starts < self.buffer_size:
             raise UserError("learning_starts", self.learning_starts, "must lie between 2 and buffer_size")
+        if self.learning_starts >= self.agent_steps:
+            raise UserError("agent_steps", self.agent_steps, f"must be above learning_starts = {self.learning_starts}")
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {"pqn": PQNConfig, "dqn": DQNConfig}

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import double_q_targets
+from spiking_rl.errors import UserError
 
 
 class SpikingDQN(StagedAlgorithm, DQN):
@@ -56,6 +57,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     )
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingMlpPolicy}
     policy: SpikingMlpPolicy
+    _norm_steps = 0  # agent steps whose observations the running scaling has seen
     q_net: SpikingQNetwork  # type: ignore[assignment]
     q_net_target: SpikingQNetwork  # type: ignore[assignment]
 
@@ -64,12 +66,16 @@ class SpikingDQN(StagedAlgorithm, DQN):
         policy: str | type[SpikingMlpPolicy] = "MlpPolicy",
         env: GymEnv | str | None = None,
         learning_rate: float | Schedule = 1e-4,
+        *,
         learning_starts: int = 1000,
         firing_rate: float = 0.2,
         reward_scale: float = 1.0,
         exploration_repeat: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        if learning_starts < 2:
+            raise UserError("learning_starts", learning_starts, "calibration needs at least 2, better 1,000")
+        kwargs["policy_kwargs"] = dict(kwargs.get("policy_kwargs") or {})  # a copy: stages change it
         self.firing_rate = firing_rate
         self.reward_scale = reward_scale
         self.exploration_repeat = exploration_repeat
@@ -113,17 +119,22 @@ class SpikingDQN(StagedAlgorithm, DQN):
     def _on_step(self) -> None:
         super()._on_step()
         self.exploration_rate = self.exploration_schedule(self.exploration_progress())
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """Do ``gradient_steps`` Double-DQN updates on replayed batches."""
         assert self.replay_buffer is not None
+        if self.replay_buffer.size() * self.n_envs < 2:
+            return  # nothing to calibrate on yet
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         if self.calibrated:
             # A random policy sees a small part of the state space: the scaling must go on learning.
-            self.q_net.update_norm(self._latest_observations(self.train_freq.frequency))  # type: ignore[union-attr]
+            fresh = (self.num_timesteps - self._norm_steps) // self.n_envs
+            self.q_net.update_norm(self._latest_observations(max(1, fresh)))
         else:
             self.calibrate(self._latest_observations(self.replay_buffer.size()))
+        self._norm_steps = self.num_timesteps
         losses = []
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
@@ -153,8 +164,10 @@ class SpikingDQN(StagedAlgorithm, DQN):
         assert self.replay_buffer is not None
         rows = min(rows, self.replay_buffer.size())
         where = np.arange(self.replay_buffer.pos - rows, self.replay_buffer.pos) % self.replay_buffer.buffer_size
-        stored = self.replay_buffer.observations[where]
-        return torch.as_tensor(stored.reshape(-1, *self.replay_buffer.obs_shape), device=self.device)
+        stored = self.replay_buffer.observations[where].reshape(-1, *self.replay_buffer.obs_shape)
+        if self._vec_normalize_env is not None:  # the buffer holds what came before VecNormalize
+            stored = self._vec_normalize_env.normalize_obs(stored)  # type: ignore[assignment]
+        return torch.as_tensor(stored, device=self.device)
 
     def begin_stage(self, timesteps: int) -> None:
         """As in :class:`StagedAlgorithm`; the target network starts equal to the online one."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer
-from spiking_rl.envs.make import make_single
+from spiking_rl.envs.make import check_environment, make_single
 from spiking_rl.errors import UserError
 
 SELECTION_SEED = 10_000_000
@@ -23,10 +23,10 @@ SELECTION_SEED = 10_000_000
 REPORT_SEED = 20_000_000
 """First episode seed of reported scores: disjoint from selection and from training seeds."""
 
-MAX_DECISIONS = 27_000
-"""An episode is cut here: some environments never end one by themselves. (30 minutes of Atari.)"""
+MAX_DECISIONS = 5_000
+"""Episodes of an environment without a time limit are cut here: some never end by themselves."""
 
-_PARALLEL = 25  # environments stepped together: one forward pass decides for all of them
+_PARALLEL = 50  # environments stepped together: one forward pass decides for all of them
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def evaluate(
 ) -> Evaluation:
     """Play greedy episodes; episode k is reset with ``seed + k``, whatever runs beside it.
 
-    An episode that does not end is cut after :data:`MAX_DECISIONS` decisions.
+    Where the environment sets no time limit, episodes are cut after :data:`MAX_DECISIONS` decisions.
 
     Args:
         model: a SpikingDQN or SpikingPQN.
@@ -100,6 +100,10 @@ def evaluate(
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 1:
         raise UserError("episodes", episodes, "must be a whole number of at least 1")
     q_net = q_network(model)
+    if not isinstance(env, str):
+        raise UserError("env", str(env), "name the environment by its id, or use SB3's evaluate_policy")
+    if check_environment(env) != (model.observation_space, model.action_space):
+        raise UserError("env", env, f"has other spaces than the agent: {model.observation_space}, {model.action_space}")
     own = q_net.network.timesteps
     if timesteps is not None:
         q_net.network.set_timesteps(timesteps)
@@ -131,6 +135,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     q_net.set_training_mode(False)
     waiting = list(enumerate(seeds))
     envs = [make_single(env_id) for _ in range(min(_PARALLEL, len(seeds)))]
+    endless = envs[0].spec is None or envs[0].spec.max_episode_steps is None
     returns = [0.0] * len(seeds)
     lengths = [0] * len(seeds)
     playing: list[tuple[Any, int, Any]] = []  # environment, index of its episode, observation
@@ -145,7 +150,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
             lengths[episode] += 1
-            if terminated or truncated or lengths[episode] >= MAX_DECISIONS:
+            if terminated or truncated or (endless and lengths[episode] >= MAX_DECISIONS):
                 if not waiting:
                     continue
                 episode, seed = waiting.pop(0)

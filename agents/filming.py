@@ -83,6 +83,7 @@ def film(
 def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bool, made: Film) -> Iterator[Frame]:
     q_net = q_network(model)
     q_net.set_training_mode(False)
+    limit = (env.spec.max_episode_steps if env.spec else None) or MAX_DECISIONS
     names = q_net.network.layer_names
     sizes = {n: int(np.prod(s)) for n, s in zip(names, q_net.network.neuron_shapes(), strict=True)}
     for episode in range(episodes):
@@ -113,7 +114,7 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
             observation, reward, terminated, truncated, _ = env.step(action)
             total += float(reward)
             step += 1
-            over = terminated or truncated or step >= MAX_DECISIONS
+            over = terminated or truncated or step >= limit
         made.returns.append(total)
         for _ in range(round(_PAUSE * made.fps)):
             yield frame

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy
@@ -207,6 +207,11 @@ class SpikingMlpPolicy(DQNPolicy):
         )
         clamp_after_step(self.optimizer, self.q_net)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled policy; optimisers lose their hooks on the way."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        clamp_after_step(self.optimizer, self.q_net)
+
     @property
     def timesteps(self) -> int:
         """Timesteps T per decision."""
@@ -248,6 +253,13 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             str(action_space),
             "spiking Q-networks choose among discrete actions; use an environment with a Discrete "
             "action space or wrap this one to discretise its actions",
+        )
+    for field, space in (("action_space", action_space), ("observation_space", observation_space)):
+        if isinstance(space, spaces.Discrete) and space.start != 0:
+            raise UserError(field, str(space), "must count from 0; wrap the environment to shift it")
+    if is_image_space(observation_space):
+        raise UserError(
+            "observation_space", str(observation_space), "images need a convolutional network, which is not there yet"
         )
     if not isinstance(observation_space, (spaces.Box, spaces.Discrete)):
         raise UserError(

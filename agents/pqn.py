@@ -105,7 +105,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             policy=policy,
             env=env,
             learning_rate=learning_rate,
-            policy_kwargs=policy_kwargs,
+            policy_kwargs=dict(policy_kwargs or {}),  # a copy: stages change it
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -159,8 +159,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         )
         callback.on_training_start(locals(), globals())
         assert self.env is not None
-        if not self.calibrated:
-            self._calibrate_on_random_policy(callback)
+        if not self.calibrated and not self._calibrate_on_random_policy(callback):
+            return self
         iteration = 0
         while self.num_timesteps < total_timesteps:
             callback.on_rollout_start()
@@ -187,18 +187,25 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
 
-    def _calibrate_on_random_policy(self, callback: BaseCallback) -> None:
-        """Act at random for ``calibration_steps`` agent steps, then scale inputs and set thresholds."""
+    def _calibrate_on_random_policy(self, callback: BaseCallback) -> bool:
+        """Act at random for ``calibration_steps`` agent steps, then scale inputs and set thresholds.
+
+        Returns False if a callback stops it.
+        """
         assert self.env is not None
         seen = [np.array(self._last_obs)]
         for _ in range(-(-self.calibration_steps // self.n_envs)):
             actions = self.explorer.choose(np.zeros(self.n_envs, dtype=np.int64), epsilon=1.0)
-            self._last_obs, _, dones, infos = self.env.step(actions)  # type: ignore[assignment]
+            self._last_obs, rewards, dones, infos = self.env.step(actions)  # type: ignore[assignment]
             self.explorer.end_episodes(dones)
             self.num_timesteps += self.n_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
             self._update_info_buffer(infos, dones)
             seen.append(np.array(self._last_obs))
         self.calibrate(obs_as_tensor(np.concatenate(seen), self.device))  # type: ignore[arg-type]
+        return True
 
     def _collect(self, callback: BaseCallback) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]] | None:
         """Play one rollout; return observations, actions and targets, or None if a callback stops."""
@@ -208,7 +215,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         shape = (self.n_steps, self.n_envs)
         observations = np.zeros((*shape, *self._last_obs.shape[1:]), dtype=self._last_obs.dtype)  # type: ignore[union-attr]
         actions = np.zeros(shape, dtype=np.int64)
-        rewards = np.zeros(shape, dtype=np.float32)
+        all_rewards = np.zeros(shape, dtype=np.float32)
         values = np.zeros((self.n_steps + 1, self.n_envs), dtype=np.float32)
         final_values = np.zeros(shape, dtype=np.float32)
         terminated = np.zeros(shape, dtype=bool)
@@ -219,7 +226,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             observations[t] = self._last_obs
             values[t] = q.max(1)
             actions[t] = self.explorer.choose(q.argmax(1), self.exploration_rate)
-            self._last_obs, rewards[t], done[t], infos = self.env.step(actions[t])  # type: ignore[assignment]
+            self._last_obs, rewards, dones, infos = self.env.step(actions[t])  # type: ignore[assignment]
+            all_rewards[t], done[t] = rewards, dones
             self.num_timesteps += self.n_envs
             self._update_info_buffer(infos, done[t])
             self.explorer.end_episodes(done[t])
@@ -234,7 +242,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 final_values[t, cut] = self._q(final).max(1)
         values[-1] = self._q(self._last_obs).max(1)  # type: ignore[arg-type]
         next_values = np.where(done, final_values, values[1:])
-        targets = lambda_returns(rewards * self.reward_scale, next_values, terminated, done, self.gamma, self.lam)
+        targets = lambda_returns(all_rewards * self.reward_scale, next_values, terminated, done, self.gamma, self.lam)
         return observations, actions, targets
 
     def _q(self, observations: NDArray[Any]) -> NDArray[np.float32]:
@@ -269,6 +277,9 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.logger.record("train/loss", self.last_loss)
         self.logger.record("train/q_target_mean", float(targets.mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
 
     def predict(
         self,

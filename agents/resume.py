@@ -36,6 +36,7 @@ _COUNTERS = (
     "stage",
     "stage_start",
     "last_loss",
+    "_norm_steps",
 )
 _REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 _REMEDY = "start the run again in another folder, or name the run's checkpoints instead"

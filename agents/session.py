@@ -106,6 +106,9 @@ class TrainingSession:
     def restore(self) -> None:
         """Go back to the last saved state; a run that died before its first save starts again."""
         if not has_training_state(self.folder.resume):
+            if any(self.folder.checkpoints.glob("*-end")):
+                # Training again from zero would replace what this run has kept.
+                raise UserError("resume", str(self.folder.resume), "is missing, but the run got further: start another")
             return
         extra = load_training_state(self.folder.resume, self.model)
         try:
@@ -129,6 +132,7 @@ class TrainingSession:
             Interrupted: stopped early; the state is saved.
             OSError: the disk is full or gone; what was saved stays.
         """
+        threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
         board = ResumableTensorBoard(str(self.folder.tensorboard), self.model.num_timesteps)
@@ -138,9 +142,12 @@ class TrainingSession:
             with self._stopping_on_signals():
                 while not self.pruning.finished:
                     self._stage()
+                if self.stop_requested:
+                    raise Interrupted("interrupt")
         finally:
             self.progress.close()
             board.close()
+            torch.set_num_threads(threads)
             self.seconds += time.monotonic() - self._started
             self._started = time.monotonic()
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import update_learning_rate
 
 from spiking_rl.agents.exploration import EpsilonGreedy
@@ -30,6 +31,7 @@ class StagedAlgorithm(BaseAlgorithm):
 
     Attributes:
         policy: holds the Q-network, its target where there is one, and the optimiser.
+        exploration_rate: current epsilon.
         firing_rate: spikes per neuron and timestep that calibration aims at.
         exploration_repeat: mean number of steps that a random action is held.
         explorer: chooses between greedy and random actions.
@@ -47,6 +49,7 @@ class StagedAlgorithm(BaseAlgorithm):
     algo: ClassVar[str]
     hyperparameters: ClassVar[tuple[str, ...]]
     policy: SpikingMlpPolicy
+    exploration_rate: float
     firing_rate: float
     exploration_repeat: float
     explorer: EpsilonGreedy
@@ -104,6 +107,12 @@ class StagedAlgorithm(BaseAlgorithm):
         self.stage_start = self.num_timesteps
         self._current_progress_remaining = 1.0
 
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        total, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+        # A user's own `learn` on a pruned model counts from zero again: so must the stage's schedules.
+        self.stage_start = min(self.stage_start, self.num_timesteps)
+        return total, callback
+
     def exploration_progress(self) -> float:
         """Return the progress remaining as exploration sees it (0 once the first stage is over)."""
         return self._current_progress_remaining if self.stage == 0 else 0.0
@@ -131,7 +140,8 @@ class StagedAlgorithm(BaseAlgorithm):
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         done = num_timesteps - self.stage_start
-        self._current_progress_remaining = max(0.0, 1.0 - done / max(1, total_timesteps - self.stage_start))
+        remaining = 1.0 - done / max(1, total_timesteps - self.stage_start)
+        self._current_progress_remaining = min(1.0, max(0.0, remaining))
 
     def save_checkpoint(self, folder: Path | str, **info: Any) -> None:
         """Save the agent as safetensors + JSON (``save`` is SB3's zip, which pickles).
@@ -149,6 +159,7 @@ class StagedAlgorithm(BaseAlgorithm):
             "algo": self.algo,
             "timesteps": self.policy.timesteps if self.policy.q_net.network.spiking else None,
             "agent_steps": self.num_timesteps,
+            "calibrated": self.calibrated,
             **info,
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
@@ -189,12 +200,20 @@ class StagedAlgorithm(BaseAlgorithm):
             model.observation_space, model.action_space = observation_space, action_space
             if env is None:
                 model.n_envs = 1
+                if hasattr(model, "buffer_size"):
+                    model.buffer_size = 1  # an agent that only predicts replays nothing
             model._setup_model()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError("checkpoint", str(folder), f"config.json is incomplete ({error!r})") from None
+            if model.policy.q_net.network.spiking and model.policy.timesteps != config["timesteps"]:
+                raise ValueError(f"timesteps {config['timesteps']} and {model.policy.timesteps} contradict")
+            model.calibrated = bool(config["calibrated"])
+            model.num_timesteps = int(config["agent_steps"])
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+            reason = " ".join(repr(error).split())[:200]
+            raise UserError("checkpoint", str(folder), f"its config.json makes no agent ({reason})") from None
         load_into(model.policy.q_net, tensors, folder)
         if model.policy.has_target:
             model.policy.q_net_target.load_state_dict(model.policy.q_net.state_dict())
-        model.calibrated = True
-        model.num_timesteps = int(config.get("agent_steps", 0))
+        model.exploration_rate = 0.0  # a loaded agent plays what it learned, as SB3's DQN does
         return model

@@ -15,5 +15,5 @@ class ResumableTensorBoard(TensorBoardOutputFormat):
     """
 
     def __init__(self, folder: str, agent_steps: int) -> None:
-        self.writer = SummaryWriter(log_dir=folder, purge_step=agent_steps or None)
+        self.writer = SummaryWriter(log_dir=folder, purge_step=agent_steps + 1)
         self._is_closed = False

@@ -142,16 +142,24 @@ def prune(
     """
     _, config = load_recipe(env, model.algo)
     now = model.policy.timesteps
-    changes = {"timesteps": now, "prune_to": now, "prune_steps": agent_steps, "num_envs": model.n_envs, **settings}
-    config = replace_settings(config, changes)
+    own = {name: getattr(model, name) for name in model.hyperparameters if hasattr(config, name)}
+    network = model.policy.q_net_kwargs["network_kwargs"]
+    own |= {name: network[name] for name in ("hidden", "neuron", "per_channel", "leak") if name in network}
+    own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "num_envs": model.n_envs}
+    config = replace_settings(config, {**own, **settings})
     config.check()
     if to >= now:
         raise UserError("to", to, f"the model is at T={now} already; choose a smaller number")
+    if config.num_envs != model.n_envs:
+        raise UserError("num_envs", config.num_envs, f"the model has {model.n_envs}; load it with as many environments")
+    if check_environment(env) != (model.observation_space, model.action_space):
+        raise UserError("env", env, "has other spaces than the model")
     with _run_folder(run) as folder:
         folder.create()
         save_config(folder.config, config, provenance())
         model.set_env(make_vectorised(config.env, config.num_envs, config.seed))
         session = TrainingSession(config, folder, model, progress=progress)
+        model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay
         with folder.locked():
             session.pruning = TemporalPruning.trained(now, agent_steps)
             model.save_checkpoint(folder.checkpoints / checkpoint_name(now), environment=config.env)
@@ -180,5 +188,10 @@ def _run_folder(run: Path | str | None) -> Iterator[RunFolder]:
 
 def _with_best_weights(session: TrainingSession) -> SpikingPQN | SpikingDQN:
     folder = session.folder.checkpoints / session.checkpoint_name()
-    load_into(session.model.policy.q_net, load_checkpoint(folder).tensors, folder)
-    return session.model
+    model = session.model
+    load_into(model.policy.q_net, load_checkpoint(folder).tensors, folder)
+    if model.policy.has_target:
+        model.policy.q_net_target.load_state_dict(model.policy.q_net.state_dict())
+    model.average = None
+    model._custom_logger = False  # the run's TensorBoard is closed: a later `learn` makes its own logger
+    return model

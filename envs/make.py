@@ -27,8 +27,9 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
     Raises:
         UserError: the environment is unknown or something that it needs is not installed.
     """
-    # pygame must not look for a screen that a server does not have: frames are drawn in memory.
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if render:
+        # pygame must not look for a screen that a server does not have: frames are drawn in memory.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     try:
         with warnings.catch_warnings():
             # "The environment X is out of date" is a matter of taste, and the id is reported with
@@ -41,8 +42,13 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
         raise UserError("env", env_id, f"needs a package that is not installed: {_one_line(error)}") from None
     except ModuleNotFoundError as error:
         raise UserError("env", env_id, f"{error}; install it or correct the module's name") from None
-    except (gym.error.Error, ValueError) as error:
+    except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
         raise UserError("env", env_id, _suggestion(env_id, error)) from None
+    except Exception as error:
+        # Whatever an environment's own constructor raises, the user reads which one and why.
+        raise UserError(
+            "env", env_id, f"could not be made ({type(error).__name__}: {_one_line(error)[:200]})"
+        ) from None
     return Monitor(env)
 
 

@@ -10,6 +10,9 @@ from spiking_rl.networks import NETWORKS
 
 def run(args: list[str]) -> dict[str, Any]:
     """Print recipes and networks."""
+    if args:
+        print("usage: spiking-rl list [--json]\n\nList recipes and networks. Example: spiking-rl list")
+        return {}
     found = {name: recipe.get("env", "any other environment") for name, recipe in sorted(recipes().items())}
     networks = sorted(NETWORKS)
     print("recipes (spiking-rl train NAME):")

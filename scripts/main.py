@@ -62,8 +62,10 @@ def run(argv: list[str]) -> int:
         return _fail(f"command = {name!r}: unknown; choose one of {', '.join(COMMANDS)}", 2)
     as_json = "--json" in args
     module = "listing" if name == "list" else name
-    command = cast(Command, importlib.import_module(f"spiking_rl.scripts.{module}"))
+    # `my_module:MyEnv-v0` means a module of the folder one stands in, as with `python -m`.
+    sys.path.insert(0, os.getcwd())
     try:
+        command = cast(Command, importlib.import_module(f"spiking_rl.scripts.{module}"))
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             result = command.run([a for a in args if a != "--json"])
         if as_json:
@@ -75,13 +77,15 @@ def run(argv: list[str]) -> int:
         return _fail("interrupted", 130)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        if as_json:
+            print(json.dumps({"stopped": True, "message": str(stopped)}))
         return stopped.code
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(_disk_message(error), 1)
+        return _fail(_disk_message(error, name in ("train", "prune")), 1)
 
 
 class Stopped(Exception):
@@ -102,8 +106,10 @@ def _fail(text: str, code: int) -> int:
     return code
 
 
-def _disk_message(error: OSError) -> str:
+def _disk_message(error: OSError, trains: bool) -> str:
     where = f" ({error.filename})" if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "free some space, then" if full else "mend that, then"
-    return f"{error.strerror or error}{where}: what was saved before is intact; {remedy} go on with --resume"
+    remedy = "free some space" if full else "mend that"
+    if trains:
+        return f"{error.strerror or error}{where}: what was saved before is intact; {remedy}, then go on with --resume"
+    return f"{error.strerror or error}{where}: {remedy} and try again"

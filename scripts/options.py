@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import TypeVar
 
 import tyro
@@ -22,9 +24,23 @@ def parse(kind: type[T], command: str, args: list[str], description: str, defaul
         default: values of the options that are not given.
     """
     name = f"spiking-rl {command}"
-    if default is None:
-        return tyro.cli(kind, prog=name, args=args, description=description)
-    return tyro.cli(kind, prog=name, args=args, description=description, default=default)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if default is None:
+                return tyro.cli(kind, prog=name, args=args, description=description)
+            return tyro.cli(kind, prog=name, args=args, description=description, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UserError("arguments", " ".join(args), f"{_first_sentence(said.getvalue())}; see --help") from None
+
+
+def _first_sentence(box: str) -> str:
+    """Return the message out of the frame that the parser draws around it."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
+    words = [line for line in lines[1:] if line]
+    return words[0].rstrip(".") if words else "cannot be understood"
 
 
 def first_argument(args: list[str], field: str, what: str) -> tuple[str | None, list[str]]:

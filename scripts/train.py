@@ -31,7 +31,7 @@ from spiking_rl.scripts.plot import draw_run
 DESCRIPTION = """Train a spiking Q-network, prune it to one timestep, score it, film it.
 
 ENV is a recipe (see `spiking-rl list`), a Gymnasium id, or module:EnvId for your own environment.
-Example: spiking-rl train cartpole --seed 1 --run runs/first
+Example: spiking-rl train cartpole --algo dqn --seed 1 --run runs/first
 
 `spiking-rl train ENV --help-all` shows every setting of the algorithm."""
 
@@ -71,6 +71,8 @@ OPTIONS: dict[str, type[PQNOptions] | type[DQNOptions]] = {"pqn": PQNOptions, "d
 def run(args: list[str]) -> dict[str, Any]:
     """Train, then score every T, draw the curves and film the last one."""
     name, rest = first_argument(args, "env", "a recipe or an environment id")
+    if name == "default":
+        raise UserError("env", name, "is the recipe of every other environment; name the environment's id")
     algo = _option(rest, "--algo")
     rest = _without(rest, "--algo")
     short, recipe = load_recipe(name or "cartpole", algo)
@@ -88,7 +90,7 @@ def run(args: list[str]) -> dict[str, Any]:
     where: dict[str, Any] = {"device": options.device, "hours": options.hours, "progress": True}
     if options.resume:
         folder.require()
-        _refuse_changes(folder, config, recipe)
+        _refuse_changes(folder, config, _given(rest))
         with folder.locked():
             return finish(resume_run(folder, **where), _command(args))
     session = start_run(config, folder, **where)
@@ -111,7 +113,9 @@ def _command(args: list[str]) -> str:
 
 def _option(args: list[str], name: str) -> str | None:
     for i, arg in enumerate(args):
-        if arg == name and i + 1 < len(args):
+        if arg == name:
+            if i + 1 == len(args) or args[i + 1].startswith("-"):
+                raise UserError(name.removeprefix("--"), None, "needs a value: pqn or dqn")
             return args[i + 1]
         if arg.startswith(name + "="):
             return arg.split("=", 1)[1]
@@ -130,7 +134,13 @@ def _without(args: list[str], name: str) -> list[str]:
     return kept
 
 
-def _refuse_changes(folder: RunFolder, asked: TrainConfig, recipe: TrainConfig) -> None:
+def _given(args: list[str]) -> set[str]:
+    """Return the names of the options that stand on the command line."""
+    flags = {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
+    return {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+
+
+def _refuse_changes(folder: RunFolder, asked: TrainConfig, given: set[str]) -> None:
     """A resumed run keeps its settings: refuse a flag that says otherwise.
 
     Raises:
@@ -141,13 +151,12 @@ def _refuse_changes(folder: RunFolder, asked: TrainConfig, recipe: TrainConfig) 
         raise UserError("algo", asked.algo, f"the run in {folder.path} uses {saved.algo}; leave --algo out or match it")
     for field in dataclasses.fields(asked):
         value = getattr(asked, field.name)
-        given = value != getattr(recipe, field.name) or field.name == "env"
-        if given and value != getattr(saved, field.name):
+        if field.name in given | {"env"} and value != getattr(saved, field.name):
             raise UserError(
                 field.name,
                 value,
                 f"the run in {folder.path} was started with {getattr(saved, field.name)!r}; "
-                "leave the option out to go on with it, or start another run",
+                "keep to that to go on with it, or start another run",
             )
 
 
@@ -161,6 +170,16 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
         steps = session.model.num_timesteps
         text = f"stopped after {steps:,} agent steps, everything is saved.\nGo on with: {_go_on(folder, config)}"
         raise Stopped(text, 130 if stop.reason == "interrupt" else 0) from None
+    try:
+        return _present(session, command)
+    except KeyboardInterrupt:
+        text = f"training is done and saved; the rest was left out.\nGo on with: {_go_on(folder, config)}"
+        raise Stopped(text, 130) from None
+
+
+def _present(session: TrainingSession, command: str) -> dict[str, Any]:
+    """Make the table, the figures and the video of a trained run."""
+    folder, config = session.folder, session.config
     results: dict[str, Any] = {"run": str(folder.path), "rows": []}
     if config.report_episodes:
         print(f"scoring every T on {config.report_episodes} unseen episodes ...")

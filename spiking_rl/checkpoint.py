@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
-from spiking_rl.files import recover_folder, replace_folder
+from spiking_rl.files import being_replaced, replace_folder
 
 FORMAT = "spiking-rl checkpoint"
 FORMAT_VERSION = 1
@@ -78,8 +79,20 @@ def load_checkpoint(folder: Path | str) -> Checkpoint:
     Raises:
         UserError: missing, foreign, truncated or altered; the message names the file.
     """
-    folder = Path(folder)
-    recover_folder(folder)
+    for attempt in range(20):
+        try:
+            return _load(Path(folder))
+        except UserError:
+            # A trainer may be replacing it at this moment; the new one is complete a moment later.
+            if attempt == 19 or not (Path(folder).is_dir() or being_replaced(Path(folder))):
+                raise
+            time.sleep(0.01)
+    raise AssertionError("unreachable")
+
+
+def _load(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        folder = being_replaced(folder) or folder
     if not (folder / CONFIG).is_file():
         raise UserError(
             "checkpoint", str(folder), f"holds no {CONFIG}; name a run or one of its checkpoints/T… folders"

@@ -42,7 +42,7 @@ def calibrate_thresholds(network: LayeredNetwork, inputs: Tensor, rate: float = 
     neurons = [n for n in network.neurons if isinstance(n, LIF)]
     for i, neuron in enumerate(neurons):
         current = _current_of_layer(network, inputs, i)
-        low, high = MIN_THRESHOLD, max(MIN_THRESHOLD, float(current.sum(0).max())) + MIN_THRESHOLD
+        low, high = MIN_THRESHOLD, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             neuron.threshold.fill_(middle)

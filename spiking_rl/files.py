@@ -63,6 +63,15 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     recover_folder(folder)
 
 
+def being_replaced(folder: Path) -> Path | None:
+    """Return the complete copy that stands for a folder whose replacement is under way, if any.
+
+    Readers use it: only the writer may move folders about.
+    """
+    _, ready, old = _siblings(folder.absolute())
+    return next((path for path in (ready, old) if path.is_dir()), None)
+
+
 def recover_folder(folder: Path) -> None:
     """Finish a replacement that a crash interrupted; does nothing where there was none."""
     folder = folder.absolute()  # "." has no name to derive others from
