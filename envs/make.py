@@ -45,6 +45,8 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
     except (gym.error.UnregisteredEnv, gym.error.DeprecatedEnv) as error:
         raise UserError("env", env_id, _suggestion(env_id, error)) from None
     except Exception as error:
+        if type(error) is gym.error.Error or ":" in env_id.partition(":")[2] or env_id.startswith(":"):
+            raise UserError("env", env_id, _suggestion(env_id, error)) from None  # no well-formed id
         # Whatever an environment's own constructor raises, the user reads which one and why.
         raise UserError(
             "env", env_id, f"could not be made ({type(error).__name__}: {_one_line(error)[:200]})"

@@ -79,7 +79,7 @@ def test_pruning_a_model_in_python(small_run: Path) -> None:
 class Endless(gym.Env[np.ndarray, int]):
     """Never ends an episode."""
 
-    observation_space = gym.spaces.Box(-1, 1, (4,), np.float32)
+    observation_space = gym.make("CartPole-v1").observation_space
     action_space = gym.spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import StopTrainingOnMaxEpisodes
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 
 from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents import SpikingDQN, SpikingPQN, evaluate, load_agent
@@ -184,3 +186,71 @@ def test_spaces_that_cannot_work_are_named(env: str, field: str) -> None:
     made = gym.make(env)
     with pytest.raises(UserError, match=field):
         SpikingMlpPolicy(made.observation_space, made.action_space, lambda _: 1e-3)  # type: ignore[arg-type]
+
+
+def test_the_weight_average_lags_behind_and_is_what_evaluation_sees() -> None:
+    model = learner("pqn")
+    model.average_decay = 0.5
+    weights = model.policy.q_net.network.readout.weight.data
+    weights.fill_(1.0)
+    model.update_average()
+    weights.fill_(3.0)
+    model.update_average()
+    with model.averaged_weights():
+        assert model.policy.q_net.network.readout.weight.detach().unique().tolist() == [2.0]
+    assert model.policy.q_net.network.readout.weight.detach().unique().tolist() == [3.0]
+    model.begin_stage(1)
+    assert model.average is None
+
+
+def test_learning_again_after_pruning_keeps_its_learning_rate_in_bounds() -> None:
+    model = learner("pqn").learn(1024)
+    model.begin_stage(1)
+    model.learn(512, reset_num_timesteps=False)
+    rates: list[float] = []
+    update = model._update_learning_rate
+
+    def watch(optimizer: torch.optim.Optimizer) -> None:
+        update(optimizer)
+        rates.append(model.policy.optimizer.param_groups[0]["lr"])
+
+    model._update_learning_rate = watch  # type: ignore[method-assign, assignment]
+    model.learn(512)  # counts its agent steps from zero again, as SB3's learn does
+    assert rates
+    assert max(rates) <= 3e-3
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_sb3_zip_copy_and_callbacks(algo: str, tmp_path: Any) -> None:
+    shared = {"timesteps": 2, "network_kwargs": {"hidden": [16]}}
+    given = copy.deepcopy(shared)
+    kind = SpikingPQN if algo == "pqn" else SpikingDQN
+    model = kind("MlpPolicy", make_vectorised("Match-v0", 2, 0), policy_kwargs=shared, seed=0, device="cpu")
+    stop = StopTrainingOnMaxEpisodes(max_episodes=200)
+    model.learn(2000, callback=stop)
+    assert stop.n_episodes > 10
+    model.begin_stage(1)
+    assert shared == given, "the caller's dictionary was changed"
+    model.save(tmp_path / "agent.zip")
+    again = kind.load(tmp_path / "agent.zip", device="cpu")
+    assert again.policy.timesteps == 1
+    seen = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32).clip(-3, 3)
+    actions = model.predict(seen, deterministic=True)[0]
+    assert (again.predict(seen, deterministic=True)[0] == actions).all()
+    policy = copy.deepcopy(model.policy)
+    for group in policy.optimizer.param_groups:
+        group["lr"] = 50.0
+    policy.q_net(torch.as_tensor(seen)).square().sum().backward()
+    for parameter in policy.q_net.parameters():
+        parameter.grad = torch.full_like(parameter, -1.0)
+    policy.optimizer.step()
+    assert all(0 <= n.leak.item() <= 1 for n in policy.q_net.network.neurons), "the copy lost its clamp"
+
+
+def test_dqn_behind_vecnormalize_scales_what_its_network_sees() -> None:
+    env = VecNormalize(make_vectorised("Match-v0", 2, 0), norm_reward=False)
+    model = SpikingDQN("MlpPolicy", env, seed=0, device="cpu", learning_starts=100, policy_kwargs={"timesteps": 1})
+    env.obs_rms.mean[:] = 100.0
+    env.obs_rms.count = 1e9  # the wrapper shifts everything by 100
+    model.learn(400)
+    assert float(model.policy.q_net.norm.running_mean.abs().max()) > 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,42 @@ def test_a_config_that_is_not_json_keeps_the_old_checkpoint(folder: Path, config
     assert torch.equal(load_checkpoint(folder).tensors["w"], torch.arange(100.0))
 
 
-def test_an_interrupted_save_is_finished_by_loading(folder: Path) -> None:
-    save_checkpoint(folder.with_name(".T3.ready"), {"w": torch.zeros(3)}, SETTINGS)
+def test_reading_moves_nothing_while_a_save_is_under_way(folder: Path) -> None:
+    ready = folder.with_name(".T3.ready")
+    save_checkpoint(ready, {"w": torch.zeros(3)}, SETTINGS)
+    before = load_checkpoint(folder).tensors["w"]
+    assert not torch.equal(before, torch.zeros(3))
+    assert ready.is_dir()
+    folder.rename(folder.with_name(".T3.old"))  # the moment between the two renames of a save
     assert torch.equal(load_checkpoint(folder).tensors["w"], torch.zeros(3))
+    assert ready.is_dir()
+
+
+def test_a_reader_beside_a_writer_always_finds_a_whole_checkpoint(folder: Path) -> None:
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def write() -> None:
+        value = 0.0
+        while not stop.is_set():
+            value += 1
+            try:
+                save_checkpoint(folder, {"w": torch.full((3,), value)}, SETTINGS)
+            except BaseException as error:
+                errors.append(error)
+                return
+
+    save_checkpoint(folder, {"w": torch.zeros(3)}, SETTINGS)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(150):
+            weights = load_checkpoint(folder).tensors["w"]
+            assert len(set(weights.tolist())) == 1
+    finally:
+        stop.set()
+        writer.join()
+    assert not errors
 
 
 def test_a_checkpoint_is_found_from_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

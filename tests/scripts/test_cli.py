@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 import yaml
-from conftest import SMALL, Cli, as_flags, last_json
+from conftest import SMALL, Cli, as_flags, environment, last_json
 
 from spiking_rl import load_checkpoint
 from spiking_rl.agents.runs import RunFolder
@@ -157,6 +160,10 @@ def one_line(text: str) -> str:
         (["plot", "nowhere"], ["run", "nowhere"]),
         (["prune", "nowhere", "--to", "1"], ["run", "nowhere"]),
         (["fly"], ["command", "fly", "train"]),
+        (["train", "cartpole", "--timesteps", "abc"], ["--timesteps", "abc"]),
+        (["train", "cartpole", "--tiemsteps", "3"], ["--tiemsteps"]),
+        (["train", "cartpole", "--algo"], ["algo"]),
+        (["train", "default"], ["default"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -267,3 +274,39 @@ def test_other_environments_run_with_the_defaults(cli: Cli, tmp_path: Path, env:
         return
     assert done.returncode == 0, done.stderr
     assert [row["timesteps"] for row in last_json(done.stdout)["rows"]] == [3, 2]  # type: ignore[attr-defined]
+
+
+def test_the_installed_command_finds_an_environment_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_env.py").write_text(
+        "import gymnasium as gym, numpy as np\n"
+        "class Env(gym.Env):\n"
+        "    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)\n"
+        "    action_space = gym.spaces.Discrete(2)\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        self.left = 5\n"
+        "        return np.zeros(2, np.float32), {}\n"
+        "    def step(self, action):\n"
+        "        self.left -= 1\n"
+        "        return np.zeros(2, np.float32), float(action), self.left == 0, False, {}\n"
+        "gym.register('MyEnv-v0', entry_point=Env)\n"
+    )
+    command = Path(sys.executable).with_name("spiking-rl")
+    settings = {**SMALL, "agent_steps": 1500, "prune_steps": 512, "video_episodes": 1}
+    done = subprocess.run(
+        [command, "train", "my_env:MyEnv-v0", *as_flags(settings), "--run", "run"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no video:" in done.stdout  # it does not draw itself, which is no reason to fail
+
+
+def test_resume_does_not_replace_a_run_whose_state_is_gone(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run, tmp_path / "run", ignore=shutil.ignore_patterns("resume"))
+    done = cli("train", "cartpole", "--run", tmp_path / "run", "--resume")
+    assert done.returncode == 2
+    assert "resume" in one_line(done.stderr)
