@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMAND, SMALL, Cli, as_flags, environment, last_json
+from conftest import COMMAND, SMALL, as_flags, environment, last_json
 
 from spiking_rl import load_checkpoint
 
@@ -61,35 +62,24 @@ def test_killed_at_random_moments_again_and_again(algo: str, tmp_path: Path) -> 
     assert kills >= 10
 
 
-def test_cartpole_with_the_default_recipe(cli: Cli, tmp_path: Path) -> None:
-    """The README's main job: 500 or nearly at every T, under 1 GB resident."""
-    import json
-
-    done = subprocess.run(
-        [*COMMAND, "train", "cartpole", "--run", str(tmp_path / "run"), "--json"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def train_with_the_defaults(env: str, run: Path) -> list[dict[str, float]]:
+    """Run the whole job and return its result rows."""
+    command = [*COMMAND, "train", env, "--run", str(run), "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = last_json(done.stdout)["rows"]
     assert isinstance(rows, list)
     assert [r["timesteps"] for r in rows] == [5, 4, 3, 2, 1]
+    return rows
+
+
+def test_cartpole_with_the_default_recipe(tmp_path: Path) -> None:
+    """The README's main job: 500 or nearly at every T, under 1 GB resident."""
+    rows = train_with_the_defaults("cartpole", tmp_path / "run")
     assert min(r["mean_return"] for r in rows) >= 495
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["peak_rss_mb"] < 1000
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["peak_rss_mb"] < 1000
 
 
 def test_acrobot_with_the_defaults(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "train", "Acrobot-v1", "--run", str(tmp_path / "run"), "--json"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = last_json(done.stdout)["rows"]
-    assert isinstance(rows, list)
+    rows = train_with_the_defaults("Acrobot-v1", tmp_path / "run")
     assert min(r["mean_return"] for r in rows) >= -100
