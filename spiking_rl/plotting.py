@@ -63,7 +63,7 @@ def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure
     ax.set_xlabel("agent steps")
     ax.set_ylabel("return per episode")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="best")
     if title:
         ax.set_title(title, loc="left", pad=18)
     return figure
