@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer
-from spiking_rl.envs.make import check_environment, make_single
+from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 
 SELECTION_SEED = 10_000_000
@@ -73,6 +73,18 @@ def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
     return model.policy.q_net
 
 
+def check_episodes(episodes: int, seed: int) -> None:
+    """Refuse a number of episodes, or a first seed, that cannot be played.
+
+    Raises:
+        UserError: naming ``episodes`` or ``seed``.
+    """
+    if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 1:
+        raise UserError("episodes", episodes, "must be a whole number of at least 1")
+    if seed < 0:
+        raise UserError("seed", seed, "must not be negative")
+
+
 def evaluate(
     model: BaseAlgorithm,
     env: str,
@@ -97,13 +109,10 @@ def evaluate(
     Raises:
         UserError: a bad number, an unknown environment, a foreign model.
     """
-    if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 1:
-        raise UserError("episodes", episodes, "must be a whole number of at least 1")
+    check_episodes(episodes, seed)
     q_net = q_network(model)
     if not isinstance(env, str):
         raise UserError("env", str(env), "name the environment by its id, or use SB3's evaluate_policy")
-    if check_environment(env) != (model.observation_space, model.action_space):
-        raise UserError("env", env, f"has other spaces than the agent: {model.observation_space}, {model.action_space}")
     own = q_net.network.timesteps
     if timesteps is not None:
         q_net.network.set_timesteps(timesteps)
@@ -135,6 +144,11 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     q_net.set_training_mode(False)
     waiting = list(enumerate(seeds))
     envs = [make_single(env_id) for _ in range(min(_PARALLEL, len(seeds)))]
+    spaces = (q_net.observation_space, q_net.action_space)
+    if (envs[0].observation_space, envs[0].action_space) != spaces:
+        for env in envs:
+            env.close()
+        raise UserError("env", env_id, f"has other spaces than the agent: {spaces[0]}, {spaces[1]}")
     endless = envs[0].spec is None or envs[0].spec.max_episode_steps is None
     returns = [0.0] * len(seeds)
     lengths = [0] * len(seeds)

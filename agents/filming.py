@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, q_network
+from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, q_network
 from spiking_rl.envs.make import make_single
 from spiking_rl.envs.video import Frame, write_video
 from spiking_rl.errors import UserError
@@ -61,8 +61,7 @@ def film(
     Raises:
         UserError: a bad number, an environment that cannot render, a ReLU network with ``spikes``.
     """
-    if episodes < 1:
-        raise UserError("episodes", episodes, "must be at least 1")
+    check_episodes(episodes, seed)
     if Path(path).suffix != ".mp4":
         raise UserError("output", str(path), "must end with .mp4")
     network = q_network(model).network

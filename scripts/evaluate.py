@@ -9,7 +9,6 @@ from spiking_rl.agents.building import resolve_device
 from spiking_rl.agents.evaluation import REPORT_SEED, evaluate
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.report import format_table
-from spiking_rl.errors import UserError
 from spiking_rl.scripts.options import first_argument, parse
 
 DESCRIPTION = """Score an agent: greedy return with 95 % interval, spike rates, energy, latency.
@@ -37,8 +36,6 @@ def run(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run or checkpoint folder")
     options = parse(Options, "evaluate RUN", rest, DESCRIPTION)
     assert name is not None
-    if options.seed < 0:
-        raise UserError("seed", options.seed, "must not be negative")
     resolve_device(options.device)
     agent = load_agent(name, options.timesteps, options.device)
     row = evaluate(agent.model, agent.environment, episodes=options.episodes, seed=options.seed).as_row()

@@ -39,8 +39,6 @@ def run(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run or checkpoint folder")
     options = parse(Options, "render RUN", rest, DESCRIPTION)
     assert name is not None
-    if options.seed < 0:
-        raise UserError("seed", options.seed, "must not be negative")
     agent = load_agent(name, options.timesteps, device="cpu")
     stem = agent.checkpoint.name + ("-spikes" if options.spikes else "")
     folder = agent.run.videos if agent.run else Path("videos")

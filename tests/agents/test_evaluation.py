@@ -95,3 +95,11 @@ def test_an_episode_that_never_ends_is_cut(small_run: Path, monkeypatch: pytest.
     monkeypatch.setattr("spiking_rl.agents.evaluation.MAX_DECISIONS", 50)
     model = load_agent(small_run).model
     assert evaluate(model, "Endless-v0", episodes=3, measure_latency=False).returns == [50, 50, 50]
+
+
+def test_a_bad_seed_or_another_environment_is_named(small_run: Path) -> None:
+    model = load_agent(small_run).model
+    with pytest.raises(UserError, match="seed = -1"):
+        evaluate(model, "CartPole-v1", seed=-1)
+    with pytest.raises(UserError, match=r"Acrobot-v1.*other spaces"):
+        evaluate(model, "Acrobot-v1")
