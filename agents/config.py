@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -78,6 +80,8 @@ class TrainConfig(MainSettings):
     """Agent steps between evaluations (they select the kept checkpoint)."""
     eval_episodes: int = 25
     """Episodes of each of them."""
+    goal: float | None = None
+    """A stage ends early once three evaluations in a row reach this score."""
     report_episodes: int = 100
     """Episodes of the final table, on other seeds; 0 leaves it out."""
     video_episodes: int = 1
@@ -113,6 +117,8 @@ class TrainConfig(MainSettings):
         for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
+        if self.goal is not None and math.isnan(self.goal):
+            raise UserError("goal", self.goal, "must be a score to reach, or none")
         if not 0 <= self.average_decay < 1:
             raise UserError("average_decay", self.average_decay, "must be at least 0 and below 1")
         if not 1 <= self.exploration_repeat <= 1000:
@@ -208,6 +214,8 @@ def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
         if value in get_args(hint):
             return value
         raise UserError(name, value, f"must be one of {', '.join(map(repr, get_args(hint)))} in {origin}")
+    if get_origin(hint) is UnionType:  # an optional value
+        return None if value is None else _typed(name, value, get_args(hint)[0], origin)
     if get_origin(hint) is tuple:
         if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
             return tuple(value)

@@ -30,6 +30,13 @@ class Progress:
             layout = "{percentage:3.0f}%|{bar:18}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{desc}"
             self._bar = tqdm(total=total, initial=done, unit_scale=True, bar_format=layout, file=sys.stderr)
 
+    def expect(self, total: int) -> None:
+        """Change the agent steps of all stages: one that reached its goal early leaves fewer."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.refresh()
+
     def step(self, agent_steps: int) -> None:
         """Move the bar."""
         if self._bar is not None:

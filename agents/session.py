@@ -42,6 +42,14 @@ class Interrupted(Exception):
         self.reason = reason
 
 
+class _StageOver(Exception):
+    """Leaves the learner's loop between two rollouts: the stage has reached its goal."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__()
+        self.decision = decision
+
+
 class _BetweenRollouts(BaseCallback):
     """Calls the session where the learner's state is complete: before each rollout."""
 
@@ -82,7 +90,7 @@ class TrainingSession:
         self.shown = progress
         self.stop_requested = False
         start, stop = (config.timesteps, config.prune_to) if config.neuron == "lif" else (1, 1)
-        self.pruning = TemporalPruning(start, stop, config.agent_steps, config.prune_steps)
+        self.pruning = TemporalPruning(start, stop, config.agent_steps, config.prune_steps, config.goal)
         self.rows: list[dict[str, Any]] = []
         self.next_eval = config.eval_every
         self.next_save = config.save_every
@@ -157,16 +165,20 @@ class TrainingSession:
         return self.model.stage_start + int(self.pruning.budget + later * self.pruning.stage_budget)
 
     def _stage(self) -> None:
-        """Train at one T until its budget is spent, then move on as pruning says."""
+        """Train at one T until its budget is spent or its goal reached, then move on as pruning says."""
         end = self.model.stage_start + int(self.pruning.budget)
-        if self.model.num_timesteps < end:
-            self.model.learn(
-                end - self.model.num_timesteps,
-                callback=_BetweenRollouts(self),
-                reset_num_timesteps=False,
-            )
         name = self.checkpoint_name()
-        decision = self._evaluate()
+        self.progress.expect(self._last_step())
+        try:
+            if self.model.num_timesteps < end:
+                self.model.learn(
+                    end - self.model.num_timesteps,
+                    callback=_BetweenRollouts(self),
+                    reset_num_timesteps=False,
+                )
+            decision = self._evaluate()
+        except _StageOver as over:
+            decision = over.decision
         # The end of the stage is kept beside its best: what training gave without selection.
         with self.model.averaged_weights():
             self._keep(f"{name}-end")
@@ -188,7 +200,9 @@ class TrainingSession:
         self.progress.step(steps)
         if steps >= self.next_eval:
             self.next_eval = steps + self.config.eval_every
-            self._evaluate()
+            decision = self._evaluate()
+            if not isinstance(decision, Stay):
+                raise _StageOver(decision)
         late = self.deadline is not None and time.monotonic() > self.deadline
         if self.stop_requested or late or steps >= self.next_save:
             # The same agent steps save whether or not the run is stopped, so that both go on alike.

@@ -161,7 +161,7 @@ def prune(
         session = TrainingSession(config, folder, model, progress=progress)
         model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay
         with folder.locked():
-            session.pruning = TemporalPruning.trained(now, agent_steps)
+            session.pruning = TemporalPruning.trained(now, agent_steps, config.goal)
             model.save_checkpoint(folder.checkpoints / checkpoint_name(now), environment=config.env)
             session.begin(session.pruning.extend(to))
             session.run()

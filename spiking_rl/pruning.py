@@ -67,12 +67,14 @@ class StageRecord:
         best: highest score reported, None before the first report.
         last: most recent score, None if it was NaN.
         reports: number of scores reported.
+        at_goal: how many of the latest scores in a row reached the goal.
     """
 
     timesteps: int
     best: float | None = None
     last: float | None = None
     reports: int = 0
+    at_goal: int = 0
 
 
 def check_pruning(start: int, stop: int) -> None:
@@ -96,13 +98,25 @@ class TemporalPruning:
         stop: timesteps of the last stage, 1 <= stop <= start.
         first_budget: what the first stage may spend, in the caller's unit (agent steps, epochs).
         stage_budget: what each later stage may spend.
+        goal: a stage ends early once ``goal_reports`` scores in a row reach it; None: never.
+        goal_reports: see there.
 
     Raises:
         UserError: stop above start, or a number that is not positive.
     """
 
-    def __init__(self, start: int, stop: int, first_budget: float, stage_budget: float) -> None:
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        first_budget: float,
+        stage_budget: float,
+        goal: float | None = None,
+        goal_reports: int = 3,
+    ) -> None:
         check_pruning(start, stop)
+        if goal_reports < 1:
+            raise UserError("goal_reports", goal_reports, "must be at least 1")
         for field, value in (("first_budget", first_budget), ("stage_budget", stage_budget)):
             if not value > 0:
                 raise UserError(field, value, "must be positive")
@@ -110,6 +124,8 @@ class TemporalPruning:
         self.stop = stop
         self.first_budget = first_budget
         self.stage_budget = stage_budget
+        self.goal = goal
+        self.goal_reports = goal_reports
         self.finished = False
         self.stages = [StageRecord(start)]
 
@@ -147,7 +163,8 @@ class TemporalPruning:
             stage.best = score
         stage.last = None if math.isnan(score) else score
         stage.reports += 1
-        if spent < self.budget:
+        stage.at_goal = stage.at_goal + 1 if self.goal is not None and score >= self.goal else 0
+        if spent < self.budget and stage.at_goal < self.goal_reports:
             return Stay(improved)
         if stage.best is None:
             raise RuntimeError(f"no usable score at T={stage.timesteps}: every report was NaN")
@@ -177,12 +194,12 @@ class TemporalPruning:
         return Next(self.timesteps, checkpoint, False)
 
     @classmethod
-    def trained(cls, timesteps: int, stage_budget: float) -> TemporalPruning:
+    def trained(cls, timesteps: int, stage_budget: float, goal: float | None = None) -> TemporalPruning:
         """Return a finished machine for a network that was trained at ``timesteps`` elsewhere.
 
-        Call :meth:`extend` to prune it; each stage may spend ``stage_budget``.
+        Call :meth:`extend` to prune it; each stage may spend ``stage_budget``, or end at ``goal``.
         """
-        made = cls(timesteps, timesteps, stage_budget, stage_budget)
+        made = cls(timesteps, timesteps, stage_budget, stage_budget, goal)
         made.finished = True
         return made
 
@@ -193,6 +210,8 @@ class TemporalPruning:
             "stop": self.stop,
             "first_budget": self.first_budget,
             "stage_budget": self.stage_budget,
+            "goal": self.goal,
+            "goal_reports": self.goal_reports,
             "finished": self.finished,
             "stages": [asdict(s) for s in self.stages],
         }
@@ -200,7 +219,8 @@ class TemporalPruning:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> TemporalPruning:
         """Rebuild from :meth:`state_dict`."""
-        made = cls(state["start"], state["stop"], state["first_budget"], state["stage_budget"])
+        names = ("start", "stop", "first_budget", "stage_budget", "goal", "goal_reports")
+        made = cls(**{name: state[name] for name in names})
         made.finished = bool(state["finished"])
         made.stages = [StageRecord(**s) for s in state["stages"]]
         return made

@@ -28,9 +28,11 @@ def test_an_environment_id_finds_its_recipe() -> None:
 
 @pytest.mark.parametrize("algo", sorted(CONFIGS))
 def test_a_saved_config_comes_back(tmp_path: Path, algo: str) -> None:
-    config = replace_settings(load_recipe("cartpole", algo)[1], {"seed": 7, "hidden": [8], "learning_rate": 1})
-    save_config(tmp_path / "config.yaml", config, {"commit": None})
-    assert load_config(tmp_path / "config.yaml") == config
+    for goal in (None, 500):
+        changes = {"seed": 7, "hidden": [8], "learning_rate": 1, "goal": goal}
+        config = replace_settings(load_recipe("cartpole", algo)[1], changes)
+        save_config(tmp_path / "config.yaml", config, {"commit": None})
+        assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,7 @@ def test_a_saved_config_comes_back(tmp_path: Path, algo: str) -> None:
         ("algo: pqn\nseed: one\n", ["seed", "one", "int"]),
         ("algo: pqn\nneuron: izhikevich\n", ["neuron", "lif"]),
         ("algo: pqn\nhidden: [1.5]\n", ["hidden"]),
+        ("algo: pqn\ngoal: high\n", ["goal", "high", "float"]),
         ("algo: sac\n", ["algo", "sac"]),
         ("- 1\n", ["config"]),
         ("a: [\n", ["config", "YAML"]),

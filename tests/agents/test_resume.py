@@ -119,6 +119,26 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path) -> No
     assert state["counters"]["num_timesteps"] >= 1024
 
 
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_a_reached_goal_ends_the_stage_and_resumes_bit_for_bit(tmp_path: Path, algo: str) -> None:
+    easy = {"goal": 0.0, "eval_every": 512, "agent_steps": 100_000, "prune_steps": 100_000, "save_every": 300}
+    whole = session_in(tmp_path / "whole", algo, **easy)
+    whole.run()
+    assert [row["timesteps"] for row in whole.rows] == [3, 3, 3, 2, 2, 2], "three evaluations a stage, then on"
+    session = session_in(tmp_path / "run", algo, **easy)
+    between = session.between_rollouts
+
+    def stop() -> None:
+        session.stop_requested = session.model.num_timesteps >= 1100
+        between()
+
+    session.between_rollouts = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        session.run()
+    resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
 def test_hours_stop_the_run_with_everything_saved(tmp_path: Path) -> None:
     session = session_in(tmp_path / "run", "pqn")
     session.deadline = time.monotonic()  # the hours are over at once

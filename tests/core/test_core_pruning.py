@@ -46,6 +46,22 @@ def test_a_full_walk_from_five_to_one() -> None:
         pruning.report(1.0, 1)
 
 
+def test_a_stage_ends_early_once_its_goal_is_reached_often_enough() -> None:
+    pruning = TemporalPruning(3, 1, 100, 100, goal=500, goal_reports=2)
+    assert pruning.report(500.0, 1) == Stay(True)
+    assert pruning.report(499.9, 2) == Stay(False), "the goal must be reached in a row"
+    assert pruning.report(500.0, 3) == Stay(True)
+    pruning = TemporalPruning.from_state_dict(json.loads(json.dumps(pruning.state_dict())))
+    assert pruning.report(501.0, 4) == Next(2, "T3", improved=True)
+    assert pruning.report(500.0, 1) == Stay(True), "each stage counts for itself"
+    assert pruning.report(NAN, 2) == Stay(False)
+    assert pruning.report(1.0, 100) == Next(1, "T2", improved=False), "a budget ends a stage without it"
+    assert [pruning.report(600.0, spent) for spent in (1, 2)] == [Stay(True), Done(True)]
+    for goal_reports in (0, -1):
+        with pytest.raises(UserError, match="goal_reports"):
+            TemporalPruning(2, 1, 10, 10, goal=1.0, goal_reports=goal_reports)
+
+
 def test_start_equal_to_stop_is_one_stage() -> None:
     pruning = TemporalPruning(2, 2, 10, 10)
     assert pruning.report(1.0, 9) == Stay(True)
