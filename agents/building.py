@@ -54,6 +54,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
             "network_kwargs": {
                 "neuron": config.neuron,
                 "hidden": list(config.hidden),
+                "layer_norm": config.layer_norm,
                 "per_channel": config.per_channel,
                 "leak": config.leak,
                 "gamma": config.surrogate_gamma,

@@ -48,6 +48,8 @@ class TrainConfig(MainSettings):
 
     hidden: tuple[int, ...] = (256, 256)
     """Neurons per hidden layer."""
+    layer_norm: bool = True
+    """Normalise each layer's current before its neurons."""
     per_channel: bool = False
     """One threshold and leak per neuron instead of per layer."""
     leak: float = 1.0

@@ -13,7 +13,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
-from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer
+from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 
@@ -129,7 +129,12 @@ def evaluate(
             mean_return=float(np.mean(returns)),
             ci95=1.96 * float(np.std(returns, ddof=1)) / math.sqrt(episodes) if episodes > 1 else 0.0,
             spike_rate=rates,
-            energy_ratio=energy_ratio(macs_per_layer(q_net.network), list(rates.values()) if rates else None, used),
+            energy_ratio=energy_ratio(
+                macs_per_layer(q_net.network),
+                list(rates.values()) if rates else None,
+                used,
+                normalisation_macs(q_net.network),
+            ),
             decision_ms=decision_latency_ms(model) if measure_latency else None,
             returns=returns,
         )

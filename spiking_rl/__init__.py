@@ -6,7 +6,7 @@ knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_r
 
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer
+from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
 from spiking_rl.errors import UserError
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
 from spiking_rl.neurons import LIF, LIFScan, LIFState, clamp_after_step, lif_scan, lif_scan_reference
@@ -37,6 +37,7 @@ __all__ = [
     "lif_scan_reference",
     "load_checkpoint",
     "macs_per_layer",
+    "normalisation_macs",
     "register_network",
     "save_checkpoint",
 ]

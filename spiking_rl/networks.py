@@ -233,6 +233,7 @@ def mlp(
     timesteps: int = 5,
     neuron: str = "lif",
     hidden: Sequence[int] = (256, 256),
+    layer_norm: bool = True,
     per_channel: bool = False,
     threshold: float = 0.5,
     leak: float = 1.0,
@@ -246,6 +247,10 @@ def mlp(
         timesteps: T per decision.
         neuron: ``"lif"``, or ``"relu"`` for the control.
         hidden: width of each hidden layer.
+        layer_norm: normalise the current of every layer over its neurons, with a scale and a shift
+            per neuron (Ba et al. 2016). Without it Q-learning drives firing rates up with its values
+            until a layer says the same about everything; PQN's stability rests on it (Gallici et
+            al. 2024).
         per_channel: one threshold and leak per neuron instead of per layer.
         threshold: initial threshold (calibrate on data to do better).
         leak: initial leak.
@@ -256,7 +261,9 @@ def mlp(
     if not hidden or any(not isinstance(h, int) or h < 1 for h in hidden):
         raise UserError("hidden", hidden, "must list at least one layer width, each at least 1")
     sizes = [math.prod(input_shape), *hidden]
-    maps: list[nn.Module] = [_linear(a, b) for a, b in pairwise(sizes)]
+    maps: list[nn.Module] = [
+        nn.Sequential(_linear(a, b), nn.LayerNorm(b)) if layer_norm else _linear(a, b) for a, b in pairwise(sizes)
+    ]
     if len(input_shape) != 1:
         maps[0] = nn.Sequential(nn.Flatten(), maps[0])
     neurons: list[nn.Module] = [

@@ -53,7 +53,7 @@ def test_forward_never_calibrates() -> None:
 
 
 def test_a_layer_that_cannot_fire_says_so() -> None:
-    network = network_of(2)
+    network = network_of(2, layer_norm=False)
     with torch.no_grad():
         network.maps[0].bias.fill_(-100)
     reached = calibrate_thresholds(network, torch.randn(100, 4), 0.2)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from spiking_rl import LIF, LayeredNetwork, SpikeCounter, build_network, energy_ratio, macs_per_layer
+from spiking_rl import (
+    LIF,
+    LayeredNetwork,
+    SpikeCounter,
+    build_network,
+    energy_ratio,
+    macs_per_layer,
+    normalisation_macs,
+)
 from spiking_rl.energy import energy_pj, odd_layers
 
 
@@ -37,6 +45,16 @@ def test_energy_worked_by_hand() -> None:
     assert energy_ratio(macs, rates, 2) == pytest.approx(276.0 / 69.4)
 
 
+def test_normalisation_is_paid_by_the_spiking_network_alone() -> None:
+    macs, rates = [10, 20, 30], [0.5, 0.1]
+    # 69.4 as above; 3 normalising operations once in layer 1 and 6 per timestep in layer 2.
+    assert energy_pj(macs, rates, 2, [3, 6]) == pytest.approx(69.4 + (3 + 2 * 6) * 4.6)
+    assert energy_pj(macs, None, 1, [3, 6]) == energy_pj(macs, None, 1)
+    assert energy_ratio(macs, rates, 2, [3, 6]) == pytest.approx(276.0 / 138.4)
+    assert normalisation_macs(build_network("mlp", (4,), 2, hidden=(8, 5))) == [24, 15]
+    assert normalisation_macs(build_network("mlp", (4,), 2, hidden=(8, 5), layer_norm=False)) == [0, 0]
+
+
 def test_the_analog_layer_caps_the_ratio() -> None:
     assert energy_ratio([10, 20, 30], [0.0, 0.0], 1) == pytest.approx(6.0)
     assert energy_ratio([10, 20, 30], None, 5) == 1.0
@@ -58,7 +76,7 @@ def test_spikes_are_counted_over_several_passes() -> None:
 
 
 def test_the_counter_reads_a_network() -> None:
-    network = build_network("mlp", (1,), 2, hidden=(2,), timesteps=4, threshold=1.0)
+    network = build_network("mlp", (1,), 2, hidden=(2,), layer_norm=False, timesteps=4, threshold=1.0)
     with torch.no_grad():
         network.maps[0].weight.copy_(torch.tensor([[1.0], [0.0]]))
         network.maps[0].bias.zero_()

@@ -32,11 +32,22 @@ def test_one_threshold_per_layer_or_per_neuron(per_channel: bool, shapes: list[t
     assert all(bool((n.threshold == 0.7).all() and (n.leak == 0.2).all()) for n in network.neurons)
 
 
-def test_unit_variance_inputs_give_unit_variance_currents() -> None:
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_unit_variance_inputs_give_unit_variance_currents(layer_norm: bool) -> None:
     torch.manual_seed(0)
-    network = build_network("mlp", (64,), 2, hidden=(512,))
+    network = build_network("mlp", (64,), 2, hidden=(512,), layer_norm=layer_norm)
     current = network.maps[0](torch.randn(2000, 64))
     assert current.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_layer_norm_keeps_currents_at_unit_variance_however_large_the_weights() -> None:
+    torch.manual_seed(0)
+    for layer_norm, spread in ((True, 1.0), (False, 1000.0)):
+        network = build_network("mlp", (64,), 2, hidden=(512,), layer_norm=layer_norm)
+        with torch.no_grad():
+            next(network.maps[0].parameters()).mul_(1000)
+        rows = network.maps[0](torch.randn(20, 64)).std(1)
+        assert rows.median().item() == pytest.approx(spread, rel=0.1)
 
 
 def test_an_input_of_any_shape_is_flattened() -> None:
