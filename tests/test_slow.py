@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -78,6 +79,19 @@ def test_cartpole_with_the_default_recipe(tmp_path: Path) -> None:
     rows = train_with_the_defaults("cartpole", tmp_path / "run")
     assert min(r["mean_return"] for r in rows) >= 495
     assert json.loads((tmp_path / "run" / "results.json").read_text())["peak_rss_mb"] < 1000
+
+
+@pytest.mark.parametrize(("algo", "bar"), [("pqn", 495), ("dqn", 475)])
+def test_five_seeds_of_cartpole(algo: str, bar: float, tmp_path: Path) -> None:
+    """The results table: every seed, every T."""
+    table = [sys.executable, "-m", "spiking_rl.scripts.table", "--algos", algo, "--methods", "pruned", "--jobs", "2"]
+    output = tmp_path / "cartpole.json"
+    command = [*table, "--runs", str(tmp_path / "runs"), "--output", str(output)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads(output.read_text())["rows"]
+    assert len({(r["seed"], r["timesteps"]) for r in kept}) == len(kept) == 25
+    assert min(r["mean_return"] for r in kept) >= bar
 
 
 def test_acrobot_with_the_defaults(tmp_path: Path) -> None:
