@@ -58,7 +58,9 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
                 "per_channel": config.per_channel,
                 "leak": config.leak,
                 "gamma": config.surrogate_gamma,
+                **({"time_constants": list(config.time_constants)} if config.stateful else {}),
             },
+            "stateful": config.stateful,
         },
     }
     model: SpikingPQN | SpikingDQN
@@ -66,13 +68,22 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         model = SpikingPQN(**common, **_pick(config, "n_steps", "n_epochs", "n_minibatches", "lam"))
     else:
         assert isinstance(config, DQNConfig)
-        names = ("buffer_size", "learning_starts", "batch_size", "gradient_steps", "target_update_interval")
+        names = (
+            "buffer_size",
+            "learning_starts",
+            "batch_size",
+            "gradient_steps",
+            "target_update_interval",
+            "burn_in",
+            "sequence_length",
+        )
         freq = max(1, config.train_freq // config.num_envs)
         model = SpikingDQN(
             **common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names}
         )
     model.prune_lr_factor = config.prune_lr_factor
     model.average_decay = config.average_decay
+    model.rescale_leak = config.rescale_leak
     return model
 
 

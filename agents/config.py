@@ -38,6 +38,8 @@ class MainSettings:
     """Agent steps of each later stage."""
     num_envs: int = 16
     """Environments played side by side."""
+    stateful: bool = False
+    """Carry the membranes through the episode: a memory."""
     neuron: Neuron = "lif"
     """lif: spiking; relu: the control network of the same shape."""
 
@@ -54,6 +56,10 @@ class TrainConfig(MainSettings):
     """One threshold and leak per neuron instead of per layer."""
     leak: float = 1.0
     """Initial leak (1 = none)."""
+    time_constants: tuple[float, float] = (0.5, 32.0)
+    """Shortest and longest membrane time constant of a stateful agent, in agent steps."""
+    rescale_leak: bool = True
+    """Let a stateful agent's leaks follow T, so that its memory lasts as long."""
     surrogate_gamma: float = 0.3
     """Height of the surrogate gradient."""
     firing_rate: float = 0.2
@@ -119,6 +125,12 @@ class TrainConfig(MainSettings):
         for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
+        if self.stateful and self.neuron == "relu":
+            raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
+        if self.stateful and not self.layer_norm:
+            raise UserError("layer_norm", False, "a stateful agent's time constants scale the normalised current")
+        if len(self.time_constants) != 2 or not 0 < self.time_constants[0] <= self.time_constants[1] < float("inf"):
+            raise UserError("time_constants", self.time_constants, "must be two positive numbers, shorter first")
         if self.goal is not None and math.isnan(self.goal):
             raise UserError("goal", self.goal, "must be a score to reach, or none")
         if not 0 <= self.average_decay < 1:
@@ -174,6 +186,10 @@ class DQNConfig(TrainConfig):
     """Agent steps between copies to the target network."""
     return_steps: int = 3
     """n of the n-step returns."""
+    burn_in: int = 16
+    """Frames on which a stateful agent's stored membranes are brought up to date."""
+    sequence_length: int = 32
+    """Frames that a stateful agent then learns from."""
 
     algo = "dqn"
 
@@ -184,6 +200,10 @@ class DQNConfig(TrainConfig):
         for name in names:
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
+        if self.burn_in < 0:
+            raise UserError("burn_in", self.burn_in, "must not be negative")
+        if self.sequence_length < 1:
+            raise UserError("sequence_length", self.sequence_length, "must be at least 1")
         if not 2 <= self.learning_starts < self.buffer_size:
             raise UserError("learning_starts", self.learning_starts, "must lie between 2 and buffer_size")
         if self.learning_starts >= self.agent_steps:
@@ -219,9 +239,12 @@ def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
     if get_origin(hint) is UnionType:  # an optional value
         return None if value is None else _typed(name, value, get_args(hint)[0], origin)
     if get_origin(hint) is tuple:
-        if isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
-            return tuple(value)
-        raise UserError(name, value, f"must be a list of whole numbers in {origin}")
+        kind = get_args(hint)[0]
+        allowed = (int, float) if kind is float else (int,)
+        if isinstance(value, (list, tuple)) and all(type(v) in allowed for v in value):
+            return tuple(kind(v) for v in value)
+        what = "numbers" if kind is float else "whole numbers"
+        raise UserError(name, value, f"must be a list of {what} in {origin}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is hint:
@@ -278,7 +301,7 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
 def save_config(path: Path, config: TrainConfig, provenance: dict[str, Any]) -> None:
     """Write the merged settings of a run and where it was made."""
     values = {"algo": config.algo, **dataclasses.asdict(config), "provenance": provenance}
-    values["hidden"] = list(config.hidden)
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
 

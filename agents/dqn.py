@@ -15,8 +15,9 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
-from spiking_rl.agents.staged import StagedAlgorithm
-from spiking_rl.agents.targets import double_q_targets
+from spiking_rl.agents.replay import SequenceReplay
+from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
+from spiking_rl.agents.targets import double_q_targets, sequence_targets
 from spiking_rl.errors import UserError
 
 
@@ -35,6 +36,13 @@ class SpikingDQN(StagedAlgorithm, DQN):
         reward_scale: rewards are multiplied by it for learning (reported returns are not); Q-values
             near 1 suit spikes, whose readout starts at zero.
         exploration_repeat: mean number of steps that a random action is held.
+        stateful: carry the membranes through the episode, and learn from sequences (R2D2): the
+            membranes stored with a sequence are brought up to date on its first frames by the online
+            and by the target network, then the rest is learned from, ``batch_size`` decisions per
+            update in all.
+        burn_in: frames of the first kind, >= 0.
+        sequence_length: frames of the second kind, >= 1.
+        stored_membranes: begin from them; False begins at rest, whose error is larger.
         kwargs: everything else that SB3's DQN takes.
     """
 
@@ -54,10 +62,14 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "max_grad_norm",
         "firing_rate",
         "reward_scale",
+        "burn_in",
+        "sequence_length",
+        "stored_membranes",
     )
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingMlpPolicy}
     policy: SpikingMlpPolicy
     _norm_steps = 0  # agent steps whose observations the running scaling has seen
+    _before: NDArray[np.float32]  # membranes before the decision under way
     q_net: SpikingQNetwork  # type: ignore[assignment]
     q_net_target: SpikingQNetwork  # type: ignore[assignment]
 
@@ -71,11 +83,23 @@ class SpikingDQN(StagedAlgorithm, DQN):
         firing_rate: float = 0.2,
         reward_scale: float = 1.0,
         exploration_repeat: float = 1.0,
+        stateful: bool = False,
+        burn_in: int = 16,
+        sequence_length: int = 32,
+        stored_membranes: bool = True,
         **kwargs: Any,
     ) -> None:
         if learning_starts < 2:
             raise UserError("learning_starts", learning_starts, "calibration needs at least 2, better 1,000")
         kwargs["policy_kwargs"] = dict(kwargs.get("policy_kwargs") or {})  # a copy: stages change it
+        kwargs["policy_kwargs"].setdefault("stateful", stateful)
+        if burn_in < 0:
+            raise UserError("burn_in", burn_in, "must not be negative")
+        if sequence_length < 1:
+            raise UserError("sequence_length", sequence_length, "must be at least 1")
+        self.burn_in = burn_in
+        self.sequence_length = sequence_length
+        self.stored_membranes = stored_membranes
         self.firing_rate = firing_rate
         self.reward_scale = reward_scale
         self.exploration_repeat = exploration_repeat
@@ -88,7 +112,23 @@ class SpikingDQN(StagedAlgorithm, DQN):
         )
 
     def _setup_model(self) -> None:
-        super()._setup_model()
+        self.episode_starts = np.ones(self.n_envs, dtype=bool)
+        if not self.policy_kwargs["stateful"]:
+            super()._setup_model()
+        else:
+            span = self.burn_in + self.sequence_length + self.n_steps
+            if self.env is not None and self.buffer_size // self.n_envs < span:
+                raise UserError(
+                    "buffer_size", self.buffer_size, f"holds no sequence; {span * self.n_envs} frames are the least"
+                )
+            self.replay_buffer_class = SequenceReplay  # type: ignore[assignment]
+            self.replay_buffer_kwargs = {"span": span, "stride": max(1, self.sequence_length // 2)}
+            # SB3 would warn that it sets up no n-step returns: sequences have their own.
+            own, self.n_steps = self.n_steps, 1
+            super()._setup_model()
+            self.n_steps = own
+        if self.stateful and self._vec_normalize_env is not None:
+            raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")
         self._setup_explorer()
 
     def _sample_action(
@@ -97,10 +137,12 @@ class SpikingDQN(StagedAlgorithm, DQN):
         """Explore in each environment on its own (SB3's DQN draws one coin for all)."""
         assert self._last_obs is not None
         warm_up = self.num_timesteps < learning_starts
-        if warm_up:
+        if warm_up and not self.stateful:
             greedy = np.zeros(n_envs, dtype=np.int64)
         else:
-            greedy, _ = self.policy.predict(self._last_obs, deterministic=True)
+            if self.stateful:
+                self._before = flat_membranes(self.current_membranes())
+            greedy = self.act_values(self._last_obs).argmax(1)  # type: ignore[arg-type]
         actions = self.explorer.choose(greedy, 1.0 if warm_up else self.exploration_rate)
         return actions, actions
 
@@ -113,8 +155,30 @@ class SpikingDQN(StagedAlgorithm, DQN):
         dones: NDArray[Any],
         infos: list[dict[str, Any]],
     ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         self.explorer.end_episodes(dones)
+        if not isinstance(replay_buffer, SequenceReplay):
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+            return
+        assert isinstance(new_obs, np.ndarray)
+        assert isinstance(self._last_obs, np.ndarray)
+        final = new_obs.copy()
+        truncated = np.zeros(len(dones), dtype=bool)
+        for row in np.flatnonzero(dones):
+            final[row] = infos[row].get("terminal_observation", new_obs[row])
+            truncated[row] = infos[row].get("TimeLimit.truncated", False)
+        replay_buffer.add(
+            self._last_obs,
+            buffer_action,
+            reward.astype(np.float32),
+            self.episode_starts,
+            dones & ~truncated,
+            dones,
+            final,
+            self._before,
+            flat_membranes(self.current_membranes()),
+        )
+        self.episode_starts = dones.copy()
+        self._last_obs = new_obs
 
     def _on_step(self) -> None:
         super()._on_step()
@@ -124,30 +188,21 @@ class SpikingDQN(StagedAlgorithm, DQN):
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """Do ``gradient_steps`` Double-DQN updates on replayed batches."""
         assert self.replay_buffer is not None
-        if self.replay_buffer.size() * self.n_envs < 2:
-            return  # nothing to calibrate on yet
+        sequences = self.replay_buffer if isinstance(self.replay_buffer, SequenceReplay) else None
+        if self.replay_buffer.size() * self.n_envs < 2 or (sequences is not None and not sequences.sequences):
+            return  # nothing to calibrate on yet, or to learn from
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         if self.calibrated:
             # A random policy sees a small part of the state space: the scaling must go on learning.
             fresh = (self.num_timesteps - self._norm_steps) // self.n_envs
-            self.q_net.update_norm(self._latest_observations(max(1, fresh)))
+            self.q_net.update_norm(self._latest(max(1, fresh))[0].flatten(0, 1))
         else:
-            self.calibrate(self._latest_observations(self.replay_buffer.size()))
+            self.calibrate(*self._latest(self.replay_buffer.size()))
         self._norm_steps = self.num_timesteps
         losses = []
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            with torch.no_grad():
-                targets = double_q_targets(
-                    batch.rewards * self.reward_scale,
-                    batch.dones,
-                    self.gamma if batch.discounts is None else batch.discounts,
-                    self.q_net(batch.next_observations),
-                    self.q_net_target(batch.next_observations),
-                )
-            q = self.q_net(batch.observations).gather(1, batch.actions.long())
-            loss = F.smooth_l1_loss(q, targets)
+            loss = self._loss(batch_size) if sequences is None else self._sequence_loss(sequences, batch_size)
             self.policy.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
@@ -158,6 +213,54 @@ class SpikingDQN(StagedAlgorithm, DQN):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.last_loss = torch.stack(losses).mean().item()
         self.logger.record("train/loss", self.last_loss)
+
+    def _loss(self, batch_size: int) -> torch.Tensor:
+        """Return the loss of one batch of independent transitions."""
+        assert self.replay_buffer is not None
+        batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+        with torch.no_grad():
+            targets = double_q_targets(
+                batch.rewards * self.reward_scale,
+                batch.dones,
+                self.gamma if batch.discounts is None else batch.discounts,
+                self.q_net(batch.next_observations),
+                self.q_net_target(batch.next_observations),
+            )
+        q = self.q_net(batch.observations).gather(1, batch.actions.long())
+        return F.smooth_l1_loss(q, targets)
+
+    def _sequence_loss(self, replay: SequenceReplay, batch_size: int) -> torch.Tensor:
+        """Return the loss of one batch of sequences, the membranes brought up to date on their first frames."""
+        batch = replay.sample(max(1, batch_size // self.sequence_length))
+        stored = batch.membranes if self.stored_membranes else torch.zeros_like(batch.membranes)
+        before = split_membranes(stored, self.q_net.network.neuron_shapes())
+        cut = self.burn_in
+        learned = slice(cut, cut + self.sequence_length)
+        with torch.no_grad():
+            target = self.q_net_target.q_sequence(batch.observations, before, batch.starts)
+            if cut:
+                before = self.q_net.sequence(batch.observations[:cut], before, batch.starts[:cut])[1]
+        # One pass over the rest: its Q-values are regressed, and without gradient choose the best action.
+        q = self.q_net.q_sequence(batch.observations[cut:], before, batch.starts[cut:])
+        targets = sequence_targets(
+            batch.rewards[cut:] * self.reward_scale,
+            batch.terminal[cut:],
+            batch.decisions[cut:],
+            self.gamma,
+            self.n_steps,
+            q.detach(),
+            target[cut:],
+        )
+        chosen = q[: self.sequence_length].gather(2, batch.actions[learned].unsqueeze(2)).squeeze(2)
+        mask = batch.decisions[learned]
+        return F.smooth_l1_loss(chosen[mask], targets[mask])
+
+    def _latest(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return raw observations ``(L, N, *obs)`` and episode starts ``(L, N)`` of the latest steps."""
+        if isinstance(self.replay_buffer, SequenceReplay):
+            return self.replay_buffer.latest(steps)
+        latest = self._latest_observations(steps).unsqueeze(0)
+        return latest, torch.zeros(latest.shape[:2], dtype=torch.bool)
 
     def _latest_observations(self, rows: int) -> torch.Tensor:
         """Return the raw observations of the latest ``rows`` steps of all environments, ``(B, *obs)``."""

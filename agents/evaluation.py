@@ -16,6 +16,7 @@ from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
+from spiking_rl.neurons import LIFState
 
 SELECTION_SEED = 10_000_000
 """First episode seed of the evaluations that select checkpoints."""
@@ -161,11 +162,14 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     for env in envs:
         episode, seed = waiting.pop(0)
         playing.append((env, episode, env.reset(seed=seed)[0]))
+    state = q_net.network.initial_state(len(playing)) if q_net.stateful else None
     while playing:
         stacked = torch.as_tensor(np.stack([p[2] for p in playing]), device=q_net.device)
-        actions = q_net.q_values(stacked, observer=counter)[0].argmax(1).cpu().numpy()
-        still = []
-        for (env, episode, _), action in zip(playing, actions, strict=True):
+        starts = torch.tensor([lengths[episode] == 0 for _, episode, _ in playing], device=q_net.device)
+        values, state = q_net.q_values(stacked, state, starts, observer=counter)
+        actions = values.argmax(1).cpu().numpy()
+        still, rows = [], []
+        for row, ((env, episode, _), action) in enumerate(zip(playing, actions, strict=True)):
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
             lengths[episode] += 1
@@ -175,6 +179,9 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
                 episode, seed = waiting.pop(0)
                 observation = env.reset(seed=seed)[0]
             still.append((env, episode, observation))
+            rows.append(row)
+        if state is not None and len(rows) < len(playing):
+            state = tuple(LIFState(layer.membrane[rows]) for layer in state)
         playing = still
     for env in envs:
         env.close()

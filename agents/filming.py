@@ -89,6 +89,7 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
         observation, _ = env.reset(seed=seed + episode)
         total, over, step = 0.0, False, 0
         frame = np.asarray(env.render())
+        state = q_net.network.initial_state(1) if q_net.stateful else None
         raster = SpikeRaster(sizes, frame.shape[0]) if spikes else None
         while not over:
             seen: dict[str, NDArray[Any]] = {}
@@ -98,7 +99,8 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
 
             with torch.no_grad():
                 batch = torch.as_tensor(np.asarray(observation)[None], device=q_net.device)
-                action = int(q_net.q_values(batch, observer=observer)[0].argmax())
+                values, state = q_net.q_values(batch, state, observer=observer)
+                action = int(values.argmax())
             # The frame shows what the agent saw, the raster how it decided on it.
             frame = np.asarray(env.render())
             if raster is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState, Observer, build_network
-from spiking_rl.neurons import clamp_after_step
+from spiking_rl.neurons import LIFState, clamp_after_step
+
+TIME_CONSTANTS = (0.5, 32.0)
+"""Of a stateful agent's membranes, shortest and longest, in decisions."""
 
 
 class RunningNorm(nn.Module):
@@ -66,6 +70,7 @@ class SpikingQNetwork(BasePolicy):
         network: name of a registered network.
         network_kwargs: its options.
         timesteps: T per decision.
+        stateful: membranes are meant to be carried through the episode (by whoever plays).
         normalize_images: divide image observations by 255.
     """
 
@@ -78,6 +83,7 @@ class SpikingQNetwork(BasePolicy):
         network: str = "mlp",
         network_kwargs: dict[str, Any] | None = None,
         timesteps: int = 5,
+        stateful: bool = False,
         normalize_images: bool = True,
     ) -> None:
         super().__init__(
@@ -87,6 +93,7 @@ class SpikingQNetwork(BasePolicy):
             normalize_images=normalize_images,
         )
         shape: tuple[int, ...] = (self.features_extractor.features_dim,)
+        self.stateful = stateful
         self.norm = RunningNorm(shape)
         self.network = build_network(network, shape, int(action_space.n), timesteps=timesteps, **(network_kwargs or {}))
 
@@ -127,6 +134,22 @@ class SpikingQNetwork(BasePolicy):
         values, after = self.network(inputs, state, starts if state is not None else None, observer)
         return values.squeeze(0), after
 
+    def q_sequence(self, obs: Tensor, state: NetworkState, starts: Tensor) -> Tensor:
+        """Return Q-values ``(L, B, A)`` along sequences; see :meth:`sequence`."""
+        return self.sequence(obs, state, starts)[0]
+
+    def sequence(self, obs: Tensor, state: NetworkState, starts: Tensor) -> tuple[Tensor, NetworkState]:
+        """Return Q-values ``(L, B, A)`` along sequences of raw observations, and the membranes after them.
+
+        Args:
+            obs: raw observations ``(L, B, *obs)``.
+            state: membranes before the first decision.
+            starts: bool ``(L, B)``, true where a decision opens an episode.
+        """
+        inputs = self.features(obs.flatten(0, 1))
+        values, after = self.network(inputs.reshape(*obs.shape[:2], *inputs.shape[1:]), state, starts)
+        return values, after
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
         return self.forward(observation).argmax(dim=1).reshape(-1)
 
@@ -144,6 +167,9 @@ class SpikingMlpPolicy(DQNPolicy):
         timesteps: T per decision.
         network: name of a registered network.
         network_kwargs: its options, such as ``hidden`` or ``neuron``.
+        stateful: carry the membranes through the episode: ``predict(obs, state, episode_start)``
+            returns them as its state, one array ``(n_envs, neurons)`` per layer. Neurons then get
+            time constants from half a decision to 32 unless ``network_kwargs`` says otherwise.
         optimizer_class: torch optimiser.
         optimizer_kwargs: its options besides the learning rate.
         normalize_images: divide image observations by 255.
@@ -165,6 +191,7 @@ class SpikingMlpPolicy(DQNPolicy):
         timesteps: int = 5,
         network: str = "mlp",
         network_kwargs: dict[str, Any] | None = None,
+        stateful: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -172,10 +199,15 @@ class SpikingMlpPolicy(DQNPolicy):
         check_spaces(observation_space, action_space)
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"fused": True}  # a third of a small network's update is Adam's many small steps
+        network_kwargs = dict(network_kwargs or {})
+        if stateful and network_kwargs.get("neuron") != "relu":
+            network_kwargs.setdefault("time_constants", TIME_CONSTANTS)
+        self.stateful = stateful
         self.q_net_kwargs: dict[str, Any] = {
             "network": network,
-            "network_kwargs": dict(network_kwargs or {}),
+            "network_kwargs": network_kwargs,
             "timesteps": timesteps,
+            "stateful": stateful,
             "normalize_images": normalize_images,
         }
         super().__init__(
@@ -218,6 +250,40 @@ class SpikingMlpPolicy(DQNPolicy):
     def timesteps(self) -> int:
         """Timesteps T per decision."""
         return self.q_net.network.timesteps
+
+    def predict(
+        self,
+        observation: np.ndarray[Any, Any] | dict[str, np.ndarray[Any, Any]],
+        state: tuple[np.ndarray[Any, Any], ...] | None = None,
+        episode_start: np.ndarray[Any, Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray[Any, Any], tuple[np.ndarray[Any, Any], ...] | None]:
+        """Return greedy actions and the membranes after them (None when stateless).
+
+        Args:
+            observation: one observation, or a batch of them.
+            state: membranes returned by the last call, ``(n_envs, *neurons)`` per layer; None at the
+                start.
+            episode_start: bool ``(n_envs,)``, true where the observation opens an episode.
+            deterministic: greedy either way; SB3's algorithms add the exploration.
+        """
+        if not self.stateful:
+            return super().predict(observation, state, episode_start, deterministic)
+        self.set_training_mode(False)
+        obs, vectorised = self.obs_to_tensor(observation)
+        assert isinstance(obs, Tensor)
+        before = self.q_net.network.initial_state(len(obs))
+        if state is not None:
+            before = tuple(LIFState(torch.as_tensor(layer, device=self.device)) for layer in state)
+        starts = torch.zeros(len(obs), dtype=torch.bool, device=self.device)
+        if episode_start is not None:
+            starts = torch.as_tensor(episode_start, dtype=torch.bool, device=self.device).reshape(-1)
+        with torch.no_grad():
+            values, after = self.q_net.q_values(obs, before, starts)
+        assert after is not None
+        actions = values.argmax(1).cpu().numpy()
+        membranes = tuple(layer.membrane.cpu().numpy() for layer in after)
+        return (actions if vectorised else actions.squeeze(0)), membranes
 
     def set_timesteps(self, timesteps: int) -> None:
         """Change T in the Q-network and its target."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,27 @@ from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_m
 from spiking_rl.agents.policies import SpikingPQNPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import lambda_returns
+from spiking_rl.networks import NetworkState
+from spiking_rl.neurons import LIFState
+
+
+class Rollout(NamedTuple):
+    """What one rollout of N environments leaves to learn from.
+
+    Attributes:
+        observations: raw, ``(L, N, *obs)``.
+        actions: ``(L, N)``.
+        targets: Q(lambda) targets of the actions, ``(L, N)``.
+        starts: true where an observation opens an episode, ``(L, N)``.
+        before: membranes before the first decision; None when stateless.
+    """
+
+    observations: NDArray[Any]
+    actions: NDArray[np.int64]
+    targets: NDArray[np.float32]
+    starts: NDArray[np.bool_]
+    before: NetworkState | None
+
 
 _FALLING = LinearSchedule(1e-3, 0.0, 1.0)
 
@@ -51,6 +72,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         firing_rate: spikes per neuron and timestep that calibration aims at.
         stats_window_size: episodes over which the training return is averaged.
         tensorboard_log: folder for TensorBoard.
+        stateful: carry the membranes through the episode; minibatches are then of environments, each
+            rollout one sequence.
         policy_kwargs: options of the policy, such as ``timesteps``.
         verbose: 0 silent, 1 info.
         seed: of every random generator.
@@ -95,6 +118,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         firing_rate: float = 0.2,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
+        stateful: bool = False,
         policy_kwargs: dict[str, Any] | None = None,
         verbose: int = 0,
         seed: int | None = None,
@@ -105,7 +129,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             policy=policy,
             env=env,
             learning_rate=learning_rate,
-            policy_kwargs=dict(policy_kwargs or {}),  # a copy: stages change it
+            policy_kwargs={"stateful": stateful, **(policy_kwargs or {})},  # a copy: stages change it
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -128,6 +152,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.calibration_steps = calibration_steps
         self.firing_rate = firing_rate
         self.exploration_rate = exploration_initial_eps
+        self.episode_starts = np.ones(self.n_envs, dtype=bool)
         if _init_setup_model:
             self._setup_model()
 
@@ -169,7 +194,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 break
             callback.on_rollout_end()
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            self.train(*rollout)
+            self.train(rollout)
             iteration += 1
             if log_interval and iteration % log_interval == 0:
                 self.dump_logs()
@@ -193,7 +218,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         Returns False if a callback stops it.
         """
         assert self.env is not None
-        seen = [np.array(self._last_obs)]
+        seen, starts = [np.array(self._last_obs)], [np.ones(self.n_envs, dtype=bool)]
         for _ in range(-(-self.calibration_steps // self.n_envs)):
             actions = self.explorer.choose(np.zeros(self.n_envs, dtype=np.int64), epsilon=1.0)
             self._last_obs, rewards, dones, infos = self.env.step(actions)  # type: ignore[assignment]
@@ -204,11 +229,15 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 return False
             self._update_info_buffer(infos, dones)
             seen.append(np.array(self._last_obs))
-        self.calibrate(obs_as_tensor(np.concatenate(seen), self.device))  # type: ignore[arg-type]
+            starts.append(dones)
+        observations = obs_as_tensor(np.stack(seen), self.device)
+        assert isinstance(observations, torch.Tensor)
+        self.calibrate(observations, torch.as_tensor(np.stack(starts), device=self.device))
+        self.episode_starts = starts[-1]
         return True
 
-    def _collect(self, callback: BaseCallback) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float32]] | None:
-        """Play one rollout; return observations, actions and targets, or None if a callback stops."""
+    def _collect(self, callback: BaseCallback) -> Rollout | None:
+        """Play one rollout; return it with its targets, or None if a callback stops."""
         assert self.env is not None
         assert self._last_obs is not None
         self.policy.set_training_mode(False)
@@ -220,9 +249,12 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         final_values = np.zeros(shape, dtype=np.float32)
         terminated = np.zeros(shape, dtype=bool)
         done = np.zeros(shape, dtype=bool)
+        starts = np.zeros(shape, dtype=bool)
+        before = self.current_membranes() if self.stateful else None
         for t in range(self.n_steps):
             self.exploration_rate = self.exploration_schedule(self.exploration_progress())
-            q = self._q(self._last_obs)  # type: ignore[arg-type]
+            starts[t] = self.episode_starts
+            q = self.act_values(self._last_obs)  # type: ignore[arg-type]
             observations[t] = self._last_obs
             values[t] = q.max(1)
             actions[t] = self.explorer.choose(q.argmax(1), self.exploration_rate)
@@ -231,6 +263,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             self.num_timesteps += self.n_envs
             self._update_info_buffer(infos, done[t])
             self.explorer.end_episodes(done[t])
+            self.episode_starts = done[t].copy()
             callback.update_locals(locals())
             if not callback.on_step():
                 return None
@@ -239,33 +272,51 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             cut = np.flatnonzero(done[t] & truncated)
             if len(cut):
                 final = np.stack([infos[i]["terminal_observation"] for i in cut])
-                final_values[t, cut] = self._q(final).max(1)
-        values[-1] = self._q(self._last_obs).max(1)  # type: ignore[arg-type]
+                final_values[t, cut] = self._values_ahead(final, cut)
+        values[-1] = self._values_ahead(self._last_obs, np.arange(self.n_envs))  # type: ignore[arg-type]
         next_values = np.where(done, final_values, values[1:])
         targets = lambda_returns(all_rewards * self.reward_scale, next_values, terminated, done, self.gamma, self.lam)
-        return observations, actions, targets
+        return Rollout(observations, actions, targets, starts, before)
 
-    def _q(self, observations: NDArray[Any]) -> NDArray[np.float32]:
+    def _values_ahead(self, observations: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return max_a Q of the observations that follow the latest decision in some environments.
+
+        The membranes are those after that decision, also where it ended the episode (a truncated
+        episode goes on in the bootstrap); they stay as they are.
+        """
+        obs = obs_as_tensor(observations, self.device)
+        state = None
+        if self.stateful:
+            state = tuple(LIFState(layer.membrane[rows]) for layer in self.current_membranes())
         with torch.no_grad():
-            values: NDArray[np.float32] = (
-                self.policy.q_net(obs_as_tensor(observations, self.device)).float().cpu().numpy()
-            )
-        return values
+            values = self.policy.q_net.q_values(obs, state)[0].max(1).values
+        result: NDArray[np.float32] = values.float().cpu().numpy()
+        return result
 
-    def train(self, observations: NDArray[Any], actions: NDArray[np.int64], targets: NDArray[np.float32]) -> None:
-        """Regress Q(s, a) on the targets of one rollout, ``(L, N)`` each."""
+    def train(self, rollout: Rollout) -> None:
+        """Regress Q(s, a) on the targets of one rollout."""
+        observations, actions, targets, starts, before = rollout
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         flat_obs = obs_as_tensor(observations.reshape(-1, *observations.shape[2:]), self.device)
-        flat_actions = torch.as_tensor(actions.reshape(-1, 1), device=self.device)
-        flat_targets = torch.as_tensor(targets.reshape(-1, 1), device=self.device)
         assert isinstance(flat_obs, torch.Tensor)
         self.policy.q_net.update_norm(flat_obs)
+        all_obs = flat_obs.reshape(*targets.shape, *flat_obs.shape[1:])
+        all_actions = torch.as_tensor(actions, device=self.device).unsqueeze(-1)
+        all_targets = torch.as_tensor(targets, device=self.device)
+        all_starts = torch.as_tensor(starts, device=self.device)
         losses = []
         for _ in range(self.n_epochs):
-            for rows in torch.randperm(len(flat_targets)).chunk(self.n_minibatches):
-                q = self.policy.q_net(flat_obs[rows]).gather(1, flat_actions[rows])
-                loss = 0.5 * torch.nn.functional.mse_loss(q, flat_targets[rows])
+            # Stateless decisions are shuffled one by one, stateful ones stay in their episodes.
+            for rows in torch.randperm(self.n_envs if before else targets.size).chunk(self.n_minibatches):
+                if before is None:
+                    q = self.policy.q_net(flat_obs[rows]).gather(1, all_actions.flatten(0, 1)[rows]).squeeze(1)
+                    loss = 0.5 * torch.nn.functional.mse_loss(q, all_targets.flatten()[rows])
+                else:
+                    state = tuple(LIFState(layer.membrane[rows]) for layer in before)
+                    values = self.policy.q_net.q_sequence(all_obs[:, rows], state, all_starts[:, rows])
+                    q = values.gather(2, all_actions[:, rows]).squeeze(2)
+                    loss = 0.5 * torch.nn.functional.mse_loss(q, all_targets[:, rows])
                 self.policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
@@ -280,18 +331,3 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
-
-    def predict(
-        self,
-        observation: NDArray[Any] | dict[str, NDArray[Any]],
-        state: tuple[NDArray[Any], ...] | None = None,
-        episode_start: NDArray[Any] | None = None,
-        deterministic: bool = False,
-    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
-        """Return actions for observations; epsilon-greedy unless ``deterministic``."""
-        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
-        if not deterministic:
-            chance = np.random.rand(*np.shape(actions)) < self.exploration_rate
-            noise = np.random.randint(self.action_space.n, size=np.shape(actions))  # type: ignore[attr-defined]
-            actions = np.where(chance, noise, actions)
-        return actions, state

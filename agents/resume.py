@@ -19,11 +19,13 @@ import safetensors.torch
 import torch
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.checkpoint import read_json
 from spiking_rl.envs.make import get_states, set_states
 from spiking_rl.errors import UserError
 from spiking_rl.files import recover_folder, replace_folder
+from spiking_rl.neurons import LIFState
 
 _COUNTERS = (
     "num_timesteps",
@@ -56,22 +58,23 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
     with replace_folder(folder) as partial:
         tensors = {f"policy.{k}": v.cpu().contiguous() for k, v in model.policy.state_dict().items()}
         tensors |= {f"average.{k}": v.cpu().contiguous() for k, v in (model.average or {}).items()}
+        tensors |= {f"membrane.{i}": s.membrane.cpu() for i, s in enumerate(model.membranes or ())}
         optimiser, scalars = _pack_optimiser(model.policy.optimizer)
         last_obs = np.asarray(model._last_obs)
         (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**tensors, **optimiser}))
         (partial / "replay").mkdir()
         replay = getattr(model, "replay_buffer", None)
         if replay is not None:
-            rows = replay.size()
-            for name in _REPLAY:
-                np.save(partial / "replay" / f"{name}.npy", getattr(replay, name)[:rows], allow_pickle=False)
+            for name, rows in _replay_arrays(replay).items():
+                np.save(partial / "replay" / f"{name}.npy", rows, allow_pickle=False)
         np.save(partial / "last_obs.npy", last_obs, allow_pickle=False)
         state = {
             "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
             "timesteps": model.policy.timesteps,
+            "episode_starts": model.episode_starts.tolist(),
             "exploring": {"left": model.explorer.left.tolist(), "action": model.explorer.action.tolist()},
             "optimiser": scalars,
-            "replay": None if replay is None else {"pos": replay.pos, "full": replay.full},
+            "replay": _replay_counters(replay),
             "episodes": list(model.ep_info_buffer or []),
             "generators": _generators(model),
             "environments": get_states(model.env),  # type: ignore[arg-type]
@@ -116,6 +119,9 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         )
         average = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         model.average = {k: v.to(model.device) for k, v in average.items()} or None
+        membranes = [tensors[f"membrane.{i}"] for i in range(sum(k.startswith("membrane.") for k in tensors))]
+        model.membranes = tuple(LIFState(m.to(model.device)) for m in membranes) or None
+        model.episode_starts = np.array(state["episode_starts"], dtype=bool)
         model.policy.rebuild_optimizer(model.lr_schedule(1.0))
         _unpack_optimiser(model.policy.optimizer, tensors, state["optimiser"])
         for name, value in state["counters"].items():
@@ -176,14 +182,38 @@ def _unpack_optimiser(
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _load_replay(folder: Path, replay: ReplayBuffer, state: dict[str, Any]) -> None:
-    for name in _REPLAY:
+def _replay_arrays(replay: ReplayBuffer | SequenceReplay) -> dict[str, np.ndarray[Any, Any]]:
+    """Return what has been written of a replay buffer."""
+    if isinstance(replay, SequenceReplay):
+        frames = int(min(replay.written.max(), replay.buffer_size))
+        blocks = -(-frames // replay.stride)
+        return {n: getattr(replay, n)[: blocks if n == "membranes" else frames] for n in replay.ARRAYS}
+    return {name: getattr(replay, name)[: replay.size()] for name in _REPLAY}
+
+
+def _replay_counters(replay: ReplayBuffer | SequenceReplay | None) -> dict[str, Any] | None:
+    if replay is None:
+        return None
+    if isinstance(replay, SequenceReplay):
+        return {"written": replay.written.tolist()}
+    return {"pos": replay.pos, "full": replay.full}
+
+
+def _load_replay(folder: Path, replay: ReplayBuffer | SequenceReplay, state: dict[str, Any]) -> None:
+    if isinstance(replay, SequenceReplay):
+        membranes = np.load(folder / "membranes.npy", allow_pickle=False)
+        replay.membranes = np.zeros((*replay.membranes.shape[:2], *membranes.shape[2:]), dtype=np.float16)
+    names = replay.ARRAYS if isinstance(replay, SequenceReplay) else _REPLAY
+    for name in names:
         target = getattr(replay, name)
         rows = np.load(folder / f"{name}.npy", allow_pickle=False)
         if rows.shape[1:] != target.shape[1:] or rows.dtype != target.dtype or len(rows) > len(target):
             raise UserError("resume", str(folder / f"{name}.npy"), f"has another shape or type; {_REMEDY}")
         target[: len(rows)] = rows
-    replay.pos, replay.full = int(state["pos"]), bool(state["full"])
+    if isinstance(replay, SequenceReplay):
+        replay.written = np.array(state["written"], dtype=np.int64)
+    else:
+        replay.pos, replay.full = int(state["pos"]), bool(state["full"])
 
 
 def _generators(model: StagedAlgorithm) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import update_learning_rate
+from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 
 from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.policies import SpikingMlpPolicy
@@ -19,6 +22,21 @@ from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.errors import UserError
+from spiking_rl.networks import NetworkState, rescale_leaks
+from spiking_rl.neurons import LIFState
+
+
+def flat_membranes(state: NetworkState) -> NDArray[np.float32]:
+    """Return the membranes of all layers side by side, ``(B, neurons)``."""
+    flat: NDArray[np.float32] = torch.cat([layer.membrane.flatten(1) for layer in state], 1).float().cpu().numpy()
+    return flat
+
+
+def split_membranes(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> NetworkState:
+    """Undo :func:`flat_membranes` for layers of the given shapes."""
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes], 1)
+    return tuple(LIFState(part.reshape(-1, *shape)) for part, shape in zip(parts, shapes, strict=True))
+
 
 SelfStaged = TypeVar("SelfStaged", bound="StagedAlgorithm")
 
@@ -44,6 +62,10 @@ class StagedAlgorithm(BaseAlgorithm):
         average_decay: decay of the weight average per training; 0 keeps none.
         average: averaged weights and buffers of the Q-network by name, None before the first training.
         prune_lr_factor: multiplies the learning rate in every stage after the first.
+        rescale_leak: a stateful agent's leaks follow T, so that its memory lasts as many decisions.
+        membranes: of the training environments after their latest decision; None before the first
+            or when stateless.
+        episode_starts: which of them open an episode with their next decision, ``(n_envs,)``.
     """
 
     algo: ClassVar[str]
@@ -58,8 +80,58 @@ class StagedAlgorithm(BaseAlgorithm):
     stage = 0
     stage_start = 0
     prune_lr_factor = 1.0
+    rescale_leak = True
     average_decay = 0.0
     average: dict[str, torch.Tensor] | None = None
+    membranes: NetworkState | None = None
+    episode_starts: NDArray[np.bool_]
+
+    @property
+    def stateful(self) -> bool:
+        """Whether membranes are carried through the episode."""
+        return self.policy.stateful
+
+    def act_values(self, observations: NDArray[Any]) -> NDArray[np.float32]:
+        """Return Q-values ``(n_envs, A)`` of the training environments' observations.
+
+        A stateful agent's membranes advance: exactly one call for every step of the environments,
+        whatever action is taken then.
+        """
+        obs = obs_as_tensor(observations, self.device)
+        assert isinstance(obs, torch.Tensor)
+        with torch.no_grad():
+            if not self.stateful:
+                values = self.policy.q_net(obs)
+            else:
+                starts = torch.as_tensor(self.episode_starts, device=self.device)
+                values, self.membranes = self.policy.q_net.q_values(obs, self.current_membranes(), starts)
+        result: NDArray[np.float32] = values.float().cpu().numpy()
+        return result
+
+    def current_membranes(self) -> NetworkState:
+        """Return the membranes before the next decision, at rest if there was none yet."""
+        if self.membranes is None or len(self.membranes[0].membrane) != self.n_envs:
+            self.membranes = self.policy.q_net.network.initial_state(self.n_envs)
+            self.episode_starts = np.ones(self.n_envs, dtype=bool)
+        return self.membranes
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Return actions and, from a stateful agent, the membranes to pass to the next call.
+
+        Epsilon-greedy unless ``deterministic``; random actions advance the membranes like others.
+        """
+        actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if not deterministic:
+            chance = np.random.rand(*np.shape(actions)) < self.exploration_rate
+            noise = np.random.randint(self.action_space.n, size=np.shape(actions))  # type: ignore[attr-defined]
+            actions = np.where(chance, noise, actions)
+        return actions, state
 
     def _setup_explorer(self) -> None:
         assert isinstance(self.action_space, spaces.Discrete)
@@ -100,6 +172,8 @@ class StagedAlgorithm(BaseAlgorithm):
     def begin_stage(self, timesteps: int) -> None:
         """Go on at another number of timesteps: fresh optimiser, exploration at its final value."""
         self.average = None
+        if self.stateful and self.rescale_leak:
+            rescale_leaks(self.policy.q_net.network, timesteps / self.policy.timesteps)
         self.policy.set_timesteps(timesteps)
         self.policy_kwargs["timesteps"] = timesteps
         self.policy.rebuild_optimizer(self.lr_schedule(1.0))
@@ -117,16 +191,26 @@ class StagedAlgorithm(BaseAlgorithm):
         """Return the progress remaining as exploration sees it (0 once the first stage is over)."""
         return self._current_progress_remaining if self.stage == 0 else 0.0
 
-    def calibrate(self, observations: torch.Tensor) -> None:
-        """Set observation scaling and thresholds from raw observations ``(B, *obs)``, explicitly.
+    def calibrate(self, observations: torch.Tensor, starts: torch.Tensor) -> None:
+        """Set observation scaling and thresholds from play, explicitly.
 
         The target network, where there is one, is made equal afterwards.
+
+        Args:
+            observations: raw, ``(L, N, *obs)`` of N environments.
+            starts: bool ``(L, N)``, true where an observation opens an episode.
         """
         q_net = self.policy.q_net
-        q_net.update_norm(observations)
+        flat = observations.flatten(0, 1)
+        q_net.update_norm(flat)
         if q_net.network.spiking:
             with torch.no_grad():
-                calibrate_thresholds(q_net.network, q_net.features(observations), self.firing_rate)
+                inputs = q_net.features(flat)
+                if self.stateful:
+                    sequences = inputs.reshape(*observations.shape[:2], *inputs.shape[1:])
+                    calibrate_thresholds(q_net.network, sequences, self.firing_rate, starts)
+                else:
+                    calibrate_thresholds(q_net.network, inputs, self.firing_rate)
         if self.policy.has_target:
             self.policy.q_net_target.load_state_dict(q_net.state_dict())
         self.calibrated = True

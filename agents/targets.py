@@ -56,6 +56,54 @@ def lambda_returns(
     return returns.astype(np.float32)
 
 
+def sequence_targets(
+    rewards: Tensor,
+    terminal: Tensor,
+    decisions: Tensor,
+    gamma: float,
+    steps: int,
+    next_online: Tensor,
+    next_target: Tensor,
+) -> Tensor:
+    """Return n-step Double DQN targets along sequences of frames.
+
+    A frame is one decision, or the final observation of an episode, which is no decision: returns
+    stop there and bootstrap from it, unless the episode terminated.
+
+    Args:
+        rewards: ``(L + n, B)``.
+        terminal: bool ``(L + n, B)``, the decision ended its episode (not by truncation).
+        decisions: bool ``(L + n, B)``.
+        gamma: discount.
+        steps: n >= 1.
+        next_online: online network's Q-values of every frame, ``(L + n, B, A)``.
+        next_target: target network's.
+
+    Returns:
+        ``(L, B)``; meaningless where the frame is no decision.
+
+    Source: van Hasselt et al. 2016; Kapturowski et al. 2019.
+    """
+    length = len(rewards) - steps
+    best = next_online.argmax(2, keepdim=True)
+    values = next_target.gather(2, best).squeeze(2)
+    total = torch.zeros_like(rewards[:length])
+    discount = torch.ones_like(total)
+    going = torch.ones_like(terminal[:length])
+    ended = torch.zeros_like(going)
+    reach = torch.zeros_like(going, dtype=torch.long)
+    for k in range(steps):
+        window = slice(k, k + length)
+        going = going & decisions[window]
+        total = total + going * discount * rewards[window]
+        discount = torch.where(going, discount * gamma, discount)
+        reach = reach + going
+        ended = ended | (going & terminal[window])
+        going = going & ~terminal[window]
+    at = torch.arange(length, device=rewards.device).unsqueeze(1) + reach
+    return total + discount * ~ended * values.gather(0, at)
+
+
 def double_q_targets(
     rewards: Tensor, dones: Tensor, discounts: Tensor | float, next_online: Tensor, next_target: Tensor
 ) -> Tensor:

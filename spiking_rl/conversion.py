@@ -8,13 +8,16 @@ from torch import Tensor
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
 from spiking_rl.networks import LayeredNetwork
-from spiking_rl.neurons import LIF, MIN_THRESHOLD
+from spiking_rl.neurons import LIF, MIN_THRESHOLD, lif_scan
 
 _BISECTIONS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
+_NEVER = 1e30  # a threshold out of reach; infinity times no spike would be NaN
 
 
 @torch.no_grad()
-def calibrate_thresholds(network: LayeredNetwork, inputs: Tensor, rate: float = 0.2) -> list[float]:
+def calibrate_thresholds(
+    network: LayeredNetwork, inputs: Tensor, rate: float = 0.2, starts: Tensor | None = None
+) -> list[float]:
     """Set every threshold so that its layer fires at ``rate`` spikes per neuron per timestep.
 
     Layer by layer on data, as the papers initialise theirs: the spiking network itself runs with
@@ -22,9 +25,13 @@ def calibrate_thresholds(network: LayeredNetwork, inputs: Tensor, rate: float = 
     the firing rate is measured here by running the neurons, which holds for any T and leak.
 
     Args:
-        network: a spiking network; its thresholds are overwritten (all channels of a layer alike).
-        inputs: a batch of at least 2 inputs, ``(B, *input_shape)``, scaled as in training.
+        network: a spiking network; its thresholds are overwritten. All channels of a layer get the
+            same one when stateless; when stateful, each in proportion to the spread of its own
+            membrane (slow neurons see little of a fast input).
+        inputs: at least 2 inputs scaled as in training: ``(B, *input_shape)`` of independent
+            decisions, or with ``starts`` the sequences ``(L, B, *input_shape)`` of a stateful agent.
         rate: target in (0, 1).
+        starts: bool ``(L, B)``, true where a decision opens an episode.
 
     Returns:
         The rate reached, per layer: lower than asked where a layer's current is rarely positive.
@@ -34,32 +41,52 @@ def calibrate_thresholds(network: LayeredNetwork, inputs: Tensor, rate: float = 
     """
     if not 0 < rate < 1:
         raise UserError("rate", rate, "the target firing rate must lie strictly between 0 and 1")
-    if len(inputs) < 2:
-        raise UserError("inputs", len(inputs), "calibration needs at least 2 inputs, better 1,000")
+    count = len(inputs) if starts is None else starts.numel()
+    if count < 2:
+        raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")
     if not bool(torch.isfinite(inputs).all()):
         raise UserError("inputs", "NaN or infinity", "calibration needs finite inputs")
+    batch = inputs.unsqueeze(0) if starts is None else inputs  # (L, B, ...)
+    scan_starts = None
+    if starts is not None:
+        scan_starts = starts.new_zeros(len(starts), network.timesteps, starts.shape[1])
+        scan_starts[:, 0] = starts
+        scan_starts = scan_starts.flatten(0, 1)
     reached = []
-    neurons = [n for n in network.neurons if isinstance(n, LIF)]
-    for i, neuron in enumerate(neurons):
-        current = _current_of_layer(network, inputs, i)
-        low, high = MIN_THRESHOLD, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            neuron.threshold.fill_(middle)
-            if float(neuron(current).spikes.mean()) > rate:
-                low = middle
-            else:
-                high = middle
-        neuron.threshold.fill_(high)
-        reached.append(float(neuron(current).spikes.mean()))
+    spikes = batch
+    for i, (linear, neuron) in enumerate(zip(network.maps, network.neurons, strict=True)):
+        assert isinstance(neuron, LIF)
+        current = linear(spikes.flatten(0, 1))
+        current = current.reshape(*spikes.shape[:2], *current.shape[1:])
+        if i == 0:
+            current = direct(current, network.timesteps)
+        _calibrate_layer(neuron, current, rate, scan_starts)
+        spikes = _spikes(neuron, current, scan_starts)
+        reached.append(float(spikes.mean()))
     return reached
 
 
-def _current_of_layer(network: LayeredNetwork, inputs: Tensor, layer: int) -> Tensor:
-    """Return the current ``(T, B, *N)`` that reaches one layer of a stateless network."""
-    current = direct(network.maps[0](inputs).unsqueeze(0), network.timesteps)
-    for i in range(layer):
-        spikes = network.neurons[i](current).spikes
-        flat = network.maps[i + 1](spikes.flatten(0, 1))
-        current = flat.unflatten(0, (network.timesteps, len(inputs)))
-    return current
+def _spikes(neuron: LIF, current: Tensor, starts: Tensor | None) -> Tensor:
+    scan = lif_scan(current, None, neuron.leak, neuron.threshold, starts)  # a missing state is one at rest
+    return scan.spikes
+
+
+def _calibrate_layer(neuron: LIF, current: Tensor, rate: float, starts: Tensor | None) -> None:
+    """Set one layer's thresholds by bisection on its firing rate for a current ``(S, B, *N)``."""
+    unit = torch.ones_like(neuron.threshold)
+    if starts is not None and neuron.threshold.dim():
+        # What the membranes would do if they never fired.
+        free = lif_scan(current, None, neuron.leak, torch.full_like(unit, _NEVER), starts, trace=True).potential
+        assert free is not None
+        axes = [d for d in range(free.dim()) if d < 2 or d - 2 >= neuron.threshold.dim() or unit.shape[d - 2] == 1]
+        spread = free.std(axes, keepdim=True)[0, 0].clamp(min=1e-6)
+        unit = (spread / spread.mean()).reshape(unit.shape)
+    low, high = 0.0, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max() / unit.min())) + MIN_THRESHOLD
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        neuron.threshold.copy_((middle * unit).clamp(min=MIN_THRESHOLD))
+        if float(_spikes(neuron, current, starts).mean()) > rate:
+            low = middle
+        else:
+            high = middle
+    neuron.threshold.copy_((high * unit).clamp(min=MIN_THRESHOLD))

@@ -180,6 +180,21 @@ def _unfold(folded: Tensor, length: int) -> Tensor:
     return folded.reshape(length, -1, *folded.shape[1:])
 
 
+@torch.no_grad()
+def rescale_leaks(network: LayeredNetwork, ratio: float) -> None:
+    """Raise every leak to the power ``1 / ratio``: memory lasts as many decisions at ``ratio`` times T.
+
+    A membrane keeps ``leak**T`` of its potential per decision, and ``(leak**(T/T'))**T' = leak**T``.
+
+    Args:
+        network: its leaks are changed in place.
+        ratio: new T over old T, > 0.
+    """
+    for neuron in network.neurons:
+        if isinstance(neuron, LIF):
+            neuron.leak.pow_(1 / ratio)
+
+
 NETWORKS: dict[str, Callable[..., LayeredNetwork]] = {}
 """Registered builders by name."""
 
@@ -225,6 +240,23 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
+def _check_time_constants(time_constants: Sequence[float], layer_norm: bool) -> None:
+    numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in time_constants)
+    if len(time_constants) != 2 or not numbers or not 0 < time_constants[0] <= time_constants[1] < math.inf:
+        raise UserError("time_constants", time_constants, "must be two positive numbers, the shorter one first")
+    if not layer_norm:
+        raise UserError("layer_norm", layer_norm, "time constants scale the normalised current: leave it on")
+
+
+@torch.no_grad()
+def _spread_time_constants(lif: LIF, layer: nn.Module, limits: Sequence[float], timesteps: int) -> None:
+    """Give every neuron of a layer its own leak, and its current unit gain."""
+    spread = torch.logspace(math.log10(limits[0]), math.log10(limits[1]), lif.leak.shape[0])
+    lif.leak.copy_(torch.exp(-1 / (spread * timesteps)).reshape(lif.leak.shape))
+    norm = next(m for m in layer.modules() if isinstance(m, nn.LayerNorm))
+    norm.weight.copy_((1 - lif.leak).flatten())
+
+
 @register_network("mlp")
 def mlp(
     input_shape: Sequence[int],
@@ -237,6 +269,7 @@ def mlp(
     per_channel: bool = False,
     threshold: float = 0.5,
     leak: float = 1.0,
+    time_constants: Sequence[float] | None = None,
     gamma: float = DEFAULT_GAMMA,
 ) -> LayeredNetwork:
     """Build fully connected layers for vector inputs.
@@ -254,8 +287,16 @@ def mlp(
         per_channel: one threshold and leak per neuron instead of per layer.
         threshold: initial threshold (calibrate on data to do better).
         leak: initial leak.
+        time_constants: shortest and longest time constant of the membranes, in decisions. They are
+            spread logarithmically over the neurons of each layer, ``leak = exp(-1 / (tau * T))``, one
+            threshold and leak per neuron, and currents are scaled by ``1 - leak`` so that a constant
+            input is felt alike by all (unit gain). For stateful use: with one leak per layer every
+            neuron filters time alike, and velocity is lost. None: ``leak`` everywhere.
         gamma: height of the surrogate gradient.
     """
+    if time_constants is not None:
+        _check_time_constants(time_constants, layer_norm)
+        per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
     if not hidden or any(not isinstance(h, int) or h < 1 for h in hidden):
@@ -272,6 +313,10 @@ def mlp(
         else nn.ReLU()
         for width in hidden
     ]
+    if time_constants is not None and neuron == "lif":
+        for layer, lif in zip(maps, neurons, strict=True):
+            assert isinstance(lif, LIF)
+            _spread_time_constants(lif, layer, time_constants, timesteps)
     readout = nn.Linear(sizes[-1], outputs)
     nn.init.zeros_(readout.weight)
     nn.init.zeros_(readout.bias)
