@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
-from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
+from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
 from spiking_rl.agents.targets import double_q_targets, sequence_targets
@@ -66,7 +66,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "sequence_length",
         "stored_membranes",
     )
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingMlpPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingDQNPolicy}
     policy: SpikingMlpPolicy
     _norm_steps = 0  # agent steps whose observations the running scaling has seen
     _before: NDArray[np.float32]  # membranes before the decision under way
@@ -93,6 +93,8 @@ class SpikingDQN(StagedAlgorithm, DQN):
             raise UserError("learning_starts", learning_starts, "calibration needs at least 2, better 1,000")
         kwargs["policy_kwargs"] = dict(kwargs.get("policy_kwargs") or {})  # a copy: stages change it
         kwargs["policy_kwargs"].setdefault("stateful", stateful)
+        if policy is SpikingMlpPolicy:
+            policy = SpikingDQNPolicy
         if burn_in < 0:
             raise UserError("burn_in", burn_in, "must not be negative")
         if sequence_length < 1:
@@ -130,6 +132,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
         if self.stateful and self._vec_normalize_env is not None:
             raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")
         self._setup_explorer()
+        self._warn_of_stacked_frames()
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1

@@ -175,12 +175,14 @@ class SpikingMlpPolicy(DQNPolicy):
         normalize_images: divide image observations by 255.
 
     Raises:
-        UserError: a space that a spiking Q-network cannot serve.
+        UserError: a space that a spiking Q-network cannot serve, or a state that nobody carries.
     """
 
     q_net: SpikingQNetwork  # type: ignore[assignment]
     q_net_target: SpikingQNetwork  # type: ignore[assignment]
     has_target = True
+    carries_state = False
+    """Whether the algorithm that this policy is for carries membranes through the episode."""
 
     def __init__(
         self,
@@ -199,6 +201,10 @@ class SpikingMlpPolicy(DQNPolicy):
         check_spaces(observation_space, action_space)
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"fused": True}  # a third of a small network's update is Adam's many small steps
+        if stateful and not self.carries_state:
+            raise UserError(
+                "stateful", stateful, "Stable-Baselines3's own algorithms carry no state; use SpikingDQN or SpikingPQN"
+            )
         network_kwargs = dict(network_kwargs or {})
         if stateful and network_kwargs.get("neuron") != "relu":
             network_kwargs.setdefault("time_constants", TIME_CONSTANTS)
@@ -303,10 +309,17 @@ class SpikingMlpPolicy(DQNPolicy):
         }
 
 
+class SpikingDQNPolicy(SpikingMlpPolicy):
+    """The same policy for SpikingDQN, which can carry membranes through the episode."""
+
+    carries_state = True
+
+
 class SpikingPQNPolicy(SpikingMlpPolicy):
-    """The same policy without a target network."""
+    """The same policy for SpikingPQN: without a target network, with membranes if wanted."""
 
     has_target = False
+    carries_state = True
 
 
 def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_m
 from spiking_rl.agents.policies import SpikingPQNPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import lambda_returns
+from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState
 from spiking_rl.neurons import LIFState
 
@@ -152,7 +153,6 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.calibration_steps = calibration_steps
         self.firing_rate = firing_rate
         self.exploration_rate = exploration_initial_eps
-        self.episode_starts = np.ones(self.n_envs, dtype=bool)
         if _init_setup_model:
             self._setup_model()
 
@@ -165,6 +165,12 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         )
         self.policy = self.policy.to(self.device)
         self._setup_explorer()
+        self.episode_starts = np.ones(self.n_envs, dtype=bool)
+        self._warn_of_stacked_frames()
+        if self.stateful and self.env is not None and self.n_envs < self.n_minibatches:
+            raise UserError(
+                "n_minibatches", self.n_minibatches, f"a stateful agent splits its {self.n_envs} environments so often"
+            )
         self.exploration_schedule = LinearSchedule(
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import FrameStackObservation
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
+from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
 from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.policies import SpikingMlpPolicy
@@ -136,6 +139,16 @@ class StagedAlgorithm(BaseAlgorithm):
     def _setup_explorer(self) -> None:
         assert isinstance(self.action_space, spaces.Discrete)
         self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
+
+    def _warn_of_stacked_frames(self) -> None:
+        if self.stateful and self.env is not None:
+            stacked = is_vecenv_wrapped(self.env, VecFrameStack)
+            if stacked or any(self.env.env_is_wrapped(FrameStackObservation)):
+                warnings.warn(
+                    "the environment stacks frames, which a stateful agent does without: it remembers them itself, "
+                    "and every stacked frame makes its first, analog layer dearer",
+                    stacklevel=3,
+                )
 
     def update_average(self) -> None:
         """Move the weight average towards the current weights; the learners call it after training.
