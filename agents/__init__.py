@@ -6,17 +6,20 @@ from spiking_rl.agents.evaluation import Evaluation, evaluate
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.pqn import SpikingPQN
+from spiking_rl.agents.recording import Recording, record
 from spiking_rl.agents.training import prune, train
 
 __all__ = [
     "DQNConfig",
     "Evaluation",
     "PQNConfig",
+    "Recording",
     "SpikingDQN",
     "SpikingMlpPolicy",
     "SpikingPQN",
     "evaluate",
     "load_agent",
     "prune",
+    "record",
     "train",
 ]
