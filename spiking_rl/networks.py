@@ -125,20 +125,23 @@ class LayeredNetwork(nn.Module):
         """
         length, batch = inputs.shape[:2]
         flat = inputs.flatten(0, 1)
-        if not self.spiking:
-            return self._analog(flat, length, observer), state
+        if not self.spiking or (state is None and self._timesteps == 1):
+            return self._one_pass(flat, length, observer), state
         if state is None:
             # Fresh membranes make the decisions independent: they all travel in the batch.
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
             return outputs.reshape(length, batch, -1), None
         return self._scan(inputs, state, starts, observer)
 
-    def _analog(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
-        for name, linear, neuron in zip(self.layer_names, self.maps, self.neurons, strict=True):
+    def _one_pass(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
+        """Run a ReLU network, or one fresh timestep, which is a plain threshold: no membrane is ever stored."""
+        for i, (linear, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
             current = linear(x)
-            x = neuron(current)
+            x = fire(current, neuron.threshold, neuron.gamma) if isinstance(neuron, LIF) else neuron(current)
             if observer is not None:
-                observer(name, _unfold(x, length), _unfold(current, length))
+                # One timestep of all decisions for spikes, one step per decision for ReLU.
+                steps = 1 if self.spiking else length
+                observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
         return _unfold(self.readout(x), length)
 
     def _scan(
@@ -158,15 +161,10 @@ class LayeredNetwork(nn.Module):
             current = current.reshape(-1, batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
             if i == 0:
                 current = direct(current, timesteps)
-            if state is None and timesteps == 1:
-                # One fresh timestep is a plain threshold: no membrane is ever stored.
-                assert isinstance(neuron, LIF)
-                x, potential = fire(current, neuron.threshold, neuron.gamma), current
-            else:
-                x, layer_state, potential = neuron(
-                    current, None if state is None else state[i], scan_starts, trace=observer is not None
-                )
-                after.append(layer_state)
+            x, layer_state, potential = neuron(
+                current, None if state is None else state[i], scan_starts, trace=observer is not None
+            )
+            after.append(layer_state)
             if observer is not None:
                 observer(f"layer{i + 1}", x, potential)
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
