@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
+from spiking_rl.agents.cnn_policies import SpikingCnnPolicy
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import double_q_targets
@@ -26,7 +27,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     Takes every argument of :class:`stable_baselines3.DQN` and adds three.
 
     Args:
-        policy: ``"MlpPolicy"`` or a policy class.
+        policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a policy class.
         env: environment, vectorised environment or its id.
         learning_rate: initial learning rate, or a schedule of the progress remaining.
         learning_starts: random agent steps before learning; observation scaling and thresholds are
@@ -55,7 +56,10 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "firing_rate",
         "reward_scale",
     )
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingMlpPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": SpikingMlpPolicy,
+        "CnnPolicy": SpikingCnnPolicy,
+    }
     policy: SpikingMlpPolicy
     _norm_steps = 0  # agent steps whose observations the running scaling has seen
     q_net: SpikingQNetwork  # type: ignore[assignment]

@@ -20,6 +20,8 @@ from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.errors import UserError
 
+_IMAGES = 512  # that set thresholds; the papers' number, and all currents of a layer must fit in memory
+
 SelfStaged = TypeVar("SelfStaged", bound="StagedAlgorithm")
 
 
@@ -64,6 +66,8 @@ class StagedAlgorithm(BaseAlgorithm):
     def _setup_explorer(self) -> None:
         assert isinstance(self.action_space, spaces.Discrete)
         self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
+        if self.policy.q_net.norm is not None:
+            self.policy.q_net.norm.follow = False  # the learners update it, each observation once
 
     def update_average(self) -> None:
         """Move the weight average towards the current weights; the learners call it after training.
@@ -125,8 +129,9 @@ class StagedAlgorithm(BaseAlgorithm):
         q_net = self.policy.q_net
         q_net.update_norm(observations)
         if q_net.network.spiking:
+            inputs = q_net.features(observations if q_net.norm is not None else _spread(observations, _IMAGES))
             with torch.no_grad():
-                calibrate_thresholds(q_net.network, q_net.features(observations), self.firing_rate)
+                calibrate_thresholds(q_net.network, inputs, self.firing_rate)
         if self.policy.has_target:
             self.policy.q_net_target.load_state_dict(q_net.state_dict())
         self.calibrated = True
@@ -217,3 +222,8 @@ class StagedAlgorithm(BaseAlgorithm):
             model.policy.q_net_target.load_state_dict(model.policy.q_net.state_dict())
         model.exploration_rate = 0.0  # a loaded agent plays what it learned, as SB3's DQN does
         return model
+
+
+def _spread(rows: torch.Tensor, at_most: int) -> torch.Tensor:
+    """Return some rows, spread evenly over all."""
+    return rows[:: -(-len(rows) // at_most)]
