@@ -69,7 +69,7 @@ class TemporalPruningCallback(BaseCallback):
             if value < 1:
                 raise UserError(field, value, "must be at least 1")
         self.pruning = pruning
-        self.eval_env = DummyVecEnv([lambda: eval_env]) if isinstance(eval_env, gym.Env) else eval_env
+        self.eval_env = DummyVecEnv([lambda: Monitor(eval_env)]) if isinstance(eval_env, gym.Env) else eval_env
         self.eval_episodes = eval_episodes
         self.report_every = report_every
         self._best: dict[str, torch.Tensor] = {}
