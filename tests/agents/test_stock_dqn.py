@@ -130,9 +130,8 @@ def test_images_are_divided_by_255_and_keep_their_shape() -> None:
 
 
 def test_callbacks_of_sb3_evaluate_and_store(tmp_path: Path) -> None:
-    evaluation = EvalCallback(
-        identity(), eval_freq=200, n_eval_episodes=5, best_model_save_path=str(tmp_path), verbose=0
-    )
+    folder = str(tmp_path)
+    evaluation = EvalCallback(identity(), eval_freq=200, n_eval_episodes=5, best_model_save_path=folder, verbose=0)
     store = CheckpointCallback(400, folder, name_prefix="at")
     stock().learn(900, callback=[evaluation, store])
     assert evaluation.best_mean_reward > 9
@@ -144,7 +143,7 @@ def test_callbacks_of_sb3_evaluate_and_store(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, not ours
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_computes_the_same() -> None:
-    model = DQN(SpikingMlpPolicy, identity(), policy_kwargs={"timesteps": 4, "network_kwargs": {"hidden": [8]}}, seed=0)
+    model = DQN(SpikingMlpPolicy, identity(), policy_kwargs={"timesteps": 2, "network_kwargs": {"hidden": [8]}}, seed=0)
     plain = model.q_net
     torch.nn.init.normal_(plain.network.readout.weight)
     twin = copy.deepcopy(plain)
