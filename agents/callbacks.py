@@ -11,7 +11,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import safe_mean
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, is_vecenv_wrapped, sync_envs_normalization
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecMonitor,
+    VecNormalize,
+    is_vecenv_wrapped,
+    sync_envs_normalization,
+)
 
 from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
@@ -52,7 +59,8 @@ class TemporalPruningCallback(BaseCallback):
 
     Raises:
         UserError: a number below 1 or, when learning starts, a policy without timesteps, another T
-            than ``pruning.timesteps``, or no episode returns to score by.
+            than ``pruning.timesteps``, no episode returns to score by, or an ``eval_env`` without the
+            normalisation of the training environment.
     """
 
     def __init__(
@@ -94,6 +102,11 @@ class TemporalPruningCallback(BaseCallback):
         env = self.training_env
         if self.eval_env is None and not (is_vecenv_wrapped(env, VecMonitor) or all(env.env_is_wrapped(Monitor))):
             raise UserError("eval_env", None, "give one, or wrap the training environment in a Monitor or VecMonitor")
+        normalised = self.model.get_vec_normalize_env() is not None
+        if normalised and self.eval_env is not None and not is_vecenv_wrapped(self.eval_env, VecNormalize):
+            raise UserError(
+                "eval_env", str(self.eval_env), "wrap it in VecNormalize, as the training environment is wrapped"
+            )
         self._seen = self.model.num_timesteps
         if not self._best:
             self._keep()  # so that a pruning which goes on from earlier scores has weights to fall back on

@@ -50,7 +50,7 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
         self.network = layers
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return features ``(B, N)`` in [0, 1] of preprocessed observations ``(B, *obs)``."""
+        """Return features ``(B, N)`` of preprocessed observations ``(B, *obs)``: mean spikes, in [0, 1]."""
         inputs = observations if self.norm is None else self.norm(observations.flatten(1))
         spikes, _ = self.network(inputs.unsqueeze(0))
         features: Tensor = spikes.squeeze(0)

@@ -142,7 +142,8 @@ class SpikingQNetwork(BasePolicy):
         return values.squeeze(0), after
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        return self.forward(observation).argmax(dim=1).reshape(-1)
+        greedy: Tensor = self(observation).argmax(dim=1)  # called, not .forward: a compiled network is used
+        return greedy.reshape(-1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         raise NotImplementedError("save the policy that holds this network")

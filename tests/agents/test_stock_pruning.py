@@ -13,7 +13,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from spiking_rl import LayeredNetwork, TemporalPruning, UserError
 from spiking_rl.agents import (
@@ -167,3 +167,19 @@ def test_misuse_is_told_before_training() -> None:
     model = DQN(SpikingMlpPolicy, blind, policy_kwargs={"timesteps": 4}, device="cpu")
     with pytest.raises(UserError, match=r"eval_env.*VecMonitor"):
         model.learn(10, callback=TemporalPruningCallback(pruning))
+    normalised = DQN(SpikingMlpPolicy, VecNormalize(identity()), policy_kwargs={"timesteps": 4}, device="cpu")
+    with pytest.raises(UserError, match=r"eval_env.*VecNormalize"):
+        normalised.learn(10, callback=TemporalPruningCallback(pruning, eval_env=Identity()))
+
+
+def test_evaluation_sees_the_normalisation_of_the_training_environment() -> None:
+    model = DQN(
+        SpikingMlpPolicy, VecNormalize(identity()), policy_kwargs=options_of("dqn", 2), seed=0, device="cpu", **REPLAY
+    )
+    evaluated = VecNormalize(identity(), training=False)
+    callback = TemporalPruningCallback(TemporalPruning(2, 2, 200, 200), eval_env=evaluated, eval_episodes=2)
+    model.learn(200, callback=callback)
+    assert callback.pruning.finished
+    training = model.get_vec_normalize_env()
+    assert training is not None
+    assert evaluated.obs_rms.mean.tolist() == training.obs_rms.mean.tolist() != [0.0] * 4
