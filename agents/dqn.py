@@ -14,6 +14,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
+from spiking_rl.agents.cnn_policies import SpikingCnnPolicy
 from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
@@ -27,7 +28,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     Takes every argument of :class:`stable_baselines3.DQN` and adds three.
 
     Args:
-        policy: ``"MlpPolicy"`` or a policy class.
+        policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a policy class.
         env: environment, vectorised environment or its id.
         learning_rate: initial learning rate, or a schedule of the progress remaining.
         learning_starts: random agent steps before learning; observation scaling and thresholds are
@@ -66,7 +67,10 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "sequence_length",
         "stored_membranes",
     )
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingDQNPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": SpikingDQNPolicy,
+        "CnnPolicy": SpikingCnnPolicy,
+    }
     policy: SpikingMlpPolicy
     _norm_steps = 0  # agent steps whose observations the running scaling has seen
     _before: NDArray[np.float32]  # membranes before the decision under way

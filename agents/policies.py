@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
+from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy
@@ -25,8 +25,11 @@ TIME_CONSTANTS = (0.5, 32.0)
 class RunningNorm(nn.Module):
     """Scale observations to zero mean and unit variance by running statistics.
 
-    The statistics move only in :meth:`update`, never in ``forward``. They are buffers named
-    ``running_*``, which SB3 copies to the target network with the weights.
+    They are buffers named ``running_*``, which SB3 copies to the target network with the weights.
+
+    Attributes:
+        follow: fold every batch seen in training mode into the statistics, as batch normalisation
+            does: stock SB3 has nobody else to do it. Learners that call :meth:`update` switch it off.
     """
 
     running_mean: Tensor
@@ -36,6 +39,7 @@ class RunningNorm(nn.Module):
     def __init__(self, shape: tuple[int, ...], clip: float = 10.0) -> None:
         super().__init__()
         self.clip = clip
+        self.follow = True
         self.register_buffer("running_mean", torch.zeros(shape))
         self.register_buffer("running_var", torch.ones(shape))
         self.register_buffer("running_count", torch.zeros(()))
@@ -56,13 +60,17 @@ class RunningNorm(nn.Module):
         self.running_count.copy_(total)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """Return observations scaled and clipped to +-clip."""
+        """Return observations ``(B, *shape)`` scaled and clipped to +-clip."""
+        if self.training and self.follow:
+            self.update(observations)
         scaled = (observations - self.running_mean) * torch.rsqrt(self.running_var + 1e-8)
         return scaled.clamp(-self.clip, self.clip)
 
 
 class SpikingQNetwork(BasePolicy):
     """Q-values of a discrete-action environment from a network of spiking neurons.
+
+    Vectors are scaled by running statistics; images keep their shape and are divided by 255 instead.
 
     Args:
         observation_space: a Box or Discrete space.
@@ -72,6 +80,7 @@ class SpikingQNetwork(BasePolicy):
         timesteps: T per decision.
         stateful: membranes are meant to be carried through the episode (by whoever plays).
         normalize_images: divide image observations by 255.
+        outputs_per_action: outputs of the network for each action.
     """
 
     action_space: spaces.Discrete
@@ -85,6 +94,7 @@ class SpikingQNetwork(BasePolicy):
         timesteps: int = 5,
         stateful: bool = False,
         normalize_images: bool = True,
+        outputs_per_action: int = 1,
     ) -> None:
         super().__init__(
             observation_space,
@@ -92,20 +102,24 @@ class SpikingQNetwork(BasePolicy):
             features_extractor=FlattenExtractor(observation_space),
             normalize_images=normalize_images,
         )
-        shape: tuple[int, ...] = (self.features_extractor.features_dim,)
         self.stateful = stateful
-        self.norm = RunningNorm(shape)
-        self.network = build_network(network, shape, int(action_space.n), timesteps=timesteps, **(network_kwargs or {}))
+        self.norm, shape = observation_scaling(observation_space, network, normalize_images)
+        outputs = int(action_space.n) * outputs_per_action
+        self.network = build_network(network, shape, outputs, timesteps=timesteps, **(network_kwargs or {}))
 
     def features(self, observations: PyTorchObs) -> Tensor:
         """Return the network's input ``(B, *input_shape)`` for raw observations ``(B, *obs)``."""
         prepared = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
         assert isinstance(prepared, Tensor)
+        if self.norm is None:
+            return prepared
         flat: Tensor = self.norm(prepared.flatten(1))
         return flat
 
     def update_norm(self, observations: Tensor) -> None:
-        """Fold raw observations ``(B, *obs)`` into the running statistics."""
+        """Fold raw observations ``(B, *obs)`` into the running statistics (images have none)."""
+        if self.norm is None:
+            return
         prepared = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
         assert isinstance(prepared, Tensor)
         self.norm.update(prepared.flatten(1))
@@ -151,7 +165,8 @@ class SpikingQNetwork(BasePolicy):
         return values, after
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> Tensor:
-        return self.forward(observation).argmax(dim=1).reshape(-1)
+        greedy: Tensor = self(observation).argmax(dim=1)  # called, not .forward: a compiled network is used
+        return greedy.reshape(-1)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         raise NotImplementedError("save the policy that holds this network")
@@ -160,12 +175,15 @@ class SpikingQNetwork(BasePolicy):
 class SpikingMlpPolicy(DQNPolicy):
     """SB3 policy with a spiking Q-network and its target, for vector observations.
 
+    For SB3's own ``DQN`` and for :class:`spiking_rl.agents.SpikingDQN`. Thresholds start at
+    ``network_kwargs["threshold"]`` (0.5); our own learners set them from data.
+
     Args:
         observation_space: a Box or Discrete space.
         action_space: Discrete.
         lr_schedule: learning rate against progress remaining.
         timesteps: T per decision.
-        network: name of a registered network.
+        network: name of a registered network; default ``"mlp"``.
         network_kwargs: its options, such as ``hidden`` or ``neuron``.
         stateful: carry the membranes through the episode: ``predict(obs, state, episode_start)``
             returns them as its state, one array ``(n_envs, neurons)`` per layer. Neurons then get
@@ -181,6 +199,7 @@ class SpikingMlpPolicy(DQNPolicy):
     q_net: SpikingQNetwork  # type: ignore[assignment]
     q_net_target: SpikingQNetwork  # type: ignore[assignment]
     has_target = True
+    default_network: ClassVar[str] = "mlp"
     carries_state = False
     """Whether the algorithm that this policy is for carries membranes through the episode."""
 
@@ -191,19 +210,23 @@ class SpikingMlpPolicy(DQNPolicy):
         lr_schedule: Schedule,
         *,
         timesteps: int = 5,
-        network: str = "mlp",
+        network: str | None = None,
         network_kwargs: dict[str, Any] | None = None,
         stateful: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
     ) -> None:
-        check_spaces(observation_space, action_space)
+        network = network or self.default_network
+        check_spaces(observation_space, action_space, network, normalize_images)
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"fused": True}  # a third of a small network's update is Adam's many small steps
         if stateful and not self.carries_state:
             raise UserError(
-                "stateful", stateful, "Stable-Baselines3's own algorithms carry no state; use SpikingDQN or SpikingPQN"
+                "stateful",
+                stateful,
+                f"{type(self).__name__} serves algorithms that carry no state, as Stable-Baselines3's own; use "
+                "SpikingDQN or SpikingPQN with MlpPolicy",
             )
         network_kwargs = dict(network_kwargs or {})
         if stateful and network_kwargs.get("neuron") != "relu":
@@ -322,7 +345,27 @@ class SpikingPQNPolicy(SpikingMlpPolicy):
     carries_state = True
 
 
-def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+def observation_scaling(
+    observation_space: spaces.Space[Any], network: str, normalize_images: bool = True
+) -> tuple[RunningNorm | None, tuple[int, ...]]:
+    """Return what scales preprocessed observations, and the shape ``(*input_shape)`` of one of them.
+
+    Images that are not meant for a perceptron keep their shape and need no scaling (None); all else
+    is a vector, scaled by running statistics.
+    """
+    if network != "mlp" and is_image_space(observation_space, normalized_image=not normalize_images):
+        assert observation_space.shape is not None
+        return None, observation_space.shape
+    shape = (get_flattened_obs_dim(observation_space),)
+    return RunningNorm(shape), shape
+
+
+def check_spaces(
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    network: str = "mlp",
+    normalize_images: bool = True,
+) -> None:
     """Refuse spaces that a spiking Q-network cannot serve.
 
     Raises:
@@ -335,16 +378,36 @@ def check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spac
             "spiking Q-networks choose among discrete actions; use an environment with a Discrete "
             "action space or wrap this one to discretise its actions",
         )
-    for field, space in (("action_space", action_space), ("observation_space", observation_space)):
-        if isinstance(space, spaces.Discrete) and space.start != 0:
-            raise UserError(field, str(space), "must count from 0; wrap the environment to shift it")
-    if is_image_space(observation_space):
-        raise UserError(
-            "observation_space", str(observation_space), "images need a convolutional network, which is not there yet"
-        )
+    if action_space.start != 0:
+        raise UserError("action_space", str(action_space), "must count from 0; wrap the environment to shift it")
+    check_observation_space(observation_space, network, normalize_images)
+
+
+def check_observation_space(
+    observation_space: spaces.Space[Any], network: str = "mlp", normalize_images: bool = True
+) -> None:
+    """Refuse observations that a registered network cannot take.
+
+    Raises:
+        UserError: naming the space and what to do.
+    """
+    shown = str(observation_space)
     if not isinstance(observation_space, (spaces.Box, spaces.Discrete)):
         raise UserError(
             "observation_space",
-            str(observation_space),
+            shown,
             "must be a Box or Discrete space; flatten it with gymnasium.wrappers.FlattenObservation",
+        )
+    if isinstance(observation_space, spaces.Discrete) and observation_space.start != 0:
+        raise UserError("observation_space", shown, "must count from 0; wrap the environment to shift it")
+    if network == "mlp" and is_image_space(observation_space):
+        raise UserError(
+            "observation_space", shown, "images need a convolutional network; use a Cnn policy such as SpikingCnnPolicy"
+        )
+    if network == "nature_cnn" and not is_image_space(observation_space, normalized_image=not normalize_images):
+        raise UserError(
+            "observation_space",
+            shown,
+            "is no image (uint8, 0 to 255, three axes); use an Mlp policy such as SpikingMlpPolicy, or "
+            "normalize_images=False where the pixels are scaled already",
         )

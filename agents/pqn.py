@@ -15,6 +15,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_mean
 
+from spiking_rl.agents.cnn_policies import SpikingPQNCnnPolicy
 from spiking_rl.agents.policies import SpikingPQNPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import lambda_returns
@@ -53,7 +54,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
     regressed for a few epochs and thrown away. Nothing goes stale: no replay, no target network.
 
     Args:
-        policy: ``"MlpPolicy"`` or a policy class.
+        policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a policy class.
         env: environment, vectorised environment or its id.
         learning_rate: a number, or a schedule of the stage's progress remaining; falls from 1e-3
             to 0 by default, and a constant one is markedly less steady.
@@ -96,7 +97,10 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         "max_grad_norm",
         "firing_rate",
     )
-    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"MlpPolicy": SpikingPQNPolicy}
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": SpikingPQNPolicy,
+        "CnnPolicy": SpikingPQNCnnPolicy,
+    }
     policy: SpikingPQNPolicy
 
     def __init__(

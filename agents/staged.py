@@ -41,6 +41,8 @@ def split_membranes(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> Networ
     return tuple(LIFState(part.reshape(-1, *shape)) for part, shape in zip(parts, shapes, strict=True))
 
 
+_IMAGES = 512  # that set thresholds; the papers' number, and all currents of a layer must fit in memory
+
 SelfStaged = TypeVar("SelfStaged", bound="StagedAlgorithm")
 
 
@@ -139,6 +141,8 @@ class StagedAlgorithm(BaseAlgorithm):
     def _setup_explorer(self) -> None:
         assert isinstance(self.action_space, spaces.Discrete)
         self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
+        if self.policy.q_net.norm is not None:
+            self.policy.q_net.norm.follow = False  # the learners update it, each observation once
 
     def _warn_of_stacked_frames(self) -> None:
         if self.stateful and self.env is not None:
@@ -218,7 +222,7 @@ class StagedAlgorithm(BaseAlgorithm):
         q_net.update_norm(flat)
         if q_net.network.spiking:
             with torch.no_grad():
-                inputs = q_net.features(flat)
+                inputs = q_net.features(flat if q_net.norm is not None else _spread(flat, _IMAGES))
                 if self.stateful:
                     sequences = inputs.reshape(*observations.shape[:2], *inputs.shape[1:])
                     calibrate_thresholds(q_net.network, sequences, self.firing_rate, starts)
@@ -314,3 +318,8 @@ class StagedAlgorithm(BaseAlgorithm):
             model.policy.q_net_target.load_state_dict(model.policy.q_net.state_dict())
         model.exploration_rate = 0.0  # a loaded agent plays what it learned, as SB3's DQN does
         return model
+
+
+def _spread(rows: torch.Tensor, at_most: int) -> torch.Tensor:
+    """Return some rows, spread evenly over all."""
+    return rows[:: -(-len(rows) // at_most)]

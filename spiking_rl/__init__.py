@@ -4,6 +4,7 @@ This package is the core: neurons, networks, calibration, temporal pruning, chec
 knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_rl.agents``.
 """
 
+from spiking_rl import vision  # registers the networks for images
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
@@ -40,4 +41,5 @@ __all__ = [
     "normalisation_macs",
     "register_network",
     "save_checkpoint",
+    "vision",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spiking_rl import LIF, NETWORKS, LayeredNetwork, UserError, build_network
 
 # A new network is tested as soon as it is registered: with the first of these shapes that it takes.
-SHAPES = [(6,), (4, 84, 84), (3, 32, 32)]
+SHAPES = [(6,), (2, 36, 36), (4, 84, 84), (3, 32, 32)]
 OUTPUTS = 3
 EVERY = pytest.mark.parametrize("name", sorted(NETWORKS))
 
@@ -30,8 +30,8 @@ def built(name: str, timesteps: int = 2, neuron: str = "lif") -> LayeredNetwork:
     """Build a registered network as it is."""
     torch.manual_seed(0)
     for shape in SHAPES:
-        network = build_network(name, shape, OUTPUTS, timesteps=timesteps, neuron=neuron)
         try:
+            network = build_network(name, shape, OUTPUTS, timesteps=timesteps, neuron=neuron)
             network.neuron_shapes()
         except (RuntimeError, ValueError):
             continue
