@@ -9,6 +9,7 @@ Nothing here remembers anything between calls: the membrane is passed in and ret
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -126,15 +127,18 @@ class _FusedScan(torch.autograd.Function):
         keep = _keep_mask(starts, current)
         potentials = torch.empty(current.shape, dtype=current.dtype, device=current.device)
         spikes = torch.empty_like(potentials)
-        after = membrane
-        for t in range(current.shape[0]):
+        # Long scans over few neurons are all overhead: one view per timestep, three operations each.
+        kept = itertools.repeat(leak) if keep is None else (keep * leak).unbind()
+        after = None if membrane is None else membrane.clone()
+        steps = zip(current.unbind(), potentials.unbind(), spikes.unbind(), kept, strict=False)
+        for now, potential, spike, retained in steps:
             if after is None:
-                potentials[t] = current[t]
+                potential.copy_(now)
+                after = torch.empty_like(potential)
             else:
-                before = after if keep is None else after * keep[t]
-                torch.addcmul(current[t], before, leak, out=potentials[t])
-            torch.gt(potentials[t], threshold, out=spikes[t])
-            after = torch.addcmul(potentials[t], spikes[t], threshold, value=-1)
+                torch.addcmul(now, after, retained, out=potential)
+            torch.gt(potential, threshold, out=spike)
+            torch.addcmul(potential, spike, threshold, value=-1, out=after)
         assert after is not None
         ctx.save_for_backward(potentials, spikes, membrane, leak, threshold, keep)
         ctx.gamma = gamma
@@ -157,12 +161,12 @@ class _FusedScan(torch.autograd.Function):
         carried = grad_after
         if grad_after is not None:
             grad_threshold = grad_threshold - (grad_after * spikes[-1]).sum(0)
-        for t in range(potentials.shape[0] - 1, -1, -1):
+        retained = None if keep is None else (keep * leak).unbind()
+        steps = grad_potential.unbind()
+        for t in range(len(steps) - 1, -1, -1):
             if carried is not None:
-                grad_potential[t] += carried
-            carried = grad_potential[t] * leak
-            if keep is not None:
-                carried = carried * keep[t]
+                steps[t].add_(carried)
+            carried = steps[t] * (leak if retained is None else retained[t])
         # u[t] = leak * (u[t-1] - threshold * s[t-1]) + I[t]
         later = grad_potential[1:] if keep is None else grad_potential[1:] * keep[1:]
         by_spike = (later * spikes[:-1]).sum((0, 1))

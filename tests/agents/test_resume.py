@@ -120,6 +120,28 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_a_stopped_run_keeps_its_membranes(tmp_path: Path, algo: str) -> None:
+    """The membranes, the replayed sequences and the episode starts go on bit for bit too."""
+    memory = {"stateful": True, "agent_steps": 2048}
+    if algo == "dqn":
+        memory |= {"burn_in": 4, "sequence_length": 8, "buffer_size": 1024}
+    session_in(tmp_path / "whole", algo, **memory).run()
+    session = session_in(tmp_path / "run", algo, **memory)
+    between = session.between_rollouts
+
+    def stop() -> None:
+        session.stop_requested = session.model.num_timesteps >= 1700
+        between()
+
+    session.between_rollouts = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        session.run()
+    assert session.model.membranes is not None
+    resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
 def test_a_reached_goal_ends_the_stage_and_resumes_bit_for_bit(tmp_path: Path, algo: str) -> None:
     easy = {"goal": 0.0, "eval_every": 512, "agent_steps": 100_000, "prune_steps": 100_000, "save_every": 300}
     whole = session_in(tmp_path / "whole", algo, **easy)

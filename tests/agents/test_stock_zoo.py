@@ -90,5 +90,9 @@ def test_the_example_runs() -> None:
     assert "after 1100 agent steps, T=4: " in run(sys.executable, str(EXAMPLES / "stock_dqn.py"), "1100")
 
 
+def test_the_stateful_example_runs() -> None:
+    assert "after 1500 agent steps: return " in run(sys.executable, str(EXAMPLES / "stateful.py"), "1500")
+
+
 def test_agents_import_without_sb3_contrib() -> None:
     run(sys.executable, "-c", "import sys; sys.modules['sb3_contrib'] = None; import spiking_rl.agents.zoo")

@@ -251,3 +251,15 @@ def test_fire_without_gradients_gives_the_same_spikes() -> None:
     with_gradient: Tensor = fire(potential.clone().requires_grad_(), threshold)
     assert torch.equal(fire(potential, threshold), with_gradient)
     assert fire(potential, threshold).dtype == potential.dtype
+
+
+@pytest.mark.parametrize("scan", [lif_scan, lif_scan_reference])
+def test_below_threshold_two_starts_grow_alike_as_powers_of_the_leak(scan: object) -> None:
+    torch.manual_seed(0)
+    current = torch.rand(30, 4, 5, dtype=torch.float64) * 0.01
+    leak = torch.rand(5, dtype=torch.float64)
+    starts = [torch.rand(4, 5, dtype=torch.float64) for _ in range(2)]
+    high = torch.tensor(100.0, dtype=torch.float64)
+    a, b = (scan(current, LIFState(s), leak, high, trace=True).potential for s in starts)  # type: ignore[operator]
+    powers = leak ** torch.arange(1, 31, dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(a - b, powers * (starts[0] - starts[1]), rtol=1e-12, atol=1e-15)
