@@ -56,7 +56,7 @@ class TrainConfig(MainSettings):
     """One threshold and leak per neuron instead of per layer."""
     leak: float = 1.0
     """Initial leak (1 = none)."""
-    time_constants: tuple[float, float] = (0.5, 32.0)
+    time_constants: tuple[float, float] = (0.2, 8.0)
     """Shortest and longest membrane time constant of a stateful agent, in agent steps."""
     rescale_leak: bool = True
     """Let a stateful agent's leaks follow T, so that its memory lasts as long."""
@@ -127,8 +127,6 @@ class TrainConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
-        if self.stateful and not self.layer_norm:
-            raise UserError("layer_norm", False, "a stateful agent's time constants scale the normalised current")
         if len(self.time_constants) != 2 or not 0 < self.time_constants[0] <= self.time_constants[1] < float("inf"):
             raise UserError("time_constants", self.time_constants, "must be two positive numbers, shorter first")
         if self.goal is not None and math.isnan(self.goal):

@@ -18,7 +18,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState, Observer, build_network
 from spiking_rl.neurons import LIFState, clamp_after_step
 
-TIME_CONSTANTS = (0.5, 32.0)
+TIME_CONSTANTS = (0.2, 8.0)
 """Of a stateful agent's membranes, shortest and longest, in decisions."""
 
 
@@ -187,7 +187,7 @@ class SpikingMlpPolicy(DQNPolicy):
         network_kwargs: its options, such as ``hidden`` or ``neuron``.
         stateful: carry the membranes through the episode: ``predict(obs, state, episode_start)``
             returns them as its state, one array ``(n_envs, neurons)`` per layer. Neurons then get
-            time constants from half a decision to 32 unless ``network_kwargs`` says otherwise.
+            time constants from 0.2 to 8 decisions unless ``network_kwargs`` says otherwise.
         optimizer_class: torch optimiser.
         optimizer_kwargs: its options besides the learning rate.
         normalize_images: divide image observations by 255.

@@ -27,7 +27,8 @@ def calibrate_thresholds(
     Args:
         network: a spiking network; its thresholds are overwritten. All channels of a layer get the
             same one when stateless; when stateful, each in proportion to the spread of its own
-            membrane (slow neurons see little of a fast input).
+            membrane, so that slow neurons, which sum up more, fire no more than fast ones (the same
+            as unit-variance membranes under one threshold, but for the scale that is trained).
         inputs: at least 2 inputs scaled as in training: ``(B, *input_shape)`` of independent
             decisions, or with ``starts`` the sequences ``(L, B, *input_shape)`` of a stateful agent.
         rate: target in (0, 1).

@@ -238,21 +238,17 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def _check_time_constants(time_constants: Sequence[float], layer_norm: bool) -> None:
+def _check_time_constants(time_constants: Sequence[float]) -> None:
     numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in time_constants)
     if len(time_constants) != 2 or not numbers or not 0 < time_constants[0] <= time_constants[1] < math.inf:
         raise UserError("time_constants", time_constants, "must be two positive numbers, the shorter one first")
-    if not layer_norm:
-        raise UserError("layer_norm", layer_norm, "time constants scale the normalised current: leave it on")
 
 
 @torch.no_grad()
-def _spread_time_constants(lif: LIF, layer: nn.Module, limits: Sequence[float], timesteps: int) -> None:
-    """Give every neuron of a layer its own leak, and its current unit gain."""
+def _spread_time_constants(lif: LIF, limits: Sequence[float], timesteps: int) -> None:
+    """Give every neuron of a layer its own leak."""
     spread = torch.logspace(math.log10(limits[0]), math.log10(limits[1]), lif.leak.shape[0])
     lif.leak.copy_(torch.exp(-1 / (spread * timesteps)).reshape(lif.leak.shape))
-    norm = next(m for m in layer.modules() if isinstance(m, nn.LayerNorm))
-    norm.weight.copy_((1 - lif.leak).flatten())
 
 
 @register_network("mlp")
@@ -287,13 +283,13 @@ def mlp(
         leak: initial leak.
         time_constants: shortest and longest time constant of the membranes, in decisions. They are
             spread logarithmically over the neurons of each layer, ``leak = exp(-1 / (tau * T))``, one
-            threshold and leak per neuron, and currents are scaled by ``1 - leak`` so that a constant
-            input is felt alike by all (unit gain). For stateful use: with one leak per layer every
-            neuron filters time alike, and velocity is lost. None: ``leak`` everywhere.
+            threshold and leak per neuron. For stateful use: with one leak per layer every neuron
+            filters time alike, and velocity is lost. Calibrate on sequences afterwards: slow neurons
+            need higher thresholds than fast ones. None: ``leak`` everywhere.
         gamma: height of the surrogate gradient.
     """
     if time_constants is not None:
-        _check_time_constants(time_constants, layer_norm)
+        _check_time_constants(time_constants)
         per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
@@ -312,9 +308,9 @@ def mlp(
         for width in hidden
     ]
     if time_constants is not None and neuron == "lif":
-        for layer, lif in zip(maps, neurons, strict=True):
+        for lif in neurons:
             assert isinstance(lif, LIF)
-            _spread_time_constants(lif, layer, time_constants, timesteps)
+            _spread_time_constants(lif, time_constants, timesteps)
     readout = nn.Linear(sizes[-1], outputs)
     nn.init.zeros_(readout.weight)
     nn.init.zeros_(readout.bias)
