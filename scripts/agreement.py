@@ -1,0 +1,115 @@
+"""How well a start inside an episode stands for the whole history: stored membranes against zero ones.
+
+python -m spiking_rl.scripts.agreement runs/cartpole-masked-seed0 --output results/agreement.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spiking_rl.agents.evaluation import REPORT_SEED
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.policies import SpikingQNetwork
+from spiking_rl.agents.provenance import commit, machine, today
+from spiking_rl.agents.staged import flat_membranes, split_membranes
+from spiking_rl.envs.make import make_single
+from spiking_rl.errors import UserError
+from spiking_rl.files import write_atomically
+from spiking_rl.scripts.options import first_argument, parse
+
+DESCRIPTION = """Compare greedy actions after a burn-in with those of the full history of the same play.
+
+RUN is a run folder or checkpoint of a stateful agent.
+Example: python -m spiking_rl.scripts.agreement runs/cartpole-masked-seed0"""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How to measure."""
+
+    decisions: int = 10_000
+    """Decisions compared, at least."""
+    burn_in: int = 16
+    """Frames between the start and the first decision compared."""
+    length: int = 32
+    """Decisions compared after each start."""
+    seed: int = REPORT_SEED
+    """Seed of the first episode."""
+    output: Path | None = None
+    """Results as JSON."""
+
+
+def main() -> None:
+    """Measure, print, write."""
+    name, rest = first_argument(sys.argv[1:], "run", "a run or checkpoint folder of a stateful agent")
+    options = parse(Options, "agreement RUN", rest, DESCRIPTION)
+    assert name is not None
+    agent = load_agent(name, device="cpu")
+    if not agent.model.stateful:
+        raise UserError("run", name, "is a stateless agent; there is no history to agree with")
+    rows = _compare(agent.model.policy.q_net, agent.environment, options)
+    for row in rows:
+        print(f"{row['start']:6} {100 * row['agreement']:.2f} % of {row['decisions']} decisions")
+    if options.output is not None:
+        command = "python -m spiking_rl.scripts.agreement " + " ".join(sys.argv[1:])
+        facts = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def _compare(q_net: SpikingQNetwork, env_id: str, options: Options) -> list[dict[str, Any]]:
+    span = options.burn_in + options.length
+    same, compared, episode = {"stored": 0, "zero": 0}, 0, 0
+    shapes = q_net.network.neuron_shapes()
+    env = make_single(env_id)
+    while compared < options.decisions:
+        observations, actions, membranes = _play(q_net, env, options.seed + episode)
+        episode += 1
+        # Starts lie inside the episode: at its beginning a zero start would be right.
+        firsts = range(options.length, len(actions) - span + 1, options.length)
+        if not firsts:
+            continue
+        frames = np.array([[k + t for k in firsts] for t in range(span)])
+        obs = torch.as_tensor(observations[frames])
+        starts = torch.zeros(frames.shape, dtype=torch.bool)
+        kept = torch.as_tensor(membranes[list(firsts)].astype(np.float16).astype(np.float32))
+        for kind, before in (("stored", kept), ("zero", torch.zeros_like(kept))):
+            again = q_net.q_sequence(obs, split_membranes(before, shapes), starts).argmax(2).numpy()
+            same[kind] += int((again == actions[frames])[options.burn_in :].sum())
+        compared += options.length * len(firsts)
+    env.close()
+    return [
+        {"environment": env_id, "start": kind, "burn_in": options.burn_in, "length": options.length}
+        | {"timesteps": q_net.network.timesteps, "decisions": compared, "agreement": count / compared}
+        for kind, count in same.items()
+    ]
+
+
+def _play(q_net: SpikingQNetwork, env: Any, seed: int) -> tuple[Any, Any, Any]:
+    """Return observations, greedy actions and the membranes before each decision of one episode."""
+    observation, _ = env.reset(seed=seed)
+    state = q_net.network.initial_state(1)
+    observations, actions, membranes = [], [], []
+    over = False
+    while not over:
+        observations.append(observation)
+        membranes.append(flat_membranes(state)[0])
+        values, after = q_net.q_values(torch.as_tensor(observation)[None], state)
+        assert after is not None
+        state = after
+        actions.append(int(values.argmax()))
+        observation, _, terminated, truncated, _ = env.step(actions[-1])
+        over = terminated or truncated
+    return np.stack(observations), np.array(actions), np.stack(membranes)
+
+
+if __name__ == "__main__":
+    main()
