@@ -5,7 +5,6 @@ python -m spiking_rl.scripts.agreement runs/cartpole-masked-seed0 --output resul
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ import torch
 from spiking_rl.agents.evaluation import REPORT_SEED
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.policies import SpikingQNetwork
-from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.agents.staged import flat_membranes, split_membranes
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
-from spiking_rl.files import write_atomically
 from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Compare greedy actions after a burn-in with those of the full history of the same play.
 
@@ -58,10 +56,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['start']:6} {100 * row['agreement']:.2f} % of {row['decisions']} decisions")
     if options.output is not None:
-        command = "python -m spiking_rl.scripts.agreement " + " ".join(sys.argv[1:])
-        facts = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        write_results(options.output, "agreement", rows)
 
 
 @torch.no_grad()

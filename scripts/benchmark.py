@@ -5,7 +5,6 @@ python -m spiking_rl.scripts.benchmark --output results/latency.json
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +18,9 @@ import torch
 from gymnasium import spaces
 
 from spiking_rl.agents.policies import SpikingMlpPolicy
-from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.files import write_atomically
 from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Time one decision of the CartPole network (4-256-256-2, batch 1) at each T and as ReLU network.
 
@@ -69,10 +67,7 @@ def main() -> None:
         name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
         print(f"{row['pass']:8} {name:5} {row['ms']:.4f} ms  {row['ratio_to_relu']:.2f} x ReLU")
     if options.output is not None:
-        command = "python -m spiking_rl.scripts.benchmark " + " ".join(sys.argv[1:])
-        facts = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        write_results(options.output, "benchmark", rows)
 
 
 def _policy(timesteps: int | None) -> SpikingMlpPolicy:

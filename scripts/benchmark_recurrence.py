@@ -5,7 +5,6 @@ python -m spiking_rl.scripts.benchmark_recurrence --output results/recurrence.js
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.agents.policies import TIME_CONSTANTS
-from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.files import write_atomically
 from spiking_rl.networks import build_network
 from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Time forward and backward over a sequence of environment steps, T=1: stateless, stateful, LSTM.
 
@@ -94,10 +92,7 @@ def main() -> None:
         )
         print(f"{name:9} {median:8.3f} ms  {median / base:.2f} x stateless")
     if options.output is not None:
-        command = "python -m spiking_rl.scripts.benchmark_recurrence " + " ".join(sys.argv[1:])
-        facts = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.output, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+        write_results(options.output, "benchmark_recurrence", rows)
 
 
 def _passes(options: Options) -> dict[str, Callable[[], None]]:

@@ -5,7 +5,6 @@ python -m spiking_rl.scripts.table --output results/cartpole.json
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from spiking_rl.agents.config import load_recipe
-from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.checkpoint import read_json
-from spiking_rl.files import write_atomically
 from spiking_rl.plotting import continuum, save_figure
 from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Train and score every seed of every line of the table; finished runs are not repeated.
 
@@ -51,10 +49,7 @@ def main() -> None:
     lines = [(s, a, m) for a in options.algos for m in options.methods for s in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = [row for part in pool.map(lambda line: _line(options, *line), lines) for row in part]
-    command = "python -m spiking_rl.scripts.table " + " ".join(sys.argv[1:])
-    results = {"command": command.strip(), "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.output, json.dumps(results, indent=1) + "\n")
+    write_results(options.output, "table", rows)
     print(f"{len(rows)} rows: {options.output}")
     for algo in options.algos:
         figure = options.output.with_name(f"{options.output.stem}-{algo}.png")

@@ -28,6 +28,19 @@ def session_in(path: Path, algo: str, **changes: object) -> TrainingSession:
     return start_run(replace_settings(load_recipe("cartpole", algo)[1], settings), RunFolder(path), device="cpu")
 
 
+def run_until(session: TrainingSession, agent_steps: int) -> None:
+    """Stop a run from within, as Ctrl-C does, once it has come so far."""
+    between = session.between_rollouts
+
+    def stop() -> None:
+        session.stop_requested = session.model.num_timesteps >= agent_steps
+        between()
+
+    session.between_rollouts = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        session.run()
+
+
 def final_tensors(path: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name in ("T3", "T3-end", "T2", "T2-end"):
@@ -55,15 +68,7 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_path: Path, stop_at: int) -> None:
     algo, whole = uninterrupted
     session = session_in(tmp_path / "run", algo)
-    between = session.between_rollouts
-
-    def stop() -> None:
-        session.stop_requested = session.model.num_timesteps >= stop_at
-        between()
-
-    session.between_rollouts = stop  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        session.run()
+    run_until(session, stop_at)
     # Other random numbers drawn meanwhile must not matter: everything comes from the files.
     torch.manual_seed(stop_at)
     np.random.seed(stop_at)
@@ -127,15 +132,7 @@ def test_a_stopped_run_keeps_its_membranes(tmp_path: Path, algo: str) -> None:
         memory |= {"burn_in": 4, "sequence_length": 8, "buffer_size": 1024}
     session_in(tmp_path / "whole", algo, **memory).run()
     session = session_in(tmp_path / "run", algo, **memory)
-    between = session.between_rollouts
-
-    def stop() -> None:
-        session.stop_requested = session.model.num_timesteps >= 1700
-        between()
-
-    session.between_rollouts = stop  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        session.run()
+    run_until(session, 1700)
     assert session.model.membranes is not None
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert_same_end(tmp_path / "whole", tmp_path / "run")
@@ -148,15 +145,7 @@ def test_a_reached_goal_ends_the_stage_and_resumes_bit_for_bit(tmp_path: Path, a
     whole.run()
     assert [row["timesteps"] for row in whole.rows] == [3, 3, 3, 2, 2, 2], "three evaluations a stage, then on"
     session = session_in(tmp_path / "run", algo, **easy)
-    between = session.between_rollouts
-
-    def stop() -> None:
-        session.stop_requested = session.model.num_timesteps >= 1100
-        between()
-
-    session.between_rollouts = stop  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        session.run()
+    run_until(session, 1100)
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 

@@ -1,0 +1,26 @@
+"""Published results: what was measured, by which command, where and when."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spiking_rl.agents.provenance import commit, machine, today
+from spiking_rl.files import write_atomically
+
+
+def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``{"command", "commit", "date", "machine", "rows"}``.
+
+    Args:
+        path: the JSON file; its folder is made.
+        script: name of the script of this package that measured, without its arguments.
+        rows: one per measurement.
+    """
+    command = f"python -m spiking_rl.scripts.{script} " + " ".join(sys.argv[1:])
+    results = {"command": command.strip(), "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=1) + "\n")
