@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 import imageio_ffmpeg
+import numpy as np
 import pytest
 import yaml
 from conftest import SMALL, Cli, as_flags, environment, last_json
 
 from spiking_rl import load_checkpoint
+from spiking_rl.agents import SpikingPQN, load_agent
 from spiking_rl.agents.runs import RunFolder
 from spiking_rl.scripts.main import run as run_command
 
@@ -310,3 +312,17 @@ def test_resume_does_not_replace_a_run_whose_state_is_gone(cli: Cli, small_run: 
     done = cli("train", "cartpole", "--run", tmp_path / "run", "--resume")
     assert done.returncode == 2
     assert "resume" in one_line(done.stderr)
+
+
+def test_export_writes_a_zip_that_stable_baselines3_loads(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "agent.zip"
+    done = cli("export", small_run, "--timesteps", 2, "--output", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["class"] == "SpikingPQN"
+    loaded, own = SpikingPQN.load(path, device="cpu"), load_agent(small_run, timesteps=2, device="cpu").model
+    assert loaded.policy.timesteps == 2
+    seen = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    actions = [model.predict(seen, deterministic=True)[0].tolist() for model in (loaded, own)]
+    assert actions[0] == actions[1]
+    loaded.save_checkpoint(tmp_path / "back", environment="CartPole-v1")
+    assert load_agent(tmp_path / "back").model.predict(seen, deterministic=True)[0].tolist() == actions[0]
