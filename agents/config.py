@@ -15,6 +15,7 @@ import yaml
 
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
+from spiking_rl.networks import check_time_constants
 from spiking_rl.pruning import check_pruning
 
 Neuron = Literal["lif", "relu"]
@@ -127,8 +128,7 @@ class TrainConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
-        if len(self.time_constants) != 2 or not 0 < self.time_constants[0] <= self.time_constants[1] < float("inf"):
-            raise UserError("time_constants", self.time_constants, "must be two positive numbers, shorter first")
+        check_time_constants(self.time_constants)
         if self.goal is not None and math.isnan(self.goal):
             raise UserError("goal", self.goal, "must be a score to reach, or none")
         if not 0 <= self.average_decay < 1:

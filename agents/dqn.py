@@ -25,7 +25,7 @@ from spiking_rl.errors import UserError
 class SpikingDQN(StagedAlgorithm, DQN):
     """Double DQN (van Hasselt et al. 2016) with a spiking Q-network: the algorithm of the papers.
 
-    Takes every argument of :class:`stable_baselines3.DQN` and adds three.
+    Takes every argument of :class:`stable_baselines3.DQN`; those that differ or are added:
 
     Args:
         policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a policy class.

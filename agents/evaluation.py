@@ -165,7 +165,9 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     state = q_net.network.initial_state(len(playing)) if q_net.stateful else None
     while playing:
         stacked = torch.as_tensor(np.stack([p[2] for p in playing]), device=q_net.device)
-        starts = torch.tensor([lengths[episode] == 0 for _, episode, _ in playing], device=q_net.device)
+        starts = None
+        if state is not None:
+            starts = torch.tensor([lengths[episode] == 0 for _, episode, _ in playing], device=q_net.device)
         values, state = q_net.q_values(stacked, state, starts, observer=counter)
         actions = values.argmax(1).cpu().numpy()
         still, rows = [], []

@@ -301,8 +301,9 @@ class SpikingMlpPolicy(DQNPolicy):
         self.set_training_mode(False)
         obs, vectorised = self.obs_to_tensor(observation)
         assert isinstance(obs, Tensor)
-        before = self.q_net.network.initial_state(len(obs))
-        if state is not None:
+        if state is None:
+            before = self.q_net.network.initial_state(len(obs))
+        else:
             before = tuple(LIFState(torch.as_tensor(layer, device=self.device)) for layer in state)
         starts = torch.zeros(len(obs), dtype=torch.bool, device=self.device)
         if episode_start is not None:

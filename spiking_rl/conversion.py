@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spiking_rl.encoding import direct
+from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, MIN_THRESHOLD, lif_scan
@@ -48,11 +48,7 @@ def calibrate_thresholds(
     if not bool(torch.isfinite(inputs).all()):
         raise UserError("inputs", "NaN or infinity", "calibration needs finite inputs")
     batch = inputs.unsqueeze(0) if starts is None else inputs  # (L, B, ...)
-    scan_starts = None
-    if starts is not None:
-        scan_starts = starts.new_zeros(len(starts), network.timesteps, starts.shape[1])
-        scan_starts[:, 0] = starts
-        scan_starts = scan_starts.flatten(0, 1)
+    opens = scan_starts(starts, network.timesteps)
     reached = []
     spikes = batch
     for i, (linear, neuron) in enumerate(zip(network.maps, network.neurons, strict=True)):
@@ -61,8 +57,8 @@ def calibrate_thresholds(
         current = current.reshape(*spikes.shape[:2], *current.shape[1:])
         if i == 0:
             current = direct(current, network.timesteps)
-        _calibrate_layer(neuron, current, rate, scan_starts)
-        spikes = _spikes(neuron, current, scan_starts)
+        _calibrate_layer(neuron, current, rate, opens)
+        spikes = _spikes(neuron, current, opens)
         reached.append(float(spikes.mean()))
     return reached
 

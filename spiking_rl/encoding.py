@@ -5,6 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def scan_starts(starts: Tensor | None, timesteps: int) -> Tensor | None:
+    """Return episode starts per timestep, bool ``(L*T, B)``, of those per decision ``(L, B)``.
+
+    Only the first timestep of a decision can open an episode. None stays None.
+    """
+    if starts is None:
+        return None
+    spread = starts.new_zeros(len(starts), timesteps, starts.shape[1])
+    spread[:, 0] = starts
+    return spread.flatten(0, 1)
+
+
 def direct(current: Tensor, timesteps: int) -> Tensor:
     """Present the analog input at every timestep (direct encoding).
 

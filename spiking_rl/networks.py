@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.encoding import direct
+from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF, LIFState
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire
@@ -62,6 +62,7 @@ class LayeredNetwork(nn.Module):
         self.spiking = all(isinstance(n, LIF) for n in neurons)
         if not self.spiking and any(isinstance(n, LIF) for n in neurons):
             raise ValueError("neurons mixes LIF and other layers; use one kind")
+        self._shapes: list[tuple[int, ...]] | None = None
         self._timesteps = 1
         self.set_timesteps(timesteps)
 
@@ -87,12 +88,15 @@ class LayeredNetwork(nn.Module):
 
     @torch.no_grad()
     def neuron_shapes(self) -> list[tuple[int, ...]]:
-        """Return the shape ``N`` of each hidden layer, found by one forward pass on zeros."""
+        """Return the shape ``N`` of each hidden layer, found once by a forward pass on zeros."""
+        if self._shapes is not None:
+            return self._shapes
         shapes = []
         x = next(self.parameters()).new_zeros(1, *self.input_shape)
         for layer in self.maps:
             x = layer(x)
             shapes.append(tuple(x.shape[1:]))
+        self._shapes = shapes
         return shapes
 
     def initial_state(self, batch: int) -> NetworkState:
@@ -149,11 +153,7 @@ class LayeredNetwork(nn.Module):
     ) -> tuple[Tensor, NetworkState | None]:
         length, batch = inputs.shape[:2]
         timesteps = self._timesteps
-        scan_starts = None
-        if starts is not None:
-            scan_starts = starts.new_zeros(length, timesteps, batch)
-            scan_starts[:, 0] = starts
-            scan_starts = scan_starts.flatten(0, 1)
+        opens = scan_starts(starts, timesteps)
         x = inputs
         after = []
         for i, (linear, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
@@ -162,7 +162,7 @@ class LayeredNetwork(nn.Module):
             if i == 0:
                 current = direct(current, timesteps)
             x, layer_state, potential = neuron(
-                current, None if state is None else state[i], scan_starts, trace=observer is not None
+                current, None if state is None else state[i], opens, trace=observer is not None
             )
             after.append(layer_state)
             if observer is not None:
@@ -230,15 +230,27 @@ def build_network(name: str, input_shape: Sequence[int], outputs: int, **options
     return NETWORKS[name](tuple(input_shape), outputs, **options)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """Return a linear map that gives unit-variance inputs unit-variance currents."""
-    layer = nn.Linear(inputs, outputs)
-    bound = math.sqrt(3 / inputs)
+def unit_gain(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """Initialise so that inputs of unit variance give currents of unit variance."""
+    bound = math.sqrt(3 / layer.weight[0].numel())
     nn.init.uniform_(layer.weight, -bound, bound)
     return layer
 
 
-def _check_time_constants(time_constants: Sequence[float]) -> None:
+def zero_readout(inputs: int, outputs: int) -> nn.Linear:
+    """Return a readout that starts at zero, so that no action is preferred."""
+    readout = nn.Linear(inputs, outputs)
+    nn.init.zeros_(readout.weight)
+    nn.init.zeros_(readout.bias)
+    return readout
+
+
+def check_time_constants(time_constants: Sequence[float]) -> None:
+    """Refuse what is no pair of a shortest and a longest time constant.
+
+    Raises:
+        UserError: naming ``time_constants``.
+    """
     numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in time_constants)
     if len(time_constants) != 2 or not numbers or not 0 < time_constants[0] <= time_constants[1] < math.inf:
         raise UserError("time_constants", time_constants, "must be two positive numbers, the shorter one first")
@@ -289,16 +301,16 @@ def mlp(
         gamma: height of the surrogate gradient.
     """
     if time_constants is not None:
-        _check_time_constants(time_constants)
+        check_time_constants(time_constants)
         per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
     if not hidden or any(not isinstance(h, int) or h < 1 for h in hidden):
         raise UserError("hidden", hidden, "must list at least one layer width, each at least 1")
     sizes = [math.prod(input_shape), *hidden]
-    maps: list[nn.Module] = [
-        nn.Sequential(_linear(a, b), nn.LayerNorm(b)) if layer_norm else _linear(a, b) for a, b in pairwise(sizes)
-    ]
+    maps: list[nn.Module] = [unit_gain(nn.Linear(a, b)) for a, b in pairwise(sizes)]
+    if layer_norm:
+        maps = [nn.Sequential(linear, nn.LayerNorm(b)) for linear, b in zip(maps, sizes[1:], strict=True)]
     if len(input_shape) != 1:
         maps[0] = nn.Sequential(nn.Flatten(), maps[0])
     neurons: list[nn.Module] = [
@@ -311,7 +323,5 @@ def mlp(
         for lif in neurons:
             assert isinstance(lif, LIF)
             _spread_time_constants(lif, time_constants, timesteps)
-    readout = nn.Linear(sizes[-1], outputs)
-    nn.init.zeros_(readout.weight)
-    nn.init.zeros_(readout.bias)
+    readout = zero_readout(sizes[-1], outputs)
     return LayeredNetwork(maps, neurons, readout, input_shape=input_shape, timesteps=timesteps)

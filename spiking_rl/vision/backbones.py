@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import nn
 
 from spiking_rl.errors import UserError
-from spiking_rl.networks import LayeredNetwork, register_network
+from spiking_rl.networks import LayeredNetwork, register_network, unit_gain, zero_readout
 from spiking_rl.neurons import LIF
 from spiking_rl.surrogate import DEFAULT_GAMMA
 
@@ -70,9 +70,9 @@ def nature_cnn(
     maps: list[nn.Module] = []
     for (before, after), (_, kernel, stride) in zip(pairwise(channels), _NATURE_CONVOLUTIONS, strict=True):
         # The shift of the normalisation does what a bias would.
-        convolution = _unit_gain(nn.Conv2d(before, after, kernel, stride, bias=not layer_norm))
+        convolution = unit_gain(nn.Conv2d(before, after, kernel, stride, bias=not layer_norm))
         maps.append(nn.Sequential(convolution, nn.GroupNorm(1, after)) if layer_norm else convolution)
-    dense = _unit_gain(nn.Linear(channels[-1] * places, features, bias=not layer_norm))
+    dense = unit_gain(nn.Linear(channels[-1] * places, features, bias=not layer_norm))
     maps.append(nn.Sequential(nn.Flatten(), dense, *([nn.LayerNorm(features)] if layer_norm else [])))
     neurons: list[nn.Module] = [
         LIF(width if per_channel else None, axes, threshold=threshold, leak=leak, gamma=gamma)
@@ -80,9 +80,7 @@ def nature_cnn(
         else nn.ReLU()
         for width, axes in [*((c, 2) for c in channels[1:]), (features, 0)]
     ]
-    readout = nn.Linear(features, outputs)
-    nn.init.zeros_(readout.weight)
-    nn.init.zeros_(readout.bias)
+    readout = zero_readout(features, outputs)
     return LayeredNetwork(maps, neurons, readout, input_shape=input_shape, timesteps=timesteps)
 
 
@@ -90,10 +88,3 @@ def _sides_after_convolutions(side: int) -> int:
     for _, kernel, stride in _NATURE_CONVOLUTIONS:
         side = (side - kernel) // stride + 1
     return side
-
-
-def _unit_gain(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """Initialise so that inputs of unit variance give currents of unit variance."""
-    bound = math.sqrt(3 / layer.weight[0].numel())
-    nn.init.uniform_(layer.weight, -bound, bound)
-    return layer

@@ -90,8 +90,6 @@ def test_predict_takes_one_observation_or_many(trained: SpikingPQN | SpikingDQN)
 
 
 def test_exploration_reaches_each_environment_on_its_own(trained: SpikingPQN | SpikingDQN) -> None:
-    if isinstance(trained, SpikingDQN):
-        pytest.skip("SB3's DQN draws one coin for all environments")
     old, trained.exploration_rate = trained.exploration_rate, 0.5
     actions, _ = trained.predict(np.tile(np.array([1, 0], dtype=np.float32), (400, 1)))
     trained.exploration_rate = old
