@@ -53,12 +53,14 @@ class TrainConfig(MainSettings):
     """Neurons per hidden layer."""
     layer_norm: bool = True
     """Normalise each layer's current before its neurons."""
+    first_layer_norm: bool | None = None
+    """The first layer's current too; none: unless stateful."""
     per_channel: bool = False
     """One threshold and leak per neuron instead of per layer."""
     leak: float = 1.0
     """Initial leak (1 = none)."""
-    time_constants: tuple[float, float] = (0.2, 8.0)
-    """Shortest and longest membrane time constant of a stateful agent, in agent steps."""
+    time_constants: tuple[float, float] | None = (0.2, 8.0)
+    """Shortest and longest membrane time constant of a stateful agent, in agent steps; none: leak."""
     rescale_leak: bool = True
     """Let a stateful agent's leaks follow T, so that its memory lasts as long."""
     surrogate_gamma: float = 0.3
@@ -128,7 +130,8 @@ class TrainConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
-        check_time_constants(self.time_constants)
+        if self.time_constants is not None:
+            check_time_constants(self.time_constants)
         if self.goal is not None and math.isnan(self.goal):
             raise UserError("goal", self.goal, "must be a score to reach, or none")
         if not 0 <= self.average_decay < 1:

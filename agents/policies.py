@@ -231,6 +231,8 @@ class SpikingMlpPolicy(DQNPolicy):
         network_kwargs = dict(network_kwargs or {})
         if stateful and network_kwargs.get("neuron") != "relu":
             network_kwargs.setdefault("time_constants", TIME_CONSTANTS)
+            if network == "mlp":
+                network_kwargs.setdefault("first_layer_norm", False)
         self.stateful = stateful
         self.q_net_kwargs: dict[str, Any] = {
             "network": network,

@@ -144,9 +144,9 @@ def prune(
     now = model.policy.timesteps
     own = {name: getattr(model, name) for name in model.hyperparameters if hasattr(config, name)}
     network = model.policy.q_net_kwargs["network_kwargs"]
-    own |= {
-        name: network[name] for name in ("hidden", "neuron", "layer_norm", "per_channel", "leak") if name in network
-    }
+    shared = ("hidden", "neuron", "layer_norm", "first_layer_norm", "per_channel", "leak", "time_constants")
+    own |= {name: network[name] for name in shared if name in network}
+    own["stateful"] = model.stateful
     own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "num_envs": model.n_envs}
     config = replace_settings(config, {**own, **settings})
     config.check()

@@ -11,7 +11,6 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, MIN_THRESHOLD, lif_scan
 
 _BISECTIONS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
-_NEVER = 1e30  # a threshold out of reach; infinity times no spike would be NaN
 
 
 @torch.no_grad()
@@ -26,9 +25,9 @@ def calibrate_thresholds(
 
     Args:
         network: a spiking network; its thresholds are overwritten. All channels of a layer get the
-            same one when stateless; when stateful, each in proportion to the spread of its own
-            membrane, so that slow neurons, which sum up more, fire no more than fast ones (the same
-            as unit-variance membranes under one threshold, but for the scale that is trained).
+            same one, slow neurons too: they sum up more, so they fire on the sign of what they
+            remember and are little disturbed by their own resets. (Thresholds in proportion to each
+            membrane's spread make every neuron fire alike and hide velocity in the resets.)
         inputs: at least 2 inputs scaled as in training: ``(B, *input_shape)`` of independent
             decisions, or with ``starts`` the sequences ``(L, B, *input_shape)`` of a stateful agent.
         rate: target in (0, 1).
@@ -69,21 +68,13 @@ def _spikes(neuron: LIF, current: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def _calibrate_layer(neuron: LIF, current: Tensor, rate: float, starts: Tensor | None) -> None:
-    """Set one layer's thresholds by bisection on its firing rate for a current ``(S, B, *N)``."""
-    unit = torch.ones_like(neuron.threshold)
-    if starts is not None and neuron.threshold.dim():
-        # What the membranes would do if they never fired.
-        free = lif_scan(current, None, neuron.leak, torch.full_like(unit, _NEVER), starts, trace=True).potential
-        assert free is not None
-        axes = [d for d in range(free.dim()) if d < 2 or d - 2 >= neuron.threshold.dim() or unit.shape[d - 2] == 1]
-        spread = free.std(axes, keepdim=True)[0, 0].clamp(min=1e-6)
-        unit = (spread / spread.mean()).reshape(unit.shape)
-    low, high = 0.0, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max() / unit.min())) + MIN_THRESHOLD
+    """Set one layer's threshold by bisection on its firing rate for a current ``(S, B, *N)``."""
+    low, high = 0.0, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        neuron.threshold.copy_((middle * unit).clamp(min=MIN_THRESHOLD))
+        neuron.threshold.fill_(max(middle, MIN_THRESHOLD))
         if float(_spikes(neuron, current, starts).mean()) > rate:
             low = middle
         else:
             high = middle
-    neuron.threshold.copy_((high * unit).clamp(min=MIN_THRESHOLD))
+    neuron.threshold.fill_(max(high, MIN_THRESHOLD))

@@ -272,6 +272,7 @@ def mlp(
     neuron: str = "lif",
     hidden: Sequence[int] = (256, 256),
     layer_norm: bool = True,
+    first_layer_norm: bool = True,
     per_channel: bool = False,
     threshold: float = 0.5,
     leak: float = 1.0,
@@ -290,14 +291,15 @@ def mlp(
             per neuron (Ba et al. 2016). Without it Q-learning drives firing rates up with its values
             until a layer says the same about everything; PQN's stability rests on it (Gallici et
             al. 2024).
+        first_layer_norm: normalise the first layer too. With few inputs that leaves only their
+            direction, not their size, and a stateful agent finds velocities from differences in size.
         per_channel: one threshold and leak per neuron instead of per layer.
         threshold: initial threshold (calibrate on data to do better).
         leak: initial leak.
         time_constants: shortest and longest time constant of the membranes, in decisions. They are
             spread logarithmically over the neurons of each layer, ``leak = exp(-1 / (tau * T))``, one
             threshold and leak per neuron. For stateful use: with one leak per layer every neuron
-            filters time alike, and velocity is lost. Calibrate on sequences afterwards: slow neurons
-            need higher thresholds than fast ones. None: ``leak`` everywhere.
+            filters time alike, and velocity is lost. None: ``leak`` everywhere.
         gamma: height of the surrogate gradient.
     """
     if time_constants is not None:
@@ -310,7 +312,8 @@ def mlp(
     sizes = [math.prod(input_shape), *hidden]
     maps: list[nn.Module] = [unit_gain(nn.Linear(a, b)) for a, b in pairwise(sizes)]
     if layer_norm:
-        maps = [nn.Sequential(linear, nn.LayerNorm(b)) for linear, b in zip(maps, sizes[1:], strict=True)]
+        for i in range(0 if first_layer_norm else 1, len(maps)):
+            maps[i] = nn.Sequential(maps[i], nn.LayerNorm(sizes[i + 1]))
     if len(input_shape) != 1:
         maps[0] = nn.Sequential(nn.Flatten(), maps[0])
     neurons: list[nn.Module] = [
