@@ -72,7 +72,6 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         names = (
             "buffer_size",
             "learning_starts",
-            "batch_size",
             "gradient_steps",
             "target_update_interval",
             "burn_in",
@@ -80,7 +79,12 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         )
         freq = max(1, config.train_freq // config.num_envs)
         model = SpikingDQN(
-            **common, train_freq=freq, n_steps=config.return_steps, **{n: getattr(config, n) for n in names}
+            **common,
+            train_freq=freq,
+            n_steps=config.return_steps,
+            # Sequences of neighbours say less than as many transitions from everywhere.
+            batch_size=config.batch_size or (256 if config.stateful else 64),
+            **_pick(config, *names),
         )
     model.prune_lr_factor = config.prune_lr_factor
     model.average_decay = config.average_decay

@@ -177,8 +177,8 @@ class DQNConfig(TrainConfig):
     """Transitions kept for replay."""
     learning_starts: int = 1_000
     """Random agent steps before learning; calibration uses them."""
-    batch_size: int = 64
-    """Transitions per update."""
+    batch_size: int | None = None
+    """Transitions per update; none: 64, stateful 256."""
     train_freq: int = 32
     """Environment steps (of all environments together) between trainings."""
     gradient_steps: int = 8
@@ -187,9 +187,9 @@ class DQNConfig(TrainConfig):
     """Agent steps between copies to the target network."""
     return_steps: int = 3
     """n of the n-step returns."""
-    burn_in: int = 16
+    burn_in: int = 8
     """Frames on which a stateful agent's stored membranes are brought up to date."""
-    sequence_length: int = 32
+    sequence_length: int = 16
     """Frames that a stateful agent then learns from."""
 
     algo = "dqn"
@@ -199,7 +199,7 @@ class DQNConfig(TrainConfig):
         super().check()
         names = ("buffer_size", "batch_size", "train_freq", "gradient_steps", "target_update_interval", "return_steps")
         for name in names:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
         if self.burn_in < 0:
             raise UserError("burn_in", self.burn_in, "must not be negative")

@@ -88,8 +88,8 @@ class SpikingDQN(StagedAlgorithm, DQN):
         reward_scale: float = 1.0,
         exploration_repeat: float = 1.0,
         stateful: bool = False,
-        burn_in: int = 16,
-        sequence_length: int = 32,
+        burn_in: int = 8,
+        sequence_length: int = 16,
         stored_membranes: bool = True,
         **kwargs: Any,
     ) -> None:

@@ -1,6 +1,7 @@
-"""Make a results table: seeds x (pruned, ReLU control, trained directly at T=1), through the real command line.
+"""Make a results table: seeds x (pruned, its controls and ablations), through the real command line.
 
 python -m spiking_rl.scripts.table --output results/cartpole.json
+python -m spiking_rl.scripts.table --recipe cartpole-masked --algos pqn --methods direct stateless one-leak
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Options:
     algos: tuple[str, ...] = ("pqn", "dqn")
     """Algorithms."""
     methods: tuple[str, ...] = ("pruned", "direct", "relu")
-    """pruned: T=5 to 1; direct: at T=1 from the start; relu: the ReLU network. Equal agent steps."""
+    """pruned: T=5 to 1; fixed-leak: likewise, leaks not rescaled; direct: at T=1 from the start; relu:
+    the ReLU network; stateful: pruned, membranes carried; stateless: direct, fresh membranes; one-leak:
+    direct, one threshold and leak per layer. Controls get as many agent steps as what they are compared with."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds."""
     runs: Path = Path("runs/table")
@@ -65,12 +68,19 @@ def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str,
     run = options.runs / f"{short}-{algo}-{method}-seed{seed}"
     if not (run / "results.json").is_file():
         stages = config.timesteps - config.prune_to
-        # The controls get all the agent steps that the pruned network gets over its stages.
+        # The controls get all the agent steps that the recipe gets over its stages.
         single = ["--agent-steps", str(config.agent_steps + stages * config.prune_steps)]
+        direct = ["--timesteps", "1", "--prune-to", "1", *single]
+        pruned = ["--timesteps", "5", "--prune-to", "1"]
         extra = {
-            "pruned": [],
-            "direct": ["--timesteps", "1", *single],
+            "pruned": pruned,
+            "fixed-leak": [*pruned, "--no-rescale-leak"],
+            "direct": direct,
             "relu": ["--neuron", "relu", *single],
+            "stateful": [*pruned, "--stateful"],
+            "stateless": [*direct, "--no-stateful", "--first-layer-norm", "False"],
+            # 0.45: a time constant of 1.25 decisions, the middle of the default spread.
+            "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45"],
         }[method]
         arguments = ["train", options.recipe, "--algo", algo, "--seed", str(seed), *extra, "--run", str(run)]
         resume = ["--resume"] if (run / "config.yaml").is_file() else []
