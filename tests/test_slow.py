@@ -94,6 +94,18 @@ def test_five_seeds_of_cartpole(algo: str, bar: float, tmp_path: Path) -> None:
     assert min(r["mean_return"] for r in kept) >= bar
 
 
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_masked_cartpole_with_its_recipe(algo: str, tmp_path: Path) -> None:
+    """One seed of the memory test; the README has five."""
+    command = [*COMMAND, "train", "cartpole-masked", "--algo", algo, "--run", str(tmp_path / "run"), "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = last_json(done.stdout)["rows"]
+    assert row["timesteps"] == 1
+    assert row["mean_return"] >= 475
+    assert row["agent_steps"] <= 1_000_000
+
+
 def test_acrobot_with_the_defaults(tmp_path: Path) -> None:
     rows = train_with_the_defaults("Acrobot-v1", tmp_path / "run")
     assert min(r["mean_return"] for r in rows) >= -100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from gymnasium import spaces
 from stable_baselines3 import DQN
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecFrameStack
+from torch import nn
 
-from spiking_rl import LIFState, UserError
+from spiking_rl import LayeredNetwork, LIFState, UserError
 from spiking_rl.agents import SpikingDQN, SpikingMlpPolicy, SpikingPQN, evaluate, load_agent
+from spiking_rl.agents.building import build_model
+from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.staged import flat_membranes, split_membranes
+from spiking_rl.agents.training import replace_settings
 from spiking_rl.envs import make_vectorised
 
 
@@ -221,12 +226,36 @@ def test_leaks_follow_the_timesteps_so_that_memory_lasts() -> None:
     assert all(torch.equal(n.leak, old) for n, old in zip(model.policy.q_net.network.neurons, kept, strict=True))
 
 
+def test_time_constants_and_first_normalisation_follow_the_settings() -> None:
+    """The defaults are those of a memory; an ablation can take each away."""
+    _, recipe = load_recipe("cartpole-masked", "pqn")
+    small = {"hidden": (16, 8), "num_envs": 8}
+
+    def built(**settings: object) -> LayeredNetwork:
+        model = build_model(replace_settings(recipe, {**small, **settings}), "cpu")
+        return model.policy.q_net.network
+
+    def normalised(network: LayeredNetwork) -> list[bool]:
+        return [any(isinstance(m, nn.LayerNorm) for m in layer.modules()) for layer in network.maps]
+
+    default, one_leak = built(), built(time_constants=None, leak=0.45)
+    stateless, forced = built(stateful=False), built(first_layer_norm=True)
+    leaks = default.neurons[0].leak
+    assert leaks.shape == (16,)
+    assert leaks.min().item() == pytest.approx(math.exp(-1 / 0.2), rel=1e-4)
+    assert leaks.max().item() == pytest.approx(math.exp(-1 / 8), rel=1e-4)
+    assert one_leak.neurons[0].leak.shape == ()
+    assert one_leak.neurons[0].leak.item() == pytest.approx(0.45)
+    assert normalised(default) == normalised(one_leak) == [False, True]
+    assert normalised(stateless) == normalised(forced) == [True, True]
+
+
 def test_misuse_is_told_at_construction() -> None:
     venv = make_vectorised("Recall-v0", 2, 0)
     with pytest.raises(UserError, match="SpikingDQN"):
         DQN(SpikingMlpPolicy, venv, policy_kwargs={"stateful": True})
     with pytest.raises(UserError, match="buffer_size"):
-        SpikingDQN("MlpPolicy", venv, stateful=True, buffer_size=50)
+        SpikingDQN("MlpPolicy", venv, stateful=True, buffer_size=40)
     with pytest.raises(UserError, match="n_minibatches"):
         SpikingPQN("MlpPolicy", venv, stateful=True, n_minibatches=4)
     with pytest.warns(UserWarning, match="stack"):

@@ -50,6 +50,20 @@ def test_layer_norm_keeps_currents_at_unit_variance_however_large_the_weights() 
         assert rows.median().item() == pytest.approx(spread, rel=0.1)
 
 
+def test_the_first_layer_can_keep_the_size_of_its_inputs() -> None:
+    torch.manual_seed(0)
+    small = torch.tensor([[3.0, 1.0]])
+    for normalised in (True, False):
+        network = build_network("mlp", (2,), 2, hidden=(64, 32), first_layer_norm=normalised)
+        with torch.no_grad():
+            for bias in (m.bias for m in network.maps[0].modules() if isinstance(m, nn.Linear)):
+                bias.zero_()
+        # With nothing but a direction left, one input cannot be told from its double.
+        assert torch.allclose(network.maps[0](small), network.maps[0](2 * small), atol=1e-4) == normalised
+        second = network.maps[1](torch.randn(20, 64) * 100)
+        assert second.std(1).mean().item() == pytest.approx(1, abs=0.01)
+
+
 def test_an_input_of_any_shape_is_flattened() -> None:
     torch.manual_seed(0)
     network = build_network("mlp", (2, 3, 4), 2, hidden=(8,), timesteps=3)
