@@ -62,8 +62,13 @@ def _check_hours(hours: float | None) -> None:
         raise UserError("hours", hours, "must be positive")
 
 
-def extend_run(session: TrainingSession, to: int) -> None:
+def extend_run(session: TrainingSession, to: int, rescale_leak: bool | None = None) -> None:
     """Lower T further in a finished run: ``session.run()`` then trains the new stages.
+
+    Args:
+        session: of the run.
+        to: timesteps to end with.
+        rescale_leak: change whether a stateful agent's leaks follow T; None: as the run has it.
 
     Raises:
         UserError: the run is not finished, is no spiking run, or is at ``to`` already.
@@ -73,6 +78,8 @@ def extend_run(session: TrainingSession, to: int) -> None:
         raise UserError("run", str(folder.path), "holds a ReLU network, which has no timesteps to prune")
     if not session.pruning.finished:
         raise UserError("run", str(folder.path), "has not finished training; continue it first with train --resume")
+    if rescale_leak is not None:
+        session.config.rescale_leak = session.model.rescale_leak = rescale_leak
     session.begin(session.pruning.extend(to))
     session.config.prune_to = to
     save_config(folder.config, session.config, provenance())

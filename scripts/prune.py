@@ -23,6 +23,8 @@ class Options:
 
     to: int = 1
     """Timesteps to end with."""
+    rescale_leak: bool | None = None
+    """Let a stateful agent's leaks follow T; none: as it was trained."""
     hours: float | None = None
     """Save and stop after so many hours."""
     device: str = "auto"
@@ -38,5 +40,5 @@ def run(args: list[str]) -> dict[str, Any]:
     folder.require()
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True)
-        extend_run(session, options.to)
+        extend_run(session, options.to, rescale_leak=options.rescale_leak)
         return finish(session, shlex.join(["spiking-rl", "prune", *args]))

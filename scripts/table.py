@@ -6,18 +6,26 @@ python -m spiking_rl.scripts.table --recipe cartpole-masked --algos pqn --method
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.config import TrainConfig, load_recipe
 from spiking_rl.checkpoint import read_json
 from spiking_rl.plotting import continuum, save_figure
 from spiking_rl.scripts.options import parse
 from spiking_rl.scripts.published import write_results
+
+_SECOND = {"rescaled": ["--rescale-leak", "True"], "fixed-leak": ["--rescale-leak", "False"]}
+"""What ``prune`` is told by the methods that share their first stage."""
+
+_FIRST: defaultdict[tuple[str, int], Lock] = defaultdict(Lock)
 
 DESCRIPTION = """Train and score every seed of every line of the table; finished runs are not repeated.
 
@@ -33,9 +41,9 @@ class Options:
     algos: tuple[str, ...] = ("pqn", "dqn")
     """Algorithms."""
     methods: tuple[str, ...] = ("pruned", "direct", "relu")
-    """pruned: T=5 to 1; fixed-leak: likewise, leaks not rescaled; direct: at T=1 from the start; relu:
-    the ReLU network; stateful: pruned, membranes carried; stateless: direct, fresh membranes; one-leak:
-    direct, one threshold and leak per layer. Controls get as many agent steps as what they are compared with."""
+    """pruned: T=5 to 1; direct: at T=1 from the start; relu: the ReLU network; stateful: pruned, membranes
+    carried; stateless: direct, fresh membranes; one-leak: direct, one threshold and leak per layer; rescaled and
+    fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds."""
     runs: Path = Path("runs/table")
@@ -62,38 +70,62 @@ def main() -> None:
         print(f"figure: {figure}")
 
 
+def _arguments(config: TrainConfig, method: str) -> list[str]:
+    """Return the flags of ``train`` that make a line of the table."""
+    stages = config.timesteps - config.prune_to
+    # The controls get all the agent steps that the recipe gets over its stages.
+    single = ["--agent-steps", str(config.agent_steps + stages * config.prune_steps)]
+    direct = ["--timesteps", "1", "--prune-to", "1", *single]
+    pruned = ["--timesteps", "5", "--prune-to", "1"]
+    return {
+        "first": ["--timesteps", "5", "--prune-to", "5"],
+        "pruned": pruned,
+        "direct": direct,
+        "relu": ["--neuron", "relu", *single],
+        "stateful": [*pruned, "--stateful"],
+        "stateless": [*direct, "--no-stateful", "--first-layer-norm", "False"],
+        # 0.45: a time constant of 1.25 decisions, the middle of the default spread.
+        "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45"],
+    }[method]
+
+
 def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str, Any]]:
     """Train one run unless it is there, and return its rows."""
     short, config = load_recipe(options.recipe, algo)
     run = options.runs / f"{short}-{algo}-{method}-seed{seed}"
     if not (run / "results.json").is_file():
-        stages = config.timesteps - config.prune_to
-        # The controls get all the agent steps that the recipe gets over its stages.
-        single = ["--agent-steps", str(config.agent_steps + stages * config.prune_steps)]
-        direct = ["--timesteps", "1", "--prune-to", "1", *single]
-        pruned = ["--timesteps", "5", "--prune-to", "1"]
-        extra = {
-            "pruned": pruned,
-            "fixed-leak": [*pruned, "--no-rescale-leak"],
-            "direct": direct,
-            "relu": ["--neuron", "relu", *single],
-            "stateful": [*pruned, "--stateful"],
-            "stateless": [*direct, "--no-stateful", "--first-layer-norm", "False"],
-            # 0.45: a time constant of 1.25 decisions, the middle of the default spread.
-            "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45"],
-        }[method]
-        arguments = ["train", options.recipe, "--algo", algo, "--seed", str(seed), *extra, "--run", str(run)]
-        resume = ["--resume"] if (run / "config.yaml").is_file() else []
-        command = [sys.executable, "-m", "spiking_rl.scripts", *arguments, *resume]
-        log = options.runs / f"{run.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True)
+        if method in _SECOND:
+            first = run.with_name(f"{short}-{algo}-first-seed{seed}")
+            with _FIRST[(algo, seed)]:
+                if not (first / "results.json").is_file():
+                    _train(options, seed, algo, first, _arguments(config, "first"))
+            if run.is_dir():
+                _train(options, seed, algo, run, [])
+            else:
+                shutil.copytree(first, run)
+                (run / "results.json").unlink()
+                _call(run, ["prune", str(run), "--to", "1", *_SECOND[method]])
+        else:
+            _train(options, seed, algo, run, _arguments(config, method))
     results = read_json(run / "results.json", "results")
     cost = {key: results.get(key) for key in ("train_seconds", "peak_rss_mb", "commit")}
     scores = ", ".join(f"{row['mean_return']:.1f}" for row in results["rows"])
     print(f"{run.name}: {scores}", flush=True)
     return [{"method": method, **row, **cost} for row in results["rows"]]
+
+
+def _train(options: Options, seed: int, algo: str, run: Path, extra: list[str]) -> None:
+    resume = ["--resume"] if (run / "config.yaml").is_file() else []
+    own = ["train", options.recipe, "--algo", algo, "--seed", str(seed), *extra, "--run", str(run), *resume]
+    _call(run, own)
+
+
+def _call(run: Path, arguments: list[str]) -> None:
+    log = run.with_name(f"{run.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        command = [sys.executable, "-m", "spiking_rl.scripts", *arguments]
+        subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=True)
 
 
 if __name__ == "__main__":
