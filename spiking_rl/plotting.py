@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-_BLUE, _ORANGE, _GREEN, _GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0"
+_BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
+_METHOD_COLOURS = (_BLUE, _GREEN, _RED, "#6b46c1", "#0987a0")
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -95,45 +96,60 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
 
     Args:
         rows: result rows with ``timesteps``, ``mean_return``, ``ci95``, ``spike_rate`` (by layer) and
-            ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are a dashed line, rows
-            whose ``method`` is "direct" (trained at that T from the start) crosses.
+            ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are a dashed line, those
+            of a ``method`` with one T only crosses.
         title: drawn above.
     """
     figure, axes = _figure(3, 11, 3.6)
-    spiking = [r for r in rows if r["timesteps"] is not None and r.get("method") != "direct"]
-    direct = [r for r in rows if r.get("method") == "direct"]
+    spiking = [r for r in rows if r["timesteps"] is not None]
     control = [r["mean_return"] for r in rows if r["timesteps"] is None]
     order = sorted({r["timesteps"] for r in spiking}, reverse=True)
+    methods = list(dict.fromkeys(r.get("method", "pruned") for r in spiking))
     series: dict[str, Callable[[Row], float]] = {
         "return per episode": lambda r: float(r["mean_return"]),
         "spikes per neuron per timestep": lambda r: _mean(list(r["spike_rate"].values())),
         "energy: ANN / SNN": lambda r: float(r["energy_ratio"]),
     }
     for ax, (label, value) in zip(axes, series.items(), strict=True):
-        means = [_mean([value(r) for r in spiking if r["timesteps"] == t]) for t in order]
-        ax.plot(range(len(order)), means, color=_BLUE, marker="o", markersize=4, label="pruned step by step")
-        if direct:
-            at = [order.index(r["timesteps"]) + 0.12 for r in direct]  # beside, not under, the others
-            ax.scatter(at, [value(r) for r in direct], color=_GREEN, marker="x", s=24, label="trained directly")
-        for x, t in enumerate(order):
-            points = [r for r in spiking if r["timesteps"] == t]
-            if label == "return per episode" and len(points) == 1:
-                ax.errorbar([x], [value(points[0])], [points[0]["ci95"]], color=_BLUE, capsize=3)
-            elif len(points) > 1:
-                ax.scatter([x] * len(points), [value(p) for p in points], color=_BLUE, alpha=0.35, s=16)
+        for i, method in enumerate(methods):
+            own = [r for r in spiking if r.get("method", "pruned") == method]
+            colour = _METHOD_COLOURS[i % len(_METHOD_COLOURS)]
+            name = _METHODS.get(method, method)
+            stages = [t for t in order if any(r["timesteps"] == t for r in own)]
+            at = [order.index(r["timesteps"]) + 0.12 * i for r in own]  # beside, not under, the others
+            if len(stages) < 2 and len(methods) > 1:
+                ax.scatter(at, [value(r) for r in own], color=colour, marker="x", s=24, label=name)
+                continue
+            x = [order.index(t) + 0.12 * i for t in stages]
+            means = [_mean([value(r) for r in own if r["timesteps"] == t]) for t in stages]
+            ax.plot(x, means, color=colour, marker="o", markersize=4, label=name)
+            if len(own) > len(stages):
+                ax.scatter(at, [value(r) for r in own], color=colour, alpha=0.35, s=16)
+            elif label == "return per episode":
+                ax.errorbar(at, [value(r) for r in own], [r["ci95"] for r in own], color=colour, capsize=3, fmt="none")
         ax.set_xticks(range(len(order)), [str(t) for t in order])
         ax.set_xlabel("timesteps T")
         ax.set_ylabel(label)
-        if min(means) >= 0:
+        if min(value(r) for r in spiking) >= 0:
             ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
     if control:
         axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")
-    if control or direct:
+    if control or len(methods) > 1:
         axes[0].legend(frameon=False, loc="lower left")
     axes[2].axhline(1, color=_ORANGE, linestyle="--", linewidth=1)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
+
+
+_METHODS = {
+    "pruned": "pruned step by step",
+    "stateful": "pruned step by step",
+    "direct": "trained directly",
+    "rescaled": "pruned, leaks follow T",
+    "fixed-leak": "pruned, leaks kept",
+    "one-leak": "one leak per layer",
+}
 
 
 def _mean(values: Sequence[float]) -> float:

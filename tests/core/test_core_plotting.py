@@ -101,6 +101,16 @@ def test_the_continuum_takes_the_mean_over_seeds() -> None:
     assert figure.axes[0].collections[0].get_offsets()[:, 1].tolist() == [400, 500]
 
 
+def test_methods_of_the_continuum_have_their_own_marks() -> None:
+    rows = [{**r, "method": "rescaled"} for r in RESULTS] + [{**result(1, 300.0), "method": "one-leak"}]
+    axes = continuum(rows).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines[:1]] == [[480, 470, 490]]
+    assert axes.collections[-1].get_offsets()[:, 1].tolist() == [300]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["pruned, leaks follow T", "one leak per layer"]
+    alone = continuum([{**result(1, 300.0), "method": "direct"}]).axes[0]
+    assert list(alone.lines[0].get_ydata()) == [300]
+
+
 @pytest.mark.parametrize("means", [[480, 470, 490], [-21, -5, 18], [-90, -110, -80], [0, 0, 0]], ids=str)
 def test_every_point_lies_inside_the_axes(means: list[float]) -> None:
     axes = continuum([result(t, float(m)) for t, m in zip((3, 2, 1), means, strict=True)]).axes[0]
