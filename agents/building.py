@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule, get_device
 
 from spiking_rl.agents.config import DQNConfig, PQNConfig, TrainConfig
 from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.pqn import SpikingPQN
+from spiking_rl.envs.atari import parse_atari
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.errors import UserError
 
@@ -37,7 +40,21 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
     """
     torch_device = resolve_device(device)
     venv = make_vectorised(config.env, config.num_envs, config.seed)
+    images = is_image_space(venv.observation_space)
+    network_kwargs: dict[str, Any] = {
+        "neuron": config.neuron,
+        "layer_norm": config.layer_norm,
+        "per_channel": config.per_channel,
+        "leak": config.leak,
+        "gamma": config.surrogate_gamma,
+        "time_constants": list(config.time_constants) if config.stateful and config.time_constants else None,
+    }
+    if not images:
+        network_kwargs["hidden"] = list(config.hidden)
+        first = config.first_layer_norm
+        network_kwargs["first_layer_norm"] = not config.stateful if first is None else first
     common: dict[str, Any] = {
+        "policy": "CnnPolicy" if images else "MlpPolicy",
         "env": venv,
         "learning_rate": LinearSchedule(config.learning_rate, config.final_learning_rate, 1.0),
         "gamma": config.gamma,
@@ -51,16 +68,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         "device": torch_device,
         "policy_kwargs": {
             "timesteps": config.timesteps,
-            "network_kwargs": {
-                "neuron": config.neuron,
-                "hidden": list(config.hidden),
-                "layer_norm": config.layer_norm,
-                "first_layer_norm": not config.stateful if config.first_layer_norm is None else config.first_layer_norm,
-                "per_channel": config.per_channel,
-                "leak": config.leak,
-                "gamma": config.surrogate_gamma,
-                "time_constants": list(config.time_constants) if config.stateful and config.time_constants else None,
-            },
+            "network_kwargs": network_kwargs,
             "stateful": config.stateful,
         },
     }
@@ -78,10 +86,15 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
             "sequence_length",
         )
         freq = max(1, config.train_freq // config.num_envs)
+        replay: dict[str, Any] = {"n_steps": config.return_steps}
+        if parse_atari(config.env) is not None and not config.stateful:
+            # Each frame once; n-step returns are the buffer's business then.
+            returns = {"n_steps": config.return_steps, "gamma": config.gamma}
+            replay = {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": returns}
         model = SpikingDQN(
             **common,
+            **replay,
             train_freq=freq,
-            n_steps=config.return_steps,
             # Sequences of neighbours say less than as many transitions from everywhere.
             batch_size=config.batch_size or (256 if config.stateful else 64),
             **_pick(config, *names),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingPQNPolicy
+from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, SpikingPQNPolicy
 
 
 class SpikingCnnPolicy(SpikingMlpPolicy):
@@ -14,6 +14,12 @@ class SpikingCnnPolicy(SpikingMlpPolicy):
     of ``(H, W, C)`` images to the front by itself. Arguments and errors are those of
     :class:`SpikingMlpPolicy`; ``network`` is ``"nature_cnn"`` by default.
     """
+
+    default_network: ClassVar[str] = "nature_cnn"
+
+
+class SpikingDQNCnnPolicy(SpikingDQNPolicy):
+    """The same policy for SpikingDQN, which can carry membranes through the episode."""
 
     default_network: ClassVar[str] = "nature_cnn"
 

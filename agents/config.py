@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from spiking_rl.envs.atari import parse_atari
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.networks import check_time_constants
@@ -278,7 +279,7 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
 
     Args:
         name: a recipe, the environment id of a recipe, or any other Gymnasium id, which gets the
-            recipe ``default``.
+            recipe ``default``; another Atari game gets that of Pong.
         algo: "pqn" or "dqn"; default the recipe's own choice.
 
     Raises:
@@ -288,6 +289,11 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     by_env = {r.get("env"): n for n, r in known.items()}
     chosen = name if name in known and name != "default" else by_env.get(name, "default")
     recipe = dict(known[chosen])
+    short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
+    atari = parse_atari(name) if chosen == "default" else None
+    if atari is not None:
+        recipe = {**known["pong"], "env": str(atari)}
+        short = atari.game
     recipe.setdefault("env", name)
     default_algo = recipe.pop("algo", "pqn")
     algo = default_algo if algo is None else algo
@@ -295,7 +301,6 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
         raise UserError("algo", algo, f"must be one of {', '.join(CONFIGS)}")
     sections = {key: recipe.pop(key, {}) for key in CONFIGS}
     config = config_from_dict(CONFIGS[algo], {**recipe, **sections[algo]}, f"recipe {chosen}")
-    short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
     return short, config
 
 

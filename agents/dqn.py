@@ -14,7 +14,8 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
-from spiking_rl.agents.cnn_policies import SpikingCnnPolicy
+from spiking_rl.agents.cnn_policies import SpikingCnnPolicy, SpikingDQNCnnPolicy
+from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
@@ -69,7 +70,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     )
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": SpikingDQNPolicy,
-        "CnnPolicy": SpikingCnnPolicy,
+        "CnnPolicy": SpikingDQNCnnPolicy,
     }
     policy: SpikingMlpPolicy
     _norm_steps = 0  # agent steps whose observations the running scaling has seen
@@ -97,8 +98,11 @@ class SpikingDQN(StagedAlgorithm, DQN):
             raise UserError("learning_starts", learning_starts, "calibration needs at least 2, better 1,000")
         kwargs["policy_kwargs"] = dict(kwargs.get("policy_kwargs") or {})  # a copy: stages change it
         kwargs["policy_kwargs"].setdefault("stateful", stateful)
+        # What serves stock DQN as it is carries no state.
         if policy is SpikingMlpPolicy:
             policy = SpikingDQNPolicy
+        elif policy is SpikingCnnPolicy:
+            policy = SpikingDQNCnnPolicy
         if burn_in < 0:
             raise UserError("burn_in", burn_in, "must not be negative")
         if sequence_length < 1:
@@ -203,7 +207,8 @@ class SpikingDQN(StagedAlgorithm, DQN):
         if self.calibrated:
             # A random policy sees a small part of the state space: the scaling must go on learning.
             fresh = (self.num_timesteps - self._norm_steps) // self.n_envs
-            self.q_net.update_norm(self._latest(max(1, fresh))[0].flatten(0, 1))
+            if self.q_net.norm is not None:
+                self.q_net.update_norm(self._latest(max(1, fresh))[0].flatten(0, 1))
         else:
             self.calibrate(*self._latest(self.replay_buffer.size()))
         self._norm_steps = self.num_timesteps
@@ -264,7 +269,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
 
     def _latest(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return raw observations ``(L, N, *obs)`` and episode starts ``(L, N)`` of the latest steps."""
-        if isinstance(self.replay_buffer, SequenceReplay):
+        if isinstance(self.replay_buffer, (SequenceReplay, FrameReplayBuffer)):
             return self.replay_buffer.latest(steps)
         latest = self._latest_observations(steps).unsqueeze(0)
         return latest, torch.zeros(latest.shape[:2], dtype=torch.bool)
@@ -278,6 +283,17 @@ class SpikingDQN(StagedAlgorithm, DQN):
         if self._vec_normalize_env is not None:  # the buffer holds what came before VecNormalize
             stored = self._vec_normalize_env.normalize_obs(stored)  # type: ignore[assignment]
         return torch.as_tensor(stored, device=self.device)
+
+    def end_episodes(self) -> None:
+        """As in :class:`StagedAlgorithm`; the replay keeps where they were left."""
+        assert isinstance(self._last_obs, np.ndarray)
+        if isinstance(self.replay_buffer, SequenceReplay):
+            self.replay_buffer.end_episodes(
+                ~self.episode_starts, self._last_obs, flat_membranes(self.current_membranes())
+            )
+        elif isinstance(self.replay_buffer, FrameReplayBuffer):
+            self.replay_buffer.end_episodes(self._last_obs)
+        super().end_episodes()
 
     def begin_stage(self, timesteps: int) -> None:
         """As in :class:`StagedAlgorithm`; the target network starts equal to the online one."""

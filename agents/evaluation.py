@@ -43,6 +43,8 @@ class Evaluation:
         spike_rate: spikes per neuron per timestep, by layer; None for a ReLU network.
         energy_ratio: energy of the ReLU network over that of this one, per decision.
         decision_ms: median latency of ``model.predict`` on one observation; None if not measured.
+        distinct_episodes: episodes with different actions; few where nothing but the start is random
+            (Atari without sticky actions).
         returns: return of every episode, in the order of their seeds.
     """
 
@@ -54,6 +56,7 @@ class Evaluation:
     spike_rate: dict[str, float] | None
     energy_ratio: float
     decision_ms: float | None
+    distinct_episodes: int
     returns: list[float]
 
     def as_row(self) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def evaluate(
         q_net.network.set_timesteps(timesteps)
     try:
         counter = SpikeCounter()
-        returns = _play(q_net, env, [seed + k for k in range(episodes)], counter)
+        returns, distinct = _play(q_net, env, [seed + k for k in range(episodes)], counter)
         spiking = q_net.network.spiking
         rates = counter.rates if spiking else None
         used = q_net.network.timesteps
@@ -137,6 +140,7 @@ def evaluate(
                 normalisation_macs(q_net.network),
             ),
             decision_ms=decision_latency_ms(model) if measure_latency else None,
+            distinct_episodes=distinct,
             returns=returns,
         )
     finally:
@@ -145,8 +149,12 @@ def evaluate(
 
 
 @torch.no_grad()
-def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: SpikeCounter) -> list[float]:
-    """Play one episode per seed, many side by side; return their returns in the order of the seeds."""
+def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: SpikeCounter) -> tuple[list[float], int]:
+    """Play one episode per seed, many side by side.
+
+    Returns:
+        The returns in the order of the seeds, and the number of episodes that differ in their actions.
+    """
     q_net.set_training_mode(False)
     waiting = list(enumerate(seeds))
     envs = [make_single(env_id) for _ in range(min(_PARALLEL, len(seeds)))]
@@ -158,6 +166,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     endless = envs[0].spec is None or envs[0].spec.max_episode_steps is None
     returns = [0.0] * len(seeds)
     lengths = [0] * len(seeds)
+    played = [0] * len(seeds)  # a running hash of each episode's actions
     playing: list[tuple[Any, int, Any]] = []  # environment, index of its episode, observation
     for env in envs:
         episode, seed = waiting.pop(0)
@@ -175,6 +184,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
             observation, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += float(reward)
             lengths[episode] += 1
+            played[episode] = hash((played[episode], int(action)))
             if terminated or truncated or (endless and lengths[episode] >= MAX_DECISIONS):
                 if not waiting:
                     continue
@@ -187,7 +197,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
         playing = still
     for env in envs:
         env.close()
-    return returns
+    return returns, len(set(played))
 
 
 def decision_latency_ms(model: BaseAlgorithm, decisions: int = 200) -> float:

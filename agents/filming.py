@@ -71,6 +71,10 @@ def film(
     if playing.render_mode != "rgb_array" or "rgb_array" not in playing.metadata.get("render_modes", []):
         playing.close()
         raise UserError("env", env, "gives no RGB frames (no render mode 'rgb_array')")
+    spaces = (model.observation_space, model.action_space)
+    if (playing.observation_space, playing.action_space) != spaces:
+        playing.close()
+        raise UserError("env", env, f"has other spaces than the agent: {spaces[0]}, {spaces[1]}")
     made = Film(Path(path), fps=float(playing.metadata.get("render_fps") or 30))
     try:
         made.frames = write_video(path, _frames(model, playing, seed, episodes, spikes, made), made.fps)

@@ -110,9 +110,13 @@ class SequenceReplay(BaseBuffer):
         """
         everyone = np.arange(self.n_envs)
         self._write(everyone, observations, before, actions, rewards, starts, terminated, True)
-        rows = np.flatnonzero(ended)
+        self.end_episodes(ended, final, after)
+
+    def end_episodes(self, running: Bools, observations: NDArray[Any], membranes: NDArray[np.float32]) -> None:
+        """Cut running episodes ``(N,)``, left at these observations with these membranes."""
+        rows = np.flatnonzero(running)
         if len(rows):
-            self._write(rows, final[rows], after[rows], 0, 0.0, False, False, False)
+            self._write(rows, observations[rows], membranes[rows], 0, 0.0, False, False, False)
 
     def _write(
         self, rows: NDArray[np.int64], observations: NDArray[Any], membranes: NDArray[np.float32], *rest: Any

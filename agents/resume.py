@@ -19,10 +19,11 @@ import safetensors.torch
 import torch
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.checkpoint import read_json
-from spiking_rl.envs.make import get_states, set_states
+from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
 from spiking_rl.errors import UserError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.neurons import LIFState
@@ -41,6 +42,7 @@ _COUNTERS = (
     "_norm_steps",
 )
 _REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+AnyReplay = ReplayBuffer | SequenceReplay | FrameReplayBuffer
 _REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 
 
@@ -49,12 +51,17 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
 
     Args:
         folder: receives the files.
-        model: between two rollouts, on an environment of :func:`spiking_rl.envs.make_vectorised`.
+        model: between two rollouts, on an environment of :func:`spiking_rl.envs.make_vectorised`. Games
+            of Atari begin anew: emulators cannot be saved.
         extra: the caller's own state, JSON-serialisable.
 
     Raises:
         OSError: the folder cannot be written; the older state stays.
     """
+    assert model.env is not None
+    if not can_be_saved(model.env):
+        model.end_episodes()
+        model._last_obs = restart(model.env)
     with replace_folder(folder) as partial:
         tensors = {f"policy.{k}": v.cpu().contiguous() for k, v in model.policy.state_dict().items()}
         tensors |= {f"average.{k}": v.cpu().contiguous() for k, v in (model.average or {}).items()}
@@ -77,7 +84,7 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
             "replay": _replay_counters(replay),
             "episodes": list(model.ep_info_buffer or []),
             "generators": _generators(model),
-            "environments": get_states(model.env),  # type: ignore[arg-type]
+            "environments": get_states(model.env),
             "extra": extra,
             "sha256": {
                 str(path.relative_to(partial)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -182,8 +189,10 @@ def _unpack_optimiser(
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _replay_arrays(replay: ReplayBuffer | SequenceReplay) -> dict[str, np.ndarray[Any, Any]]:
+def _replay_arrays(replay: AnyReplay) -> dict[str, np.ndarray[Any, Any]]:
     """Return what has been written of a replay buffer."""
+    if isinstance(replay, FrameReplayBuffer):
+        return {n: getattr(replay, n)[: int(min(replay.written.max(), replay.buffer_size))] for n in replay.ARRAYS}
     if isinstance(replay, SequenceReplay):
         frames = int(min(replay.written.max(), replay.buffer_size))
         blocks = -(-frames // replay.stride)
@@ -191,29 +200,33 @@ def _replay_arrays(replay: ReplayBuffer | SequenceReplay) -> dict[str, np.ndarra
     return {name: getattr(replay, name)[: replay.size()] for name in _REPLAY}
 
 
-def _replay_counters(replay: ReplayBuffer | SequenceReplay | None) -> dict[str, Any] | None:
+def _replay_counters(replay: AnyReplay | None) -> dict[str, Any] | None:
     if replay is None:
         return None
+    if isinstance(replay, FrameReplayBuffer):
+        return {"written": replay.written.tolist(), "opens": replay.opens.tolist()}
     if isinstance(replay, SequenceReplay):
         return {"written": replay.written.tolist()}
     return {"pos": replay.pos, "full": replay.full}
 
 
-def _load_replay(folder: Path, replay: ReplayBuffer | SequenceReplay, state: dict[str, Any]) -> None:
+def _load_replay(folder: Path, replay: AnyReplay, state: dict[str, Any]) -> None:
     if isinstance(replay, SequenceReplay):
         membranes = np.load(folder / "membranes.npy", allow_pickle=False)
         replay.membranes = np.zeros((*replay.membranes.shape[:2], *membranes.shape[2:]), dtype=np.float16)
-    names = replay.ARRAYS if isinstance(replay, SequenceReplay) else _REPLAY
+    names = _REPLAY if isinstance(replay, ReplayBuffer) else replay.ARRAYS
     for name in names:
         target = getattr(replay, name)
         rows = np.load(folder / f"{name}.npy", allow_pickle=False)
         if rows.shape[1:] != target.shape[1:] or rows.dtype != target.dtype or len(rows) > len(target):
             raise UserError("resume", str(folder / f"{name}.npy"), f"has another shape or type; {_REMEDY}")
         target[: len(rows)] = rows
-    if isinstance(replay, SequenceReplay):
-        replay.written = np.array(state["written"], dtype=np.int64)
-    else:
+    if isinstance(replay, ReplayBuffer):
         replay.pos, replay.full = int(state["pos"]), bool(state["full"])
+        return
+    replay.written = np.array(state["written"], dtype=np.int64)
+    if isinstance(replay, FrameReplayBuffer):
+        replay.opens = np.array(state["opens"], dtype=bool)
 
 
 def _generators(model: StagedAlgorithm) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState, rescale_leaks
 from spiking_rl.neurons import LIFState
@@ -120,6 +121,11 @@ class StagedAlgorithm(BaseAlgorithm):
             self.episode_starts = np.ones(self.n_envs, dtype=bool)
         return self.membranes
 
+    def end_episodes(self) -> None:
+        """Cut all running episodes: the environments are about to begin new ones."""
+        self.episode_starts = np.ones(self.n_envs, dtype=bool)
+        self.explorer.end_episodes(self.episode_starts)
+
     def predict(
         self,
         observation: NDArray[Any] | dict[str, NDArray[Any]],
@@ -147,6 +153,7 @@ class StagedAlgorithm(BaseAlgorithm):
     def _warn_of_stacked_frames(self) -> None:
         if self.stateful and self.env is not None:
             stacked = is_vecenv_wrapped(self.env, VecFrameStack)
+            stacked |= isinstance(self.env, AtariVecEnv) and self.observation_space.shape[0] > 1  # type: ignore[index]
             if stacked or any(self.env.env_is_wrapped(FrameStackObservation)):
                 warnings.warn(
                     "the environment stacks frames, which a stateful agent does without: it remembers them itself, "

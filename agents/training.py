@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.preprocessing import is_image_space
+
 from spiking_rl.agents.building import build_model, resolve_device
 from spiking_rl.agents.config import TrainConfig, config_from_dict, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
@@ -33,7 +35,8 @@ def start_run(
     """
     config.check()
     _check_hours(hours)
-    check_spaces(*check_environment(config.env))
+    observations, actions = check_environment(config.env)
+    check_spaces(observations, actions, "nature_cnn" if is_image_space(observations) else "mlp")
     resolve_device(device)
     folder.create()
     save_config(folder.config, config, provenance())

@@ -12,8 +12,9 @@ import numpy as np
 from gymnasium.error import DependencyNotInstalled
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from spiking_rl.envs.atari import AtariGame, AtariVecEnv, parse_atari
 from spiking_rl.errors import UserError
 
 
@@ -21,7 +22,8 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
     """Make one environment, its episode returns recorded in ``info``.
 
     Args:
-        env_id: a Gymnasium id; ``module:EnvId`` imports the module first.
+        env_id: a Gymnasium id; ``module:EnvId`` imports the module first. Atari ids may have options,
+            see :func:`spiking_rl.envs.atari.parse_atari`.
         render: give RGB frames from ``render()``.
 
     Raises:
@@ -30,6 +32,9 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
     if render:
         # pygame must not look for a screen that a server does not have: frames are drawn in memory.
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    atari = parse_atari(env_id)
+    if atari is not None:
+        return Monitor(AtariGame(atari, "rgb_array" if render else None))
     try:
         with warnings.catch_warnings():
             # "The environment X is out of date" is a matter of taste, and the id is reported with
@@ -123,30 +128,55 @@ class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):
             self.step(np.asarray(action, dtype=self.action_space.dtype)[()])
 
 
-def make_vectorised(env_id: str, num_envs: int, seed: int) -> DummyVecEnv:
-    """Make the training environments, resumable, seeded with ``seed, seed+1, ...``.
+def make_vectorised(env_id: str, num_envs: int, seed: int) -> VecEnv:
+    """Make the training environments, resumable, seeded with ``seed, seed+1, ...`` (Atari: from ``seed``).
 
     Raises:
         UserError: as :func:`make_single`.
     """
+    atari = parse_atari(env_id)
+    if atari is not None:
+        return AtariVecEnv(atari, num_envs, seed)
     venv = DummyVecEnv([lambda: ReplayableEnv(make_single(env_id)) for _ in range(num_envs)])
     venv.seed(seed)
     return venv
 
 
-def get_states(venv: DummyVecEnv) -> list[dict[str, Any]]:
+def get_states(venv: VecEnv) -> list[dict[str, Any]]:
     """Return the states of all environments made by :func:`make_vectorised`."""
+    if isinstance(venv, AtariVecEnv):
+        return [{"restarts": venv.restarts}]
+    assert isinstance(venv, DummyVecEnv)
     return [env.get_wrapper_attr("get_state")() for env in venv.envs]
 
 
-def set_states(venv: DummyVecEnv, states: list[dict[str, Any]]) -> None:
+def set_states(venv: VecEnv, states: list[dict[str, Any]]) -> None:
     """Restore the states of all environments.
 
     Raises:
         UserError: their number differs.
     """
+    if isinstance(venv, AtariVecEnv):
+        venv.restarts = int(states[0]["restarts"])
+        venv.reset()
+        return
+    assert isinstance(venv, DummyVecEnv)
     if len(states) != len(venv.envs):
         raise UserError("num_envs", len(venv.envs), f"the saved run has {len(states)} environments")
     venv._reset_seeds()  # drop pending seeds: the states bring their own
     for env, state in zip(venv.envs, states, strict=True):
         env.get_wrapper_attr("set_state")(state)
+
+
+def can_be_saved(venv: VecEnv) -> bool:
+    """Tell whether :func:`get_states` gives the whole state; emulators have to begin new games instead."""
+    return not isinstance(venv, AtariVecEnv)
+
+
+def restart(venv: VecEnv) -> NDArray[Any]:
+    """Begin new games in environments that cannot be saved; return their observations.
+
+    A run that goes on and one that is resumed then continue from the same place.
+    """
+    assert isinstance(venv, AtariVecEnv)
+    return venv.restart()

@@ -25,6 +25,8 @@ class Options:
     """T of the run to score; default its lowest."""
     episodes: int = 100
     """Number of episodes."""
+    env: str | None = None
+    """Play in another environment with the same spaces, such as 'ALE/Pong-v5?sticky_actions=0.25'."""
     seed: int = REPORT_SEED
     """Seed of the first episode; episode k uses seed + k."""
     device: str = "cpu"
@@ -38,7 +40,8 @@ def run(args: list[str]) -> dict[str, Any]:
     assert name is not None
     resolve_device(options.device)
     agent = load_agent(name, options.timesteps, options.device)
-    row = evaluate(agent.model, agent.environment, episodes=options.episodes, seed=options.seed).as_row()
-    print(f"{agent.environment}, {agent.checkpoint}, {options.episodes} episodes")
+    environment = options.env or agent.environment
+    row = evaluate(agent.model, environment, episodes=options.episodes, seed=options.seed).as_row()
+    print(f"{environment}, {agent.checkpoint}, {options.episodes} episodes")
     print(format_table([row]))
     return row

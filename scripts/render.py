@@ -28,6 +28,8 @@ class Options:
     """Draw a live spike raster beside the picture."""
     episodes: int = 1
     """Number of episodes."""
+    env: str | None = None
+    """Film in another environment with the same spaces, such as 'ALE/Pong-v5?sticky_actions=0.25'."""
     seed: int = REPORT_SEED
     """Seed of the first episode; episode k uses seed + k."""
     output: Path | None = None
@@ -40,19 +42,18 @@ def run(args: list[str]) -> dict[str, Any]:
     options = parse(Options, "render RUN", rest, DESCRIPTION)
     assert name is not None
     agent = load_agent(name, options.timesteps, device="cpu")
+    environment = options.env or agent.environment
     stem = agent.checkpoint.name + ("-spikes" if options.spikes else "")
     folder = agent.run.videos if agent.run else Path("videos")
     path = options.output or folder / f"{stem}.mp4"
     try:
-        made = film(
-            agent.model, agent.environment, path, episodes=options.episodes, seed=options.seed, spikes=options.spikes
-        )
+        made = film(agent.model, environment, path, episodes=options.episodes, seed=options.seed, spikes=options.spikes)
     except PermissionError as error:
         raise UserError("output", str(path), f"cannot be written ({error.strerror}); choose another --output") from None
     print(f"video: {made.path} ({made.frames} frames, returns {', '.join(f'{r:g}' for r in made.returns)})")
     return {
         "video": str(made.path),
-        "environment": agent.environment,
+        "environment": environment,
         "timesteps": agent.model.policy.timesteps if agent.model.policy.q_net.network.spiking else None,
         "returns": made.returns,
         "frames": made.frames,

@@ -257,8 +257,8 @@ def check_time_constants(time_constants: Sequence[float]) -> None:
 
 
 @torch.no_grad()
-def _spread_time_constants(lif: LIF, limits: Sequence[float], timesteps: int) -> None:
-    """Give every neuron of a layer its own leak."""
+def spread_time_constants(lif: LIF, limits: Sequence[float], timesteps: int) -> None:
+    """Give every channel of a layer its own leak, time constants spread logarithmically in decisions."""
     spread = torch.logspace(math.log10(limits[0]), math.log10(limits[1]), lif.leak.shape[0])
     lif.leak.copy_(torch.exp(-1 / (spread * timesteps)).reshape(lif.leak.shape))
 
@@ -325,6 +325,6 @@ def mlp(
     if time_constants is not None and neuron == "lif":
         for lif in neurons:
             assert isinstance(lif, LIF)
-            _spread_time_constants(lif, time_constants, timesteps)
+            spread_time_constants(lif, time_constants, timesteps)
     readout = zero_readout(sizes[-1], outputs)
     return LayeredNetwork(maps, neurons, readout, input_shape=input_shape, timesteps=timesteps)

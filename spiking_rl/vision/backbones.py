@@ -6,10 +6,18 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from spiking_rl.errors import UserError
-from spiking_rl.networks import LayeredNetwork, register_network, unit_gain, zero_readout
+from spiking_rl.networks import (
+    LayeredNetwork,
+    check_time_constants,
+    register_network,
+    spread_time_constants,
+    unit_gain,
+    zero_readout,
+)
 from spiking_rl.neurons import LIF
 from spiking_rl.surrogate import DEFAULT_GAMMA
 
@@ -29,6 +37,7 @@ def nature_cnn(
     per_channel: bool = True,
     threshold: float = 0.5,
     leak: float = 1.0,
+    time_constants: Sequence[float] | None = None,
     gamma: float = DEFAULT_GAMMA,
 ) -> LayeredNetwork:
     """Build the convolutional Q-network of Mnih et al. (Nature 2015) with spiking neurons.
@@ -49,11 +58,18 @@ def nature_cnn(
             instead of per layer.
         threshold: initial threshold (calibrate on data to do better).
         leak: initial leak.
+        time_constants: shortest and longest time constant of the membranes, in decisions, spread
+            logarithmically over the channels of each layer, as in ``mlp``. Every channel starts with
+            unit gain for a constant current (its current is scaled by ``1 - leak``): else slow ones
+            sum a picture's constant background up to constant firing. None: ``leak`` everywhere.
         gamma: height of the surrogate gradient.
 
     Raises:
         UserError: an image that is too small or has no three axes, or an option out of range.
     """
+    if time_constants is not None:
+        check_time_constants(time_constants)
+        per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
     if not isinstance(features, int) or features < 1:
@@ -80,8 +96,22 @@ def nature_cnn(
         else nn.ReLU()
         for width, axes in [*((c, 2) for c in channels[1:]), (features, 0)]
     ]
+    if time_constants is not None and neuron == "lif":
+        for layer, lif in zip(maps, neurons, strict=True):
+            assert isinstance(lif, LIF)
+            spread_time_constants(lif, time_constants, timesteps)
+            _scale_channels(layer, 1 - lif.leak.detach().flatten())
     readout = zero_readout(features, outputs)
     return LayeredNetwork(maps, neurons, readout, input_shape=input_shape, timesteps=timesteps)
+
+
+@torch.no_grad()
+def _scale_channels(layer: nn.Module, gain: torch.Tensor) -> None:
+    """Scale the current of each channel of a map, in its normalisation where it has one."""
+    last = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm))][-1]
+    last.weight.mul_(gain.reshape(-1, *[1] * (last.weight.dim() - 1)))
+    if last.bias is not None:
+        last.bias.mul_(gain)
 
 
 def _sides_after_convolutions(side: int) -> int:

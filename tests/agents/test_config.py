@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def test_an_environment_id_finds_its_recipe() -> None:
     short, config = load_recipe("my_module:My/Env-v0")
     assert short == "My-Env-v0"
     assert config.env == "my_module:My/Env-v0"
+
+
+def test_another_atari_game_gets_the_settings_of_pong() -> None:
+    short, config = load_recipe("ALE/Breakout-v5?frame_stack=3")
+    _, pong = load_recipe("pong")
+    assert short == "breakout"
+    assert config.env == "ALE/Breakout-v5?sticky_actions=0.25&frame_stack=3"
+    assert dataclasses.replace(config, env=pong.env) == pong
 
 
 @pytest.mark.parametrize("algo", sorted(CONFIGS))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 from spiking_rl import UserError
-from spiking_rl.agents import evaluate, load_agent, prune
+from spiking_rl.agents import evaluate, load_agent, prune, record
 from spiking_rl.agents.evaluation import REPORT_SEED, SELECTION_SEED
 from spiking_rl.envs import make_vectorised
 
@@ -29,6 +31,34 @@ def test_scores_are_those_of_playing_each_seed_alone(small_run: Path) -> None:
         assert result.returns[k] == total
     assert result.mean_return == pytest.approx(np.mean(result.returns))
     assert result.ci95 == pytest.approx(1.96 * np.std(result.returns, ddof=1) / np.sqrt(30))
+
+
+def test_episodes_with_the_same_actions_count_as_one(small_run: Path) -> None:
+    agent = load_agent(small_run)
+    played = record(agent.model, "CartPole-v1", episodes=12, seed=500)
+    episodes = np.split(played.actions, np.flatnonzero(played.episode_starts)[1:])
+    distinct = len({tuple(actions.tolist()) for actions in episodes})
+    result = evaluate(agent.model, "CartPole-v1", episodes=12, seed=500, measure_latency=False)
+    assert result.distinct_episodes == distinct
+    same = gym.spec("CartPole-v1").make().reset(seed=1)[0]
+    gym.register("SameStart-v0", entry_point=lambda: SameStart(same), max_episode_steps=500)
+    try:
+        assert evaluate(agent.model, "SameStart-v0", episodes=5, measure_latency=False).distinct_episodes == 1
+    finally:
+        del gym.registry["SameStart-v0"]
+
+
+class SameStart(CartPoleEnv):
+    """CartPole whose episodes all begin alike."""
+
+    def __init__(self, start: np.ndarray) -> None:
+        super().__init__()
+        self.start = start
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state = self.start.copy()
+        return self.start.copy(), {}
 
 
 def test_selection_report_and_training_use_disjoint_seeds() -> None:

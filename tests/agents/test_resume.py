@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import COMMAND, SMALL, as_flags, environment
 
 from spiking_rl import UserError, load_checkpoint
+from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.resume import load_training_state, save_training_state
 from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.session import Interrupted, TrainingSession
 from spiking_rl.agents.training import replace_settings, resume_run, start_run
@@ -169,3 +172,44 @@ def test_a_damaged_state_is_refused_by_name(tmp_path: Path, file: str) -> None:
     target.write_bytes(target.read_bytes()[:-7])
     with pytest.raises(UserError, match=os.path.basename(file)):
         resume_run(RunFolder(tmp_path / "run"), device="cpu")
+
+
+@pytest.mark.parametrize(("algo", "stateful"), [("pqn", False), ("pqn", True), ("dqn", False), ("dqn", True)])
+def test_a_saved_atari_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, algo: str, stateful: bool) -> None:
+    """Emulators cannot be saved, so the run that goes on begins new games at the same point."""
+    settings = {
+        "env": f"ALE/Pong-v5?frame_stack={1 if stateful else 2}",
+        "timesteps": 1,
+        "num_envs": 2,
+        "stateful": stateful,
+    }
+    if algo == "dqn":
+        settings |= {"learning_starts": 40, "train_freq": 16, "gradient_steps": 1, "buffer_size": 400, "batch_size": 8}
+        settings |= {"burn_in": 2, "sequence_length": 4, "target_update_interval": 32}
+    else:
+        settings |= {"n_steps": 8, "n_minibatches": 2, "n_epochs": 1}
+    config = replace_settings(load_recipe("pong", algo)[1], settings)
+    model, resumed = build_model(config, "cpu"), build_model(config, "cpu")
+    if algo == "pqn":
+        model.calibration_steps = resumed.calibration_steps = 32
+    # No point is scored in so few steps: values that are not zero give the learner something to do.
+    torch.nn.init.normal_(model.policy.q_net.network.readout.weight)
+    model.learn(96)
+    save_training_state(tmp_path / "resume", model, {})
+    torch.manual_seed(1)
+    np.random.seed(1)
+    load_training_state(tmp_path / "resume", resumed)
+    generators = torch.get_rng_state(), np.random.get_state()
+    ends = []
+    for each in (model, resumed):
+        torch.set_rng_state(generators[0])
+        np.random.set_state(generators[1])
+        each.learn(48, reset_num_timesteps=False)
+        ends.append(each.policy.state_dict())
+    before = saved_tensors(tmp_path / "resume")
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+    assert any(not torch.equal(before[f"policy.{name}"], tensor) for name, tensor in ends[0].items())
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load((folder / "tensors.safetensors").read_bytes())

@@ -80,11 +80,25 @@ def test_evaluate_prints_one_json_object(cli: Cli, small_run: Path) -> None:
         "spike_rate",
         "energy_ratio",
         "decision_ms",
+        "distinct_episodes",
     ]
     assert row["timesteps"] == 3
     assert row["environment"] == "CartPole-v1"
     again = last_json(cli("evaluate", small_run / "checkpoints" / "T3", "--episodes", 3, "--json").stdout)
     assert again["mean_return"] == row["mean_return"]
+
+
+def test_an_agent_plays_elsewhere_where_spaces_are_equal(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    row = last_json(cli("evaluate", small_run, "--env", "CartPole-v0", "--episodes", 2, "--json").stdout)
+    assert row["environment"] == "CartPole-v0"
+    video = tmp_path / "elsewhere.mp4"
+    for refused in (
+        cli("evaluate", small_run, "--env", "Acrobot-v1", "--episodes", 2),
+        cli("render", small_run, "--env", "ALE/Pong-v5", "--output", video),
+    ):
+        assert refused.returncode == 2
+        assert "other spaces than the agent" in refused.stderr
+    assert not video.exists()
 
 
 def test_render_films_the_episode_that_evaluate_scores(cli: Cli, small_run: Path, tmp_path: Path) -> None:
