@@ -1,7 +1,8 @@
-"""Find and load an agent by what a user names: a run folder or a checkpoint folder."""
+"""Find and load an agent by what a user names: a run folder, a checkpoint folder or a pretrained agent."""
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,18 @@ class LoadedAgent(NamedTuple):
     run: RunFolder | None
 
 
+def pretrained() -> dict[str, Path]:
+    """Return the checkpoint folders of the agents that come with the package, by name."""
+    folder = Path(str(resources.files("spiking_rl.agents").joinpath("pretrained")))
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()}
+
+
 def load_agent(path: Path | str, timesteps: int | None = None, device: str = "auto") -> LoadedAgent:
     """Load an agent for prediction.
 
     Args:
-        path: a run folder, or one of its ``checkpoints/T…`` folders.
+        path: a run folder, one of its ``checkpoints/T…`` folders, or the name of a pretrained agent
+            (:func:`pretrained`); an existing path wins.
         timesteps: which T of the run; default the lowest. With a checkpoint folder it must be the
             checkpoint's own.
         device: torch device or "auto".
@@ -35,7 +43,8 @@ def load_agent(path: Path | str, timesteps: int | None = None, device: str = "au
     Raises:
         UserError: nothing there, T not in the run, or a damaged checkpoint.
     """
-    path = Path(path)
+    shipped = pretrained()
+    path = shipped[str(path)] if str(path) in shipped and not Path(path).exists() else Path(path)
     if timesteps is not None and timesteps < 1:
         raise UserError("timesteps", timesteps, "must be a whole number of at least 1")
     run = None
@@ -49,7 +58,12 @@ def load_agent(path: Path | str, timesteps: int | None = None, device: str = "au
         spiking = [t for t in kept if t is not None]
         path = run.checkpoint(timesteps if timesteps is not None else (min(spiking) if spiking else None))
     elif not (path / CONFIG).is_file():
-        raise UserError("run", str(path), "is neither a run nor a checkpoint; name the folder that train printed")
+        names = ", ".join(shipped)
+        raise UserError(
+            "run",
+            str(path),
+            f"is neither a run nor a checkpoint; name the folder that train printed, or a pretrained agent: {names}",
+        )
     config = load_checkpoint(path).config
     if run is None and timesteps is not None and timesteps != config.get("timesteps"):
         raise UserError(

@@ -11,7 +11,8 @@ from spiking_rl.scripts.options import first_argument, parse
 
 DESCRIPTION = """Write an agent as a Stable-Baselines3 zip, for SpikingDQN.load or SpikingPQN.load.
 
-RUN is a run folder or one of its checkpoints. The zip pickles: whoever loads one runs what is in it.
+RUN is a run folder, one of its checkpoints, or a pretrained agent. The zip pickles: whoever loads
+one runs what is in it.
 Back: SpikingDQN.load("agent.zip").save_checkpoint("agent", environment="CartPole-v1").
 Example: spiking-rl export runs/cartpole-seed0 --timesteps 1 --output agent.zip"""
 

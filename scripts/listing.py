@@ -5,18 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from spiking_rl.agents.config import recipes
+from spiking_rl.agents.loading import pretrained
 from spiking_rl.networks import NETWORKS
 
 
 def run(args: list[str]) -> dict[str, Any]:
-    """Print recipes and networks."""
+    """Print recipes, pretrained agents and networks."""
     if args:
-        print("usage: spiking-rl list [--json]\n\nList recipes and networks. Example: spiking-rl list")
+        print(
+            "usage: spiking-rl list [--json]\n\nList recipes, pretrained agents and networks. Example: spiking-rl list"
+        )
         return {}
-    found = {name: recipe.get("env", "any other environment") for name, recipe in sorted(recipes().items())}
+    found = {name: recipe.get("env", "") for name, recipe in sorted(recipes().items())}
+    found.pop("default")
     networks = sorted(NETWORKS)
+    agents = sorted(pretrained())
     print("recipes (spiking-rl train NAME):")
     for name, env in found.items():
         print(f"  {name:20}{env}")
+    print("  ...                 any other Gymnasium id")
+    print(f"pretrained agents (spiking-rl render NAME): {', '.join(agents)}")
     print(f"networks: {', '.join(networks)}")
-    return {"recipes": found, "networks": networks}
+    return {"recipes": found, "pretrained": agents, "networks": networks}

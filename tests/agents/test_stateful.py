@@ -262,3 +262,21 @@ def test_misuse_is_told_at_construction() -> None:
         SpikingPQN("MlpPolicy", VecFrameStack(make_vectorised("Recall-v0", 4, 0), 3), stateful=True)
     made = SpikingDQN(SpikingMlpPolicy, venv, stateful=True, buffer_size=1000)
     assert made.policy.stateful
+
+
+def test_the_pretrained_agent_balances_a_pole_that_it_cannot_see_moving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = load_agent("cartpole-masked", device="cpu")
+    assert agent.model.policy.timesteps == 1
+    assert evaluate(agent.model, agent.environment, episodes=20, seed=7_000, measure_latency=False).mean_return >= 475
+    # What it remembers is what it balances with.
+    with_memory = agent.model.policy.q_net.stateful
+    agent.model.policy.q_net.stateful = False
+    forgetful = evaluate(agent.model, agent.environment, episodes=20, seed=7_000, measure_latency=False)
+    assert with_memory
+    assert forgetful.mean_return < 150
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cartpole-masked").mkdir()
+    with pytest.raises(UserError, match=r"neither a run nor a checkpoint.*pretrained agent: .*cartpole-masked"):
+        load_agent("cartpole-masked")  # an existing path wins
