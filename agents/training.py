@@ -65,12 +65,15 @@ def _check_hours(hours: float | None) -> None:
         raise UserError("hours", hours, "must be positive")
 
 
-def extend_run(session: TrainingSession, to: int, rescale_leak: bool | None = None) -> None:
+def extend_run(
+    session: TrainingSession, to: int, agent_steps: int | None = None, rescale_leak: bool | None = None
+) -> None:
     """Lower T further in a finished run: ``session.run()`` then trains the new stages.
 
     Args:
         session: of the run.
         to: timesteps to end with.
+        agent_steps: of each stage; None: as the run has it.
         rescale_leak: change whether a stateful agent's leaks follow T; None: as the run has it.
 
     Raises:
@@ -81,12 +84,17 @@ def extend_run(session: TrainingSession, to: int, rescale_leak: bool | None = No
         raise UserError("run", str(folder.path), "holds a ReLU network, which has no timesteps to prune")
     if not session.pruning.finished:
         raise UserError("run", str(folder.path), "has not finished training; continue it first with train --resume")
+    if agent_steps is not None:
+        if agent_steps < 1:
+            raise UserError("agent_steps", agent_steps, "must be at least 1")
+        session.config.prune_steps = agent_steps
+        session.pruning.stage_budget = agent_steps
     if rescale_leak is not None:
         session.config.rescale_leak = session.model.rescale_leak = rescale_leak
     session.begin(session.pruning.extend(to))
     session.config.prune_to = to
+    session.save()  # first the state, then the settings: a run killed between them goes on as extended
     save_config(folder.config, session.config, provenance())
-    session.save()
 
 
 def train(
@@ -172,6 +180,7 @@ def prune(
         model.set_env(make_vectorised(config.env, config.num_envs, config.seed))
         session = TrainingSession(config, folder, model, progress=progress)
         model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay
+        model.rescale_leak = config.rescale_leak
         with folder.locked():
             session.pruning = TemporalPruning.trained(now, agent_steps, config.goal)
             model.save_checkpoint(folder.checkpoints / checkpoint_name(now), environment=config.env)

@@ -23,6 +23,8 @@ class Options:
 
     to: int = 1
     """Timesteps to end with."""
+    agent_steps: int | None = None
+    """Agent steps of each stage; none: as it was trained."""
     rescale_leak: bool | None = None
     """Let a stateful agent's leaks follow T; none: as it was trained."""
     hours: float | None = None
@@ -40,5 +42,5 @@ def run(args: list[str]) -> dict[str, Any]:
     folder.require()
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True)
-        extend_run(session, options.to, rescale_leak=options.rescale_leak)
+        extend_run(session, options.to, options.agent_steps, options.rescale_leak)
         return finish(session, shlex.join(["spiking-rl", "prune", *args]))

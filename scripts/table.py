@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from spiking_rl.agents.config import TrainConfig, load_recipe
+from spiking_rl.agents.config import TrainConfig, load_config, load_recipe
 from spiking_rl.checkpoint import read_json
 from spiking_rl.plotting import continuum, save_figure
 from spiking_rl.scripts.options import parse
@@ -43,7 +43,8 @@ class Options:
     methods: tuple[str, ...] = ("pruned", "direct", "relu")
     """pruned: T=5 to 1; direct: at T=1 from the start; relu: the ReLU network; stateful: pruned, membranes
     carried; stateless: direct, fresh membranes; one-leak: direct, one threshold and leak per layer; rescaled and
-    fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T."""
+    fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T. Controls get the agent
+    steps that the recipe as it stands gets, over all its stages."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds."""
     runs: Path = Path("runs/table")
@@ -73,7 +74,7 @@ def main() -> None:
 def _arguments(config: TrainConfig, method: str) -> list[str]:
     """Return the flags of ``train`` that make a line of the table."""
     stages = config.timesteps - config.prune_to
-    # The controls get all the agent steps that the recipe gets over its stages.
+    # The controls get all the agent steps that the recipe as it stands gets over its stages.
     single = ["--agent-steps", str(config.agent_steps + stages * config.prune_steps)]
     direct = ["--timesteps", "1", "--prune-to", "1", *single]
     pruned = ["--timesteps", "5", "--prune-to", "1"]
@@ -81,11 +82,11 @@ def _arguments(config: TrainConfig, method: str) -> list[str]:
         "first": ["--timesteps", "5", "--prune-to", "5"],
         "pruned": pruned,
         "direct": direct,
-        "relu": ["--neuron", "relu", *single],
+        "relu": ["--neuron", "relu", "--no-stateful", *single],
         "stateful": [*pruned, "--stateful"],
         "stateless": [*direct, "--no-stateful", "--first-layer-norm", "False"],
         # 0.45: a time constant of 1.25 decisions, the middle of the default spread.
-        "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45"],
+        "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45", "--no-per-channel"],
     }[method]
 
 
@@ -95,16 +96,7 @@ def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str,
     run = options.runs / f"{short}-{algo}-{method}-seed{seed}"
     if not (run / "results.json").is_file():
         if method in _SECOND:
-            first = run.with_name(f"{short}-{algo}-first-seed{seed}")
-            with _FIRST[(algo, seed)]:
-                if not (first / "results.json").is_file():
-                    _train(options, seed, algo, first, _arguments(config, "first"))
-            if run.is_dir():
-                _train(options, seed, algo, run, [])
-            else:
-                shutil.copytree(first, run)
-                (run / "results.json").unlink()
-                _call(run, ["prune", str(run), "--to", "1", *_SECOND[method]])
+            _prune(options, seed, algo, run, method)
         else:
             _train(options, seed, algo, run, _arguments(config, method))
     results = read_json(run / "results.json", "results")
@@ -112,6 +104,24 @@ def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str,
     scores = ", ".join(f"{row['mean_return']:.1f}" for row in results["rows"])
     print(f"{run.name}: {scores}", flush=True)
     return [{"method": method, **row, **cost} for row in results["rows"]]
+
+
+def _prune(options: Options, seed: int, algo: str, run: Path, method: str) -> None:
+    """Prune a copy of the run at T=5 that two methods share."""
+    short, config = load_recipe(options.recipe, algo)
+    first = run.with_name(f"{short}-{algo}-first-seed{seed}")
+    with _FIRST[(algo, seed)]:
+        if not (first / "results.json").is_file():
+            _train(options, seed, algo, first, _arguments(config, "first"))
+    if not run.is_dir():
+        copy = run.with_name(f".{run.name}.partial")  # a copy that was cut short is never taken for a run
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(first, copy, ignore=shutil.ignore_patterns("results.json", ".lock"))
+        copy.rename(run)
+    if load_config(run / "config.yaml").prune_to == 1:
+        _train(options, seed, algo, run, [])  # it was pruning when it stopped
+    else:
+        _call(run, ["prune", str(run), "--to", "1", *_SECOND[method]])
 
 
 def _train(options: Options, seed: int, algo: str, run: Path, extra: list[str]) -> None:
