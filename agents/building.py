@@ -10,9 +10,7 @@ from stable_baselines3.common.utils import LinearSchedule, get_device
 
 from spiking_rl.agents.config import DQNConfig, PQNConfig, TrainConfig
 from spiking_rl.agents.dqn import SpikingDQN
-from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.pqn import SpikingPQN
-from spiking_rl.envs.atari import parse_atari
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.errors import UserError
 
@@ -86,14 +84,9 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
             "sequence_length",
         )
         freq = max(1, config.train_freq // config.num_envs)
-        replay: dict[str, Any] = {"n_steps": config.return_steps}
-        if parse_atari(config.env) is not None and not config.stateful:
-            # Each frame once; n-step returns are the buffer's business then.
-            returns = {"n_steps": config.return_steps, "gamma": config.gamma}
-            replay = {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": returns}
         model = SpikingDQN(
             **common,
-            **replay,
+            n_steps=config.return_steps,
             train_freq=freq,
             # Sequences of neighbours say less than as many transitions from everywhere.
             batch_size=config.batch_size or (256 if config.stateful else 64),

@@ -51,11 +51,11 @@ class TrainConfig(MainSettings):
     """Settings that every algorithm shares."""
 
     hidden: tuple[int, ...] = (256, 256)
-    """Neurons per hidden layer."""
+    """Neurons per hidden layer; for vector observations."""
     layer_norm: bool = True
     """Normalise each layer's current before its neurons."""
     first_layer_norm: bool | None = None
-    """The first layer's current too; none: unless stateful."""
+    """The first layer's current too; none: unless stateful; for vector observations."""
     per_channel: bool = False
     """One threshold and leak per neuron instead of per layer."""
     leak: float = 1.0
@@ -287,13 +287,14 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     """
     known = recipes()
     by_env = {r.get("env"): n for n, r in known.items()}
-    chosen = name if name in known and name != "default" else by_env.get(name, "default")
+    atari = None if name in known else parse_atari(name)
+    env = name if atari is None else str(atari)  # options in their order, defaults spelled out
+    chosen = name if name in known and name != "default" else by_env.get(env, "default")
     recipe = dict(known[chosen])
     short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
-    atari = parse_atari(name) if chosen == "default" else None
-    if atari is not None:
-        recipe = {**known["pong"], "env": str(atari)}
-        short = atari.game
+    if atari is not None and chosen == "default":
+        recipe = {**known["pong"], "env": env}
+        short = f"{atari.game}-sticky{atari.sticky_actions:g}-stack{atari.frame_stack}"
     recipe.setdefault("env", name)
     default_algo = recipe.pop("algo", "pqn")
     algo = default_algo if algo is None else algo

@@ -20,6 +20,7 @@ from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, Spiki
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
 from spiking_rl.agents.targets import double_q_targets, sequence_targets
+from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.errors import UserError
 
 
@@ -124,7 +125,12 @@ class SpikingDQN(StagedAlgorithm, DQN):
     def _setup_model(self) -> None:
         self.episode_starts = np.ones(self.n_envs, dtype=bool)
         if not self.policy_kwargs["stateful"]:
-            super()._setup_model()
+            if isinstance(self.env, AtariVecEnv) and self.replay_buffer_class is None:
+                self.replay_buffer_class = FrameReplayBuffer  # type: ignore[assignment]
+                self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma}
+                self._setup_without_warning()
+            else:
+                super()._setup_model()
         else:
             span = self.burn_in + self.sequence_length + self.n_steps
             if self.env is not None and self.buffer_size // self.n_envs < span:
@@ -133,14 +139,17 @@ class SpikingDQN(StagedAlgorithm, DQN):
                 )
             self.replay_buffer_class = SequenceReplay  # type: ignore[assignment]
             self.replay_buffer_kwargs = {"span": span, "stride": max(1, self.sequence_length // 2)}
-            # SB3 would warn that it sets up no n-step returns: sequences have their own.
-            own, self.n_steps = self.n_steps, 1
-            super()._setup_model()
-            self.n_steps = own
+            self._setup_without_warning()
         if self.stateful and self._vec_normalize_env is not None:
             raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")
         self._setup_explorer()
         self._warn_of_stacked_frames()
+
+    def _setup_without_warning(self) -> None:
+        """Set up with a replay of ours; SB3 would warn that it sets up no n-step returns for it."""
+        own, self.n_steps = self.n_steps, 1
+        super()._setup_model()
+        self.n_steps = own
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -200,7 +209,9 @@ class SpikingDQN(StagedAlgorithm, DQN):
         """Do ``gradient_steps`` Double-DQN updates on replayed batches."""
         assert self.replay_buffer is not None
         sequences = self.replay_buffer if isinstance(self.replay_buffer, SequenceReplay) else None
-        if self.replay_buffer.size() * self.n_envs < 2 or (sequences is not None and not sequences.sequences):
+        frames = self.replay_buffer if isinstance(self.replay_buffer, FrameReplayBuffer) else None
+        empty = (sequences is not None and not sequences.sequences) or (frames is not None and not frames.transitions)
+        if self.replay_buffer.size() * self.n_envs < 2 or empty:
             return  # nothing to calibrate on yet, or to learn from
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)

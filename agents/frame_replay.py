@@ -61,10 +61,9 @@ class FrameReplayBuffer(BaseBuffer):
         self.stack = observation_space.shape[0]
         self.n_steps = n_steps
         self.gamma = gamma
-        if self.buffer_size <= self.stack + n_steps:
-            raise UserError(
-                "buffer_size", buffer_size, f"holds no transition; {(self.stack + n_steps + 1) * n_envs} is the least"
-            )
+        least = self.stack + n_steps + 2  # two candidates: one of them may be a final observation
+        if self.buffer_size < least:
+            raise UserError("buffer_size", buffer_size, f"holds no transition; {least * n_envs} is the least")
         shape = (self.buffer_size, n_envs)
         _require_memory(buffer_size, math.prod(shape) * self.row_bytes(observation_space))
         self.frames = np.zeros((*shape, *observation_space.shape[1:]), dtype=observation_space.dtype)
@@ -136,6 +135,20 @@ class FrameReplayBuffer(BaseBuffer):
             array[at, rows] = values
         self.written[rows] += 1
 
+    def _candidates(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the first usable time of each environment, and how many there are."""
+        # The oldest rows lack frames before them, the newest rewards after them.
+        overwritten = np.maximum(0, self.written - self.buffer_size)
+        first = overwritten + np.where(overwritten > 0, self.stack, 0)
+        return first, np.maximum(0, self.written - self.n_steps - first)
+
+    @property
+    def transitions(self) -> int:
+        """Rows that can be drawn, about: final observations, which have no action, count where others do too."""
+        counts = self._candidates()[1]
+        # Two final observations never follow each other.
+        return int(counts.sum()) if (counts > 1).any() else 0
+
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """Draw transitions at random, with numpy's global generator as SB3 does.
 
@@ -183,7 +196,8 @@ class FrameReplayBuffer(BaseBuffer):
             next_observations=self.to_torch(self._stacks(reach, rows)),
             dones=self.to_torch(terminal.astype(np.float32)[:, None]),
             rewards=self.to_torch(returns[:, None]),
-            discounts=self.to_torch(discounts[:, None]),
+            # A plain one-step learner has its own gamma.
+            discounts=self.to_torch(discounts[:, None]) if self.n_steps > 1 else None,
         )
 
     def _stacks(self, at: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[Any]:

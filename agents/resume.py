@@ -1,5 +1,7 @@
 """The whole state of a training run as files: resume continues bit for bit, unpickling nothing.
 
+Atari is the exception: a save cuts its games, see :func:`spiking_rl.envs.make.restart`.
+
 state.json            counters, schedules, random generators, environments, hashes of the rest
 tensors.safetensors   networks and optimiser
 replay/*.npy          replay buffer, where there is one

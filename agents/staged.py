@@ -16,6 +16,7 @@ from gymnasium.wrappers import FrameStackObservation
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
@@ -205,8 +206,21 @@ class StagedAlgorithm(BaseAlgorithm):
         self.stage_start = self.num_timesteps
         self._current_progress_remaining = 1.0
 
-    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        total, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in Stable-Baselines3; episodes in the environments left behind are cut."""
+        left = self._last_obs
+        super().set_env(env, force_reset)
+        if left is not None and force_reset:
+            self._last_obs = left
+            self.end_episodes()
+            self._last_obs = None
+
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps and self._last_obs is not None:
+            self.end_episodes()  # Stable-Baselines3 is about to reset the environments
+        total, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args)
         # A user's own `learn` on a pruned model counts from zero again: so must the stage's schedules.
         self.stage_start = min(self.stage_start, self.num_timesteps)
         return total, callback
@@ -225,11 +239,12 @@ class StagedAlgorithm(BaseAlgorithm):
             starts: bool ``(L, N)``, true where an observation opens an episode.
         """
         q_net = self.policy.q_net
-        flat = observations.flatten(0, 1)
-        q_net.update_norm(flat)
+        q_net.update_norm(observations.flatten(0, 1))
         if q_net.network.spiking:
+            if q_net.norm is None:
+                observations, starts = _some_images(observations, starts, self.stateful)
             with torch.no_grad():
-                inputs = q_net.features(flat if q_net.norm is not None else _spread(flat, _IMAGES))
+                inputs = q_net.features(observations.flatten(0, 1))
                 if self.stateful:
                     sequences = inputs.reshape(*observations.shape[:2], *inputs.shape[1:])
                     calibrate_thresholds(q_net.network, sequences, self.firing_rate, starts)
@@ -327,6 +342,14 @@ class StagedAlgorithm(BaseAlgorithm):
         return model
 
 
-def _spread(rows: torch.Tensor, at_most: int) -> torch.Tensor:
-    """Return some rows, spread evenly over all."""
-    return rows[:: -(-len(rows) // at_most)]
+def _some_images(
+    observations: torch.Tensor, starts: torch.Tensor, sequences: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return about ``_IMAGES`` of the images ``(L, N, *obs)``: whole sequences, or spread over all."""
+    length, envs = observations.shape[:2]
+    if sequences:
+        length = min(length, _IMAGES)
+        some = slice(-length, None), slice(max(1, _IMAGES // length))
+        return observations[some], starts[some]
+    every = -(-length * envs // _IMAGES)
+    return observations.flatten(0, 1)[::every].unsqueeze(0), starts.flatten()[::every].unsqueeze(0)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 from spiking_rl.agents.building import build_model, resolve_device
 from spiking_rl.agents.config import TrainConfig, config_from_dict, load_config, load_recipe, save_config
@@ -37,10 +37,18 @@ def start_run(
     _check_hours(hours)
     observations, actions = check_environment(config.env)
     check_spaces(observations, actions, "nature_cnn" if is_image_space(observations) else "mlp")
+    if is_image_space(observations) and not is_image_space_channels_first(observations):  # type: ignore[arg-type]
+        raise UserError(
+            "env",
+            config.env,
+            f"gives images of shape {observations.shape}, channels last; wrap it to give (channels, height, width), "
+            "and name Atari games as 'ALE/Pong-v5'",
+        )
     resolve_device(device)
+    model = build_model(config, device)  # before anything is written: the replay may be too large
     folder.create()
     save_config(folder.config, config, provenance())
-    return TrainingSession(config, folder, build_model(config, device), hours, progress)
+    return TrainingSession(config, folder, model, hours, progress)
 
 
 def resume_run(

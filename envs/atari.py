@@ -167,7 +167,8 @@ class AtariVecEnv(VecEnv):
 
     Rewards are clipped to -1, 0 and 1 for learning; ``info["episode"]`` has the unclipped return.
     Emulators cannot be saved: :meth:`restart` begins new games whose seeds follow from the run's seed and
-    the number of restarts, so that a resumed run and one that was never stopped play alike.
+    the number of restarts. Every save of a run restarts, so that a run resumed from it plays like the one
+    that went on.
 
     Args:
         atari: which game, and how it is played.

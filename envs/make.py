@@ -176,7 +176,8 @@ def can_be_saved(venv: VecEnv) -> bool:
 def restart(venv: VecEnv) -> NDArray[Any]:
     """Begin new games in environments that cannot be saved; return their observations.
 
-    A run that goes on and one that is resumed then continue from the same place.
+    A run that goes on after a save and one that is resumed from it then play alike. A save that only
+    happened because the run was stopped is one restart more.
     """
     assert isinstance(venv, AtariVecEnv)
     return venv.restart()

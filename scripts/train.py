@@ -208,4 +208,4 @@ def _film(folder: RunFolder, config: TrainConfig) -> None:
 
 def _go_on(folder: RunFolder, config: TrainConfig) -> str:
     algo = "" if load_recipe(config.env)[1].algo == config.algo else f" --algo {config.algo}"
-    return f"spiking-rl train {config.env}{algo} --run {shlex.quote(str(folder.path))} --resume"
+    return f"spiking-rl train {shlex.quote(config.env)}{algo} --run {shlex.quote(str(folder.path))} --resume"

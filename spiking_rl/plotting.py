@@ -144,7 +144,8 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
 
 _METHODS = {
     "pruned": "pruned step by step",
-    "stateful": "pruned step by step",
+    "stateful": "pruned, stateful",
+    "stateless": "stateless",
     "direct": "trained directly",
     "rescaled": "pruned, leaks follow T",
     "fixed-leak": "pruned, leaks kept",

@@ -11,7 +11,7 @@ import pytest
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 from spiking_rl import UserError
-from spiking_rl.agents import evaluate, load_agent, prune, record
+from spiking_rl.agents import SpikingPQN, evaluate, load_agent, prune, record
 from spiking_rl.agents.evaluation import REPORT_SEED, SELECTION_SEED
 from spiking_rl.envs import make_vectorised
 
@@ -104,6 +104,19 @@ def test_pruning_a_model_in_python(small_run: Path) -> None:
     assert pruned.policy.timesteps == 1
     with pytest.raises(UserError, match="T=1 already"):
         prune(model, "CartPole-v1", to=1)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_prune_leaves_leaks_alone_where_it_is_told_to(follows: bool) -> None:
+    policy = {"timesteps": 2, "network_kwargs": {"hidden": [8, 8]}}
+    model = SpikingPQN("MlpPolicy", make_vectorised("CartPole-v1", 16, 0), stateful=True, policy_kwargs=policy, seed=0)
+    model.learn(1500)
+    before = model.policy.q_net.network.neurons[0].leak.detach().clone()
+    settings = {"eval_every": 10_000, "eval_episodes": 1, "n_steps": 8, "rescale_leak": follows}
+    prune(model, "CartPole-v1", to=1, agent_steps=128, **settings)
+    after = model.policy.q_net.network.neurons[0].leak.detach()
+    expected, other = (before**2, before) if follows else (before, before**2)
+    assert (after - expected).abs().mean() < 0.3 * (after - other).abs().mean()
 
 
 class Endless(gym.Env[np.ndarray, int]):

@@ -89,7 +89,9 @@ def check(buffer: FrameReplayBuffer, games: Games, n_steps: int) -> int:
         assert float(batch.rewards[i]) == pytest.approx(total, abs=1e-5)
         assert batch.next_observations[i].numpy().tobytes() == after.tobytes()
         assert bool(batch.dones[i]) == terminal
-        if not terminal:
+        if batch.discounts is None:
+            assert n_steps == 1, "a learner's own gamma is for one step"
+        elif not terminal:
             assert float(batch.discounts[i]) == pytest.approx(discount)
         seen.add(key)
     return len(seen)

@@ -196,16 +196,12 @@ def test_a_saved_atari_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, algo
     torch.nn.init.normal_(model.policy.q_net.network.readout.weight)
     model.learn(96)
     save_training_state(tmp_path / "resume", model, {})
+    model.learn(48, reset_num_timesteps=False)
     torch.manual_seed(1)
     np.random.seed(1)
     load_training_state(tmp_path / "resume", resumed)
-    generators = torch.get_rng_state(), np.random.get_state()
-    ends = []
-    for each in (model, resumed):
-        torch.set_rng_state(generators[0])
-        np.random.set_state(generators[1])
-        each.learn(48, reset_num_timesteps=False)
-        ends.append(each.policy.state_dict())
+    resumed.learn(48, reset_num_timesteps=False)
+    ends = [model.policy.state_dict(), resumed.policy.state_dict()]
     before = saved_tensors(tmp_path / "resume")
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
     assert any(not torch.equal(before[f"policy.{name}"], tensor) for name, tensor in ends[0].items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -85,3 +86,26 @@ def test_every_layer_starts_awake_on_an_ordinary_image_and_learns() -> None:
         assert neuron.threshold.grad.any()
         assert neuron.leak.grad is not None
         assert neuron.leak.grad.any()
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_time_constants_spread_over_channels_with_unit_gain(layer_norm: bool) -> None:
+    """A picture that never changes ends in the same potential whatever the leak, once nothing fires."""
+    torch.manual_seed(0)
+    options = {"time_constants": (0.5, 4.0), "layer_norm": layer_norm, "timesteps": 1}
+    network = build_network("nature_cnn", (1, 44, 44), 2, **options)
+    for neuron in network.neurons:
+        leaks = neuron.leak.flatten()
+        assert leaks[0].item() == pytest.approx(math.exp(-1 / 0.5), rel=1e-4)
+        assert leaks[-1].item() == pytest.approx(math.exp(-1 / 4), rel=1e-4)
+        assert bool((leaks.diff() > 0).all())
+    picture = torch.rand(1, 1, 1, 44, 44).expand(60, 1, 1, 44, 44)
+    seen: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        network.neurons[0].threshold.fill_(1e9)
+        network(picture, network.initial_state(1), None, lambda layer, _, u: seen.update({layer: u[-1, 0]}))
+        current = network.maps[0](picture[0])[0]  # scaled by 1 - leak
+    gain = (1 - network.neurons[0].leak.detach()).reshape(-1, 1, 1)
+    assert torch.allclose(seen["layer1"], current / gain, atol=1e-3)
+    slow, fast = (seen["layer1"].flatten(1).std(1)[half].mean() for half in (slice(16, 32), slice(16)))
+    assert slow < 2 * fast, "slow channels do not sum a picture up to more"

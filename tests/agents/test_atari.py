@@ -1,0 +1,110 @@
+"""Learners on Atari games: calibration, cuts and refusals; what they learn is measured elsewhere."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from spiking_rl import UserError
+from spiking_rl.agents import SpikingDQN
+from spiking_rl.agents.building import build_model
+from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.frame_replay import FrameReplayBuffer
+from spiking_rl.agents.replay import SequenceReplay
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.agents.training import replace_settings, start_run
+from spiking_rl.envs import make_vectorised
+from spiking_rl.scripts.train import _go_on
+
+
+@pytest.mark.parametrize("name", ["pong", "pong-stateful"])
+def test_calibration_on_more_images_than_it_needs(name: str) -> None:
+    """65 observations of 16 games, as the recipes see them: whole sequences for a memory."""
+    config = replace_settings(load_recipe(name)[1], {"timesteps": 1})
+    model = build_model(config, "cpu")
+    stack = model.observation_space.shape[0]
+    images = torch.randint(0, 256, (65, 16, stack, 84, 84), dtype=torch.uint8)
+    starts = torch.zeros(65, 16, dtype=torch.bool)
+    starts[0] = True
+    model.calibrate(images, starts)
+    rates: dict[str, float] = {}
+    q_net = model.policy.q_net
+    with torch.no_grad():
+        few, opens = images[:, :2], starts[:, :2]
+        if model.stateful:
+            state = q_net.network.initial_state(2)
+            inputs = q_net.features(few.flatten(0, 1)).reshape(65, 2, stack, 84, 84)
+            q_net.network(inputs, state, opens, observer=lambda layer, s, _: rates.update({layer: float(s.mean())}))
+        else:
+            q_net.q_values(few.flatten(0, 1), observer=lambda layer, s, _: rates.update({layer: float(s.mean())}))
+    assert len(rates) == 4
+    assert all(0.1 < rate < 0.3 for rate in rates.values()), rates
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("new_games", ["learn", "set_env"])
+def test_games_that_begin_anew_are_no_sequel(stateful: bool, new_games: str) -> None:
+    """A second learn, or another environment: stacks, returns and membranes do not run across."""
+    env_id = f"ALE/Pong-v5?frame_stack={1 if stateful else 4}"
+    kwargs = {"burn_in": 1, "sequence_length": 2} if stateful else {}
+    model = SpikingDQN(
+        "CnnPolicy",
+        make_vectorised(env_id, 2, 0),
+        stateful=stateful,
+        buffer_size=200,
+        learning_starts=10_000,
+        n_steps=2,
+        policy_kwargs={"timesteps": 1},
+        seed=0,
+        device="cpu",
+        **kwargs,
+    )
+    model.learn(8)
+    if new_games == "set_env":
+        model.set_env(make_vectorised(env_id, 2, 5))
+        model.learn(8, reset_num_timesteps=False)
+    else:
+        model.learn(8)
+    replay = model.replay_buffer
+    assert isinstance(replay, SequenceReplay if stateful else FrameReplayBuffer)
+    assert replay.written.tolist() == [9, 9], "four decisions, where they were left, four decisions"
+    assert replay.starts[:9].any(1).tolist() == [True, *[False] * 4, True, *[False] * 3]
+    assert replay.decisions[:9].all(1).tolist() == [*[True] * 4, False, *[True] * 4]
+
+
+def test_a_checkpoint_keeps_n_and_loads_with_frames_kept_once(tmp_path: Path) -> None:
+    config = replace_settings(load_recipe("pong", "dqn")[1], {"timesteps": 1, "return_steps": 3, "num_envs": 2})
+    model = build_model(config, "cpu")
+    assert isinstance(model.replay_buffer, FrameReplayBuffer)
+    assert model.replay_buffer.n_steps == model.n_steps == 3
+    model.save_checkpoint(tmp_path / "agent", environment=config.env)
+    again = SpikingDQN.load_checkpoint(tmp_path / "agent", env=make_vectorised(config.env, 2, 0))
+    assert isinstance(again.replay_buffer, FrameReplayBuffer)
+    assert again.replay_buffer.n_steps == again.n_steps == 3
+
+
+def test_learning_waits_until_there_is_something_to_sample() -> None:
+    settings = {"timesteps": 1, "num_envs": 4, "learning_starts": 2, "train_freq": 4, "buffer_size": 400}
+    config = replace_settings(load_recipe("pong", "dqn")[1], {**settings, "gradient_steps": 1, "batch_size": 4})
+    build_model(config, "cpu").learn(24)
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _, config = load_recipe("pong", "dqn")
+    with pytest.raises(UserError, match=r"buffer_size.*GiB"):
+        start_run(replace_settings(config, {"buffer_size": 10**9}), RunFolder(run), device="cpu")
+    with pytest.raises(UserError, match=r"channels last.*ALE/Pong-v5"):
+        start_run(replace_settings(config, {"env": "Pong-v4"}), RunFolder(run), device="cpu")
+    assert not run.exists()
+
+
+def test_the_way_to_go_on_can_be_pasted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    session = start_run(replace_settings(load_recipe("pong")[1], {"num_envs": 1}), RunFolder(run), device="cpu")
+    told = shlex.split(_go_on(session.folder, session.config))
+    assert told == ["spiking-rl", "train", session.config.env, "--run", str(run), "--resume"]
+    assert load_recipe(told[2])[0] == "pong"
