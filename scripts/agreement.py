@@ -34,7 +34,7 @@ class Options:
 
     decisions: int = 10_000
     """Decisions compared, at least."""
-    burn_in: int = 16
+    burn_in: int = 8
     """Frames between the start and the first decision compared."""
     length: int = 32
     """Decisions compared after each start."""
