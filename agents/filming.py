@@ -19,6 +19,7 @@ from spiking_rl.envs.video import Frame, write_video
 from spiking_rl.errors import UserError
 from spiking_rl.raster import SpikeRaster
 
+_HEIGHT = 400  # pixels that a picture has at least, about: a raster beside it needs the room
 _PAUSE = 0.6  # seconds that the last frame of an episode stays
 
 
@@ -83,6 +84,13 @@ def film(
     return made
 
 
+def _enlarged(picture: Any) -> Frame:
+    """Repeat the pixels of a small picture, as those of an Atari game, until it is about 400 high."""
+    frame: Frame = np.asarray(picture)
+    times = max(1, round(_HEIGHT / frame.shape[0]))
+    return frame.repeat(times, axis=0).repeat(times, axis=1)
+
+
 def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bool, made: Film) -> Iterator[Frame]:
     q_net = q_network(model)
     q_net.set_training_mode(False)
@@ -92,7 +100,7 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         total, over, step = 0.0, False, 0
-        frame = np.asarray(env.render())
+        frame = _enlarged(env.render())
         state = q_net.network.initial_state(1) if q_net.stateful else None
         raster = SpikeRaster(sizes, frame.shape[0]) if spikes else None
         while not over:
@@ -106,7 +114,7 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
                 values, state = q_net.q_values(batch, state, observer=observer)
                 action = int(values.argmax())
             # The frame shows what the agent saw, the raster how it decided on it.
-            frame = np.asarray(env.render())
+            frame = _enlarged(env.render())
             if raster is not None:
                 for layer, output in seen.items():
                     raster.push(layer, output)
