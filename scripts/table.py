@@ -51,6 +51,8 @@ class Options:
     """Folder of the runs."""
     output: Path = Path("results/cartpole.json")
     """Results."""
+    extend: bool = False
+    """Keep the lines that the output has already, and all its others."""
     jobs: int = 1
     """Runs side by side."""
 
@@ -59,16 +61,28 @@ def main() -> None:
     """Run what is missing, then write the table."""
     options = parse(Options, "table", sys.argv[1:], DESCRIPTION)
     lines = [(s, a, m) for a in options.algos for m in options.methods for s in options.seeds]
+    known = _known(options.output) if options.extend else {}
+    lines = [line for line in lines if line not in known]
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = [row for part in pool.map(lambda line: _line(options, *line), lines) for row in part]
+        known |= zip(lines, pool.map(lambda line: _line(options, *line), lines), strict=True)
+    rows = [row for part in known.values() for row in part]
     write_results(options.output, "table", rows)
     print(f"{len(rows)} rows: {options.output}")
     for algo in options.algos:
         figure = options.output.with_name(f"{options.output.stem}-{algo}.png")
         own = [row for row in rows if row["algo"] == algo]
-        seeds = ", ".join(str(s) for s in options.seeds)
+        seeds = ", ".join(str(s) for s in sorted({row["seed"] for row in own}))
         save_figure(continuum(own, f"{own[0]['environment']}, {algo}, seeds {seeds}; line: mean"), figure)
         print(f"figure: {figure}")
+
+
+def _known(output: Path) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+    """Return the rows of an earlier, unfinished table by seed, algorithm and method."""
+    found: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    if output.is_file():
+        for row in read_json(output, "results")["rows"]:
+            found.setdefault((row["seed"], row["algo"], row["method"]), []).append(row)
+    return found
 
 
 def _arguments(config: TrainConfig, method: str) -> list[str]:
@@ -121,7 +135,8 @@ def _prune(options: Options, seed: int, algo: str, run: Path, method: str) -> No
     if load_config(run / "config.yaml").prune_to == 1:
         _train(options, seed, algo, run, [])  # it was pruning when it stopped
     else:
-        _call(run, ["prune", str(run), "--to", "1", *_SECOND[method]])
+        steps = ["--agent-steps", str(config.prune_steps)]
+        _call(run, ["prune", str(run), "--to", "1", *steps, *_SECOND[method]])
 
 
 def _train(options: Options, seed: int, algo: str, run: Path, extra: list[str]) -> None:

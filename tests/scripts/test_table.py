@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from spiking_rl.agents.config import load_recipe
 from spiking_rl.scripts import table
 
 
@@ -20,15 +23,18 @@ class Trainer:
     def __call__(self, run: Path, arguments: list[str]) -> None:
         self.called.append(arguments)
         run.mkdir(parents=True, exist_ok=True)
-        to = 1 if arguments[0] == "prune" else 5
+        asked = arguments[arguments.index("--prune-to") + 1] if "--prune-to" in arguments else "5"
+        to = 1 if arguments[0] == "prune" else int(asked)
         if not (run / "config.yaml").is_file() or arguments[0] == "prune":
             (run / "config.yaml").write_text(yaml.safe_dump({"algo": "pqn", "prune_to": to}))
         if arguments[0] == self.dies_at:
             self.dies_at = None
             raise KeyboardInterrupt
         stages = range(5, yaml.safe_load((run / "config.yaml").read_text())["prune_to"] - 1, -1)
-        rows = ", ".join(f'{{"timesteps": {t}, "mean_return": {t}}}' for t in stages)
-        (run / "results.json").write_text(f'{{"rows": [{rows}]}}')
+        algo, seed = "pqn", int(run.name[-1])
+        shared = {"environment": "E", "ci95": 0.0, "spike_rate": {"layer1": 0.1}, "energy_ratio": 2.0}
+        rows = [{"timesteps": t, "mean_return": t, "algo": algo, "seed": seed, **shared} for t in stages]
+        (run / "results.json").write_text(json.dumps({"rows": rows}))
 
 
 @pytest.fixture
@@ -47,6 +53,7 @@ def test_two_methods_share_their_first_stage(trainer: Trainer, tmp_path: Path) -
     assert rows_of(options, "rescaled") == rows_of(options, "fixed-leak") == [5, 4, 3, 2, 1]
     first, rescaled, fixed = trainer.called
     assert first[first.index("--prune-to") + 1] == "5"
+    assert rescaled[rescaled.index("--agent-steps") + 1] == str(load_recipe("cartpole-masked")[1].prune_steps)
     assert rescaled[-2:] == ["--rescale-leak", "True"]
     assert fixed[-2:] == ["--rescale-leak", "False"]
     assert rows_of(options, "rescaled") == [5, 4, 3, 2, 1]
@@ -73,3 +80,23 @@ def test_a_copy_that_was_cut_short_is_no_run(trainer: Trainer, tmp_path: Path) -
     (torn / "results.json").write_text('{"rows": []}')
     assert rows_of(options, "rescaled") == [5, 4, 3, 2, 1]
     assert not torn.exists()
+
+
+def test_lines_of_an_unfinished_table_are_kept(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "table.json"
+
+    def run(*arguments: str) -> list[str]:
+        shared = ["--recipe", "cartpole-masked", "--algos", "pqn", "--runs", str(tmp_path / "runs")]
+        monkeypatch.setattr("sys.argv", ["table", *shared, "--output", str(output), *arguments])
+        table.main()
+        rows = json.loads(output.read_text())["rows"]
+        return list(dict.fromkeys(f"{row['method']} {row['seed']}" for row in rows))
+
+    assert run("--methods", "direct", "--seeds", "3") == ["direct 3"]
+    shutil.rmtree(tmp_path / "runs")  # another machine has the table but not the runs
+    assert run("--methods", "direct", "one-leak", "--seeds", "3", "--extend") == ["direct 3", "one-leak 3"]
+    assert run("--methods", "direct", "--seeds", "4", "--extend") == ["direct 3", "one-leak 3", "direct 4"]
+    assert len(trainer.called) == 3
+    assert run("--methods", "direct", "--seeds", "4") == ["direct 4"], "unless asked, a table is made anew"
