@@ -61,7 +61,7 @@ def test_the_first_layer_can_keep_the_size_of_its_inputs() -> None:
         # With nothing but a direction left, one input cannot be told from its double.
         assert torch.allclose(network.maps[0](small), network.maps[0](2 * small), atol=1e-4) == normalised
         second = network.maps[1](torch.randn(20, 64) * 100)
-        assert second.std(1).mean().item() == pytest.approx(1, abs=0.01)
+        assert second.std(1, correction=0).mean().item() == pytest.approx(1, abs=0.01)
 
 
 def test_an_input_of_any_shape_is_flattened() -> None:
