@@ -105,6 +105,8 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     control = [r["mean_return"] for r in rows if r["timesteps"] is None]
     order = sorted({r["timesteps"] for r in spiking}, reverse=True)
     methods = list(dict.fromkeys(r.get("method", "pruned") for r in spiking))
+    # Lines stand on the ticks, single points beside them.
+    methods.sort(key=lambda m: -len({r["timesteps"] for r in spiking if r.get("method", "pruned") == m}))
     series: dict[str, Callable[[Row], float]] = {
         "return per episode": lambda r: float(r["mean_return"]),
         "spikes per neuron per timestep": lambda r: _mean(list(r["spike_rate"].values())),
