@@ -125,7 +125,7 @@ class SequenceReplay(BaseBuffer):
             self.membranes = np.zeros((*self.membranes.shape[:2], membranes.shape[1]), dtype=np.float16)
         at = self.written[rows] % self.buffer_size
         self.observations[at, rows] = observations
-        arrays = (self.actions, self.rewards, self.starts, self.terminal, self.decisions)
+        arrays: tuple[NDArray[Any], ...] = (self.actions, self.rewards, self.starts, self.terminal, self.decisions)
         for array, values in zip(arrays, rest, strict=True):
             array[at, rows] = values
         opens = at % self.stride == 0
