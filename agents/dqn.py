@@ -124,14 +124,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
 
     def _setup_model(self) -> None:
         self.episode_starts = np.ones(self.n_envs, dtype=bool)
-        if not self.policy_kwargs["stateful"]:
-            if isinstance(self.env, AtariVecEnv) and self.replay_buffer_class is None:
-                self.replay_buffer_class = FrameReplayBuffer  # type: ignore[assignment]
-                self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma}
-                self._setup_without_warning()
-            else:
-                super()._setup_model()
-        else:
+        if self.policy_kwargs["stateful"]:
             span = self.burn_in + self.sequence_length + self.n_steps
             if self.env is not None and self.buffer_size // self.n_envs < span:
                 raise UserError(
@@ -140,6 +133,12 @@ class SpikingDQN(StagedAlgorithm, DQN):
             self.replay_buffer_class = SequenceReplay  # type: ignore[assignment]
             self.replay_buffer_kwargs = {"span": span, "stride": max(1, self.sequence_length // 2)}
             self._setup_without_warning()
+        elif isinstance(self.env, AtariVecEnv) and self.replay_buffer_class is None:
+            self.replay_buffer_class = FrameReplayBuffer  # type: ignore[assignment]
+            self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma}
+            self._setup_without_warning()
+        else:
+            super()._setup_model()
         if self.stateful and self._vec_normalize_env is not None:
             raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")
         self._setup_explorer()
