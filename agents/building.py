@@ -57,6 +57,8 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         "learning_rate": LinearSchedule(config.learning_rate, config.final_learning_rate, 1.0),
         "gamma": config.gamma,
         "exploration_fraction": config.exploration_fraction,
+        # Whoever starts from a trained agent need not begin with random play.
+        "exploration_initial_eps": config.exploration_final_eps if config.start_from else 1.0,
         "exploration_final_eps": config.exploration_final_eps,
         "exploration_repeat": config.exploration_repeat,
         "reward_scale": config.reward_scale,

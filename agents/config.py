@@ -44,6 +44,8 @@ class MainSettings:
     """Carry the membranes through the episode: a memory."""
     neuron: Neuron = "lif"
     """lif: spiking; relu: the control network of the same shape."""
+    start_from: str | None = None
+    """Trained agent to start from: a run, a checkpoint or a pretrained one; a ReLU network is converted."""
 
 
 @dataclass(kw_only=True)

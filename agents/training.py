@@ -17,8 +17,10 @@ from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.policies import check_spaces
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.provenance import provenance
+from spiking_rl.agents.resume import has_training_state
 from spiking_rl.agents.runs import RunFolder, checkpoint_name
 from spiking_rl.agents.session import TrainingSession
+from spiking_rl.agents.starting import start_from
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.envs.make import check_environment, make_vectorised
 from spiking_rl.errors import UserError
@@ -45,7 +47,7 @@ def start_run(
             "and name Atari games as 'ALE/Pong-v5'",
         )
     resolve_device(device)
-    model = build_model(config, device)  # before anything is written: the replay may be too large
+    model = _new_model(config, device)  # before anything is written: the replay may be too large
     folder.create()
     save_config(folder.config, config, provenance())
     return TrainingSession(config, folder, model, hours, progress)
@@ -63,9 +65,18 @@ def resume_run(
     folder.require()
     config = load_config(folder.config)
     config.check()
-    session = TrainingSession(config, folder, build_model(config, device), hours, progress)
+    begun = has_training_state(folder.resume)
+    model = build_model(config, device) if begun else _new_model(config, device)
+    session = TrainingSession(config, folder, model, hours, progress)
     session.restore()
     return session
+
+
+def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
+    model = build_model(config, device)
+    if config.start_from is not None:
+        start_from(model, config.start_from, config.env, config.seed)
+    return model
 
 
 def _check_hours(hours: float | None) -> None:

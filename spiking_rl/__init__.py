@@ -6,7 +6,7 @@ knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_r
 
 from spiking_rl import vision  # registers the networks for images
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.conversion import calibrate_thresholds, convert
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
 from spiking_rl.errors import UserError
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
@@ -32,6 +32,7 @@ __all__ = [
     "build_network",
     "calibrate_thresholds",
     "clamp_after_step",
+    "convert",
     "energy_ratio",
     "fire",
     "lif_scan",

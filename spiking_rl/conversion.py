@@ -1,9 +1,11 @@
-"""Thresholds set from data, layer by layer."""
+"""Thresholds set from data, layer by layer; a trained ReLU network turned into a spiking one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
@@ -39,6 +41,61 @@ def calibrate_thresholds(
     Raises:
         UserError: rate outside (0, 1), fewer than 2 inputs, or inputs that are not finite.
     """
+    return _calibrate(network, inputs, rate, starts)
+
+
+@torch.no_grad()
+def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate: float = 0.2) -> list[float]:
+    """Give a spiking network the weights of a trained ReLU network of the same shape.
+
+    A threshold balanced on data, layer by layer, makes a firing rate of the ReLU's output: over
+    enough timesteps ``threshold * rate`` is that output, cut off at the threshold. Spikes have
+    amplitude 1, so the weights behind a layer are multiplied by its threshold, and the outputs stay
+    in the ReLU network's units: Q-values keep their scale. The lower ``rate``, the less is cut off and
+    the more timesteps it takes to tell values apart. Where currents are normalised, every timestep is
+    normalised for itself: the approximation keeps an error then, whatever T, and is a place to train on from.
+
+    Args:
+        relu: trained, neuron ``"relu"``; it stays as it is.
+        spiking: its weights and thresholds are overwritten, its leaks are not (with a leak of 1, where
+            they start, the approximation is best).
+        inputs: at least 2 inputs as in training, ``(B, *input_shape)``.
+        rate: spikes per neuron and timestep to balance the thresholds for, in (0, 1).
+
+    Returns:
+        The rate reached, per layer.
+
+    Raises:
+        UserError: the networks do not fit each other, or as :func:`calibrate_thresholds`.
+
+    Source: DIET-SNN (Rathi, Roy 2020), which balances thresholds likewise and leaves the weights.
+    """
+    if relu.spiking or not spiking.spiking:
+        raise UserError("relu", "the two networks", "must be a ReLU network and a spiking one, in this order")
+    weights = {name: t for name, t in spiking.state_dict().items() if not name.startswith("neurons.")}
+    source = relu.state_dict()
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in source.items()}:
+        raise UserError("relu", "its layers", "are not those of the spiking network; build both with the same options")
+    spiking.load_state_dict(source, strict=False)
+    followers = [*list(spiking.maps)[1:], spiking.readout]
+
+    def fold(layer: int) -> None:
+        neuron = spiking.neurons[layer]
+        assert isinstance(neuron, LIF)
+        linear = next(m for m in followers[layer].modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+        linear.weight.mul_(neuron.threshold.flatten()[0])  # calibration gives all channels the same
+
+    return _calibrate(spiking, inputs, rate, None, fold)
+
+
+def _calibrate(
+    network: LayeredNetwork,
+    inputs: Tensor,
+    rate: float,
+    starts: Tensor | None,
+    calibrated: Callable[[int], None] | None = None,
+) -> list[float]:
+    """Calibrate every layer; ``calibrated(i)`` is called when layer i is, before the next one runs."""
     if not 0 < rate < 1:
         raise UserError("rate", rate, "the target firing rate must lie strictly between 0 and 1")
     count = len(inputs) if starts is None else starts.numel()
@@ -59,6 +116,8 @@ def calibrate_thresholds(
         _calibrate_layer(neuron, current, rate, opens)
         spikes = _spikes(neuron, current, opens)
         reached.append(float(spikes.mean()))
+        if calibrated is not None:
+            calibrated(i)
     return reached
 
 

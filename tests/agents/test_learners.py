@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from spiking_rl import UserError, load_checkpoint
-from spiking_rl.agents import SpikingDQN, SpikingPQN, evaluate, load_agent
+from spiking_rl.agents import SpikingDQN, SpikingPQN, evaluate, load_agent, train
 from spiking_rl.agents.policies import RunningNorm, SpikingMlpPolicy
 from spiking_rl.envs import make_vectorised
 
@@ -252,3 +253,46 @@ def test_dqn_behind_vecnormalize_scales_what_its_network_sees() -> None:
     env.obs_rms.count = 1e9  # the wrapper shifts everything by 100
     model.learn(400)
     assert float(model.policy.q_net.norm.running_mean.abs().max()) > 5
+
+
+def test_a_run_starts_from_a_trained_agent(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"hidden": (32, 32), "gamma": 0.5, "report_episodes": 0, "video_episodes": 0}
+    relu = str(tmp_path / "relu")
+    train("Match-v0", neuron="relu", agent_steps=8000, learning_rate=3e-3, lam=0.5, run=relu, seed=1, **quick)
+    # Hardly any training: what they can do, they got from there.
+    hardly: dict[str, Any] = {"timesteps": 5, "prune_to": 5, "agent_steps": 512, "learning_rate": 1e-5, "seed": 2}
+    hardly |= {"eval_every": 512, **quick}
+    spiking = str(tmp_path / "spiking")
+    converted = train("Match-v0", run=spiking, start_from=relu, **hardly)
+    assert converted.policy.q_net.network.spiking
+    assert evaluate(converted, "Match-v0", episodes=20).mean_return > 7
+    fresh = train("Match-v0", **hardly)
+    assert evaluate(fresh, "Match-v0", episodes=20).mean_return < 7
+    # By the other learner, at another T.
+    replay: dict[str, Any] = {"buffer_size": 600, "learning_starts": 100}
+    lower = train("Match-v0", algo="dqn", start_from=spiking, **{**hardly, "timesteps": 2, "prune_to": 2}, **replay)
+    assert evaluate(lower, "Match-v0", episodes=20).mean_return > 7
+    thresholds = [[n.threshold for n in model.policy.q_net.network.neurons] for model in (converted, lower)]
+    torch.testing.assert_close(thresholds[0], thresholds[1], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"start_from": "nowhere"}, "neither a run nor a checkpoint"),
+        ({"start_from": "cartpole"}, "other spaces"),
+    ],
+)
+def test_a_start_that_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train("Match-v0", run=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stateless_agent_cannot_be_the_start_of_a_stateful_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is stateless, and a stateful agent"):
+        train("CartPole-v1", stateful=True, start_from="cartpole", run=tmp_path / "run")
+    with pytest.raises(UserError, match="a ReLU network cannot start from it"):
+        train("CartPole-v1", neuron="relu", start_from="cartpole", run=tmp_path / "run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spiking_rl import LayeredNetwork, SpikeCounter, UserError, build_network, calibrate_thresholds
+from spiking_rl import LayeredNetwork, SpikeCounter, UserError, build_network, calibrate_thresholds, convert
 
 
 def network_of(timesteps: int, **options: object) -> LayeredNetwork:
@@ -87,3 +87,36 @@ def test_useless_inputs_are_refused(inputs: torch.Tensor, words: str) -> None:
         calibrate_thresholds(network, inputs)
     assert caught.value.field == "inputs"
     assert thresholds(network) == before
+
+
+@pytest.mark.parametrize(("layer_norm", "rate", "limit"), [(False, 0.05, 0.05), (True, 0.2, 0.4)])
+def test_a_converted_network_approaches_the_relu_network_as_t_grows(
+    layer_norm: bool, rate: float, limit: float
+) -> None:
+    torch.manual_seed(1)
+    shape = {"hidden": (64, 48), "layer_norm": layer_norm}
+    relu = build_network("mlp", (4,), 3, neuron="relu", **shape)
+    torch.nn.init.normal_(relu.readout.weight)
+    torch.nn.init.normal_(relu.readout.bias)
+    inputs = torch.randn(500, 4)
+    wanted = relu(inputs.unsqueeze(0))[0]
+    errors = []
+    for timesteps in (1, 16, 256):
+        spiking = build_network("mlp", (4,), 3, timesteps=timesteps, **shape)
+        convert(relu, spiking, inputs, rate)
+        got = spiking(inputs.unsqueeze(0))[0]
+        errors.append(((got - wanted).std() / wanted.std()).item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < limit
+    assert torch.equal(relu(inputs.unsqueeze(0))[0], wanted)  # the source stays
+
+
+def test_conversion_refuses_networks_that_do_not_fit() -> None:
+    relu = build_network("mlp", (4,), 2, neuron="relu", hidden=(8,))
+    spiking = network_of(2)
+    before = {k: v.clone() for k, v in spiking.state_dict().items()}
+    with pytest.raises(UserError, match="same options"):
+        convert(relu, spiking, torch.randn(10, 4))
+    with pytest.raises(UserError, match="in this order"):
+        convert(spiking, relu, torch.randn(10, 4))
+    assert all(torch.equal(before[k], v) for k, v in spiking.state_dict().items())

@@ -1,0 +1,82 @@
+"""Start a learner from a trained agent: a ReLU network is converted, a spiking one is taken over."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.pqn import SpikingPQN
+from spiking_rl.checkpoint import load_into
+from spiking_rl.conversion import convert
+from spiking_rl.envs.make import make_vectorised
+from spiking_rl.errors import UserError
+from spiking_rl.networks import rescale_leaks
+
+_ENVIRONMENTS = 16
+_STEPS = 256  # in each of them: long enough to leave the opening of a game
+_EPSILON = 0.1  # so that greedy games differ
+_INPUTS = 512  # as many set thresholds; the papers' number
+
+
+def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) -> None:
+    """Give a fresh learner the weights of a trained agent.
+
+    A ReLU network is converted on observations of its own play (:func:`spiking_rl.conversion.convert`).
+    A spiking network is taken over with its thresholds and leaks, whatever its T; a stateful one's
+    leaks follow T where the learner's ``rescale_leak`` says so.
+
+    Args:
+        model: a learner that has not been trained.
+        agent: a run, a checkpoint or the name of a pretrained agent.
+        env: environment id to play in for the conversion.
+        seed: of that play.
+
+    Raises:
+        UserError: the agent is missing, damaged, or has other spaces, layers or kind of memory.
+    """
+    source = load_agent(agent, device=str(model.device)).model
+    theirs, ours = source.policy.q_net, model.policy.q_net
+    if (source.observation_space, source.action_space) != (model.observation_space, model.action_space):
+        raise UserError("start_from", agent, f"was trained on other spaces than those of {env}")
+    network = ours.network
+    if theirs.network.spiking and not network.spiking:
+        raise UserError("start_from", agent, "is a spiking network; a ReLU network cannot start from it")
+    if theirs.stateful != ours.stateful:
+        kinds = ("stateful", "stateless") if theirs.stateful else ("stateless", "stateful")
+        raise UserError("start_from", agent, f"is {kinds[0]}, and a {kinds[1]} agent cannot start from it")
+    if theirs.network.spiking == network.spiking:
+        load_into(ours, theirs.state_dict(), agent)
+        if model.stateful and model.rescale_leak:
+            rescale_leaks(network, network.timesteps / theirs.network.timesteps)
+    else:
+        if ours.norm is not None and theirs.norm is not None:
+            ours.norm.load_state_dict(theirs.norm.state_dict())
+        seen = _played(source, env, seed)
+        with torch.no_grad():
+            convert(theirs.network, network, ours.features(seen), model.firing_rate)
+    if model.policy.has_target:
+        model.policy.q_net_target.load_state_dict(ours.state_dict())
+    model.calibrated = True
+
+
+def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int) -> torch.Tensor:
+    """Return observations ``(_INPUTS, *obs)`` spread over some play of a stateless agent."""
+    random = np.random.default_rng(seed)
+    venv = make_vectorised(env, _ENVIRONMENTS, seed)
+    every = _ENVIRONMENTS * _STEPS // _INPUTS
+    kept = []
+    try:
+        observations = venv.reset()
+        for step in range(_STEPS):
+            assert isinstance(observations, np.ndarray)
+            if step % every == 0:
+                kept.append(observations.copy())
+            greedy, _ = source.predict(observations, deterministic=True)
+            noise = random.integers(source.action_space.n, size=_ENVIRONMENTS)  # type: ignore[attr-defined]
+            actions = np.where(random.random(_ENVIRONMENTS) < _EPSILON, noise, greedy)
+            observations = venv.step(actions)[0]
+    finally:
+        venv.close()
+    return torch.as_tensor(np.concatenate(kept), device=source.device)
