@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -98,6 +98,8 @@ class TrainConfig(MainSettings):
     """A stage ends early once three evaluations in a row reach this score."""
     report_episodes: int = 100
     """Episodes of the final table, on other seeds; 0 leaves it out."""
+    report_also: tuple[str, ...] = ()
+    """Further environments, with the same spaces, that the final table plays in."""
     video_episodes: int = 1
     """Episodes on the final video; 0 leaves it out."""
     save_every: int = 20_000
@@ -244,10 +246,10 @@ def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
         return None if value is None else _typed(name, value, get_args(hint)[0], origin)
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
-        allowed = (int, float) if kind is float else (int,)
+        allowed = (int, float) if kind is float else (kind,)
         if isinstance(value, (list, tuple)) and all(type(v) in allowed for v in value):
             return tuple(kind(v) for v in value)
-        what = "numbers" if kind is float else "whole numbers"
+        what = {float: "numbers", int: "whole numbers", str: "names"}[kind]
         raise UserError(name, value, f"must be a list of {what} in {origin}")
     if hint is float and type(value) is int:
         return float(value)
@@ -295,7 +297,9 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     recipe = dict(known[chosen])
     short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
     if atari is not None and chosen == "default":
-        recipe = {**known["pong"], "env": env}
+        # Sticky actions make a slower game, in which every episode differs: each score stands beside the other.
+        other = replace(atari, sticky_actions=0.0 if atari.sticky_actions else 0.25)
+        recipe = {**known["pong"], "env": env, "report_also": [str(other)]}
         short = f"{atari.game}-sticky{atari.sticky_actions:g}-stack{atari.frame_stack}"
     recipe.setdefault("env", name)
     default_algo = recipe.pop("algo", "pqn")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stable_baselines3.common.base_class import BaseAlgorithm
+
 from spiking_rl.agents.config import load_config
 from spiking_rl.agents.evaluation import evaluate
 from spiking_rl.agents.loading import load_agent
@@ -23,7 +25,8 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
 
     Returns:
         ``{"command", "commit", "date", "machine", ..., "rows"}``, one row per T, highest first, with the
-        fields of :class:`spiking_rl.agents.Evaluation` and ``algo, seed, agent_steps, end_return``.
+        fields of :class:`spiking_rl.agents.Evaluation` and ``algo, seed, agent_steps, end_return``, and
+        under ``also`` the scores in the environments of the run's ``report_also``.
     """
     config = load_config(run.config)
     rows = []
@@ -38,11 +41,17 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
             row["end_return"] = evaluate(
                 last.model, last.environment, episodes=episodes, measure_latency=False
             ).mean_return
-        rows.append(row)
+        also = [_score(agent.model, env, episodes) for env in config.report_also]
+        rows.append({**row, "also": also} if also else row)
     results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
     results |= {**facts, "rows": rows}
     run.write_results(results)
     return results
+
+
+def _score(model: BaseAlgorithm, env: str, episodes: int) -> dict[str, Any]:
+    row = evaluate(model, env, episodes=episodes, measure_latency=False).as_row()
+    return {key: row[key] for key in ("environment", "mean_return", "ci95", "distinct_episodes")}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -50,7 +59,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     header = ["T", "return", "95 %", "at stage end", "spikes/neuron/timestep", "energy ANN/SNN", "ms/decision"]
     body = [
         [
-            "ReLU" if r["timesteps"] is None else str(r["timesteps"]),
+            _name(r),
             f"{r['mean_return']:.1f}",
             f"± {r['ci95']:.1f}",
             "" if r.get("end_return") is None else f"{r['end_return']:.1f}",
@@ -60,6 +69,21 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for r in rows
     ]
+    if any(r["distinct_episodes"] < r["episodes"] for r in rows):
+        header.append("distinct games")
+        for line, r in zip(body, rows, strict=True):
+            line.append(f"{r['distinct_episodes']} of {r['episodes']}")
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *body]]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines.insert(1, "-" * len(lines[0]))
+    elsewhere: dict[str, list[str]] = {}
+    for r in rows:
+        for other in r.get("also", []):
+            name = _name(r) if r["timesteps"] is None else f"T={_name(r)}"
+            score = f"{name} {other['mean_return']:.1f} ± {other['ci95']:.1f}"
+            elsewhere.setdefault(other["environment"], []).append(score)
+    return "\n".join([*lines, *(f"in {env}: {', '.join(scores)}" for env, scores in elsewhere.items())])
+
+
+def _name(row: dict[str, Any]) -> str:
+    return "ReLU" if row["timesteps"] is None else str(row["timesteps"])

@@ -22,6 +22,7 @@ from spiking_rl.files import write_atomically
 
 PROGRESS_FIELDS = (
     "agent_steps",
+    "seconds",
     "timesteps",
     "score",
     "train_return",
@@ -30,7 +31,7 @@ PROGRESS_FIELDS = (
     "loss",
     "spike_rate",
 )
-"""Columns of progress.csv, one row per evaluation."""
+"""Columns of progress.csv, one row per evaluation; seconds of training, evaluations included."""
 
 
 class RunFolder:

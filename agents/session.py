@@ -107,9 +107,12 @@ class TrainingSession:
             "rows": self.rows,
             "next_eval": self.next_eval,
             "next_save": self.next_save,
-            "seconds": self.seconds + time.monotonic() - self._started,
+            "seconds": self._seconds_so_far(),
         }
         save_training_state(self.folder.resume, self.model, extra)
+
+    def _seconds_so_far(self) -> float:
+        return self.seconds + time.monotonic() - self._started
 
     def restore(self) -> None:
         """Go back to the last saved state; a run that died before its first save starts again."""
@@ -227,6 +230,7 @@ class TrainingSession:
         rates = result.spike_rate
         row = {
             "agent_steps": model.num_timesteps,
+            "seconds": round(self._seconds_so_far(), 1),
             "timesteps": result.timesteps,
             "score": result.mean_return,
             "train_return": float(np.mean(returns)) if returns else None,

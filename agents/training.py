@@ -46,6 +46,9 @@ def start_run(
             f"gives images of shape {observations.shape}, channels last; wrap it to give (channels, height, width), "
             "and name Atari games as 'ALE/Pong-v5'",
         )
+    for other in config.report_also:
+        if check_environment(other) != (observations, actions):
+            raise UserError("report_also", other, f"has other spaces than {config.env}; leave it out")
     resolve_device(device)
     model = _new_model(config, device)  # before anything is written: the replay may be too large
     folder.create()

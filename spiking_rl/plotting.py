@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 _BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
+_CURVES = (_BLUE, _ORANGE, _GREEN, "#805ad5", _RED)
 _METHOD_COLOURS = (_BLUE, _GREEN, _RED, "#6b46c1", "#0987a0")
 
 
@@ -40,6 +41,29 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def learning_curves(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure:
+    """Draw the scores of several runs against agent steps and against minutes of training.
+
+    Args:
+        runs: rows of ``progress.csv`` by name, as for :func:`learning_curve`, and ``seconds`` where known.
+        title: drawn above.
+    """
+    figure, axes = _figure(2, 11, 4)
+    units = (("agent_steps", 1e6, "agent steps (millions)"), ("seconds", 60, "minutes of training"))
+    for ax, (key, unit, label) in zip(axes, units, strict=True):
+        for (name, rows), colour in zip(runs.items(), _CURVES * (1 + len(runs) // len(_CURVES)), strict=False):
+            points = [(r[key] / unit, r["score"]) for r in rows if r.get(key) is not None]
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.5)
+        ax.set_xlim(left=0)
+        ax.set_xlabel(label)
+        ax.set_ylabel("return per episode, greedy")
+    axes[0].legend(frameon=False, loc="best")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
 def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure:
     """Draw score against agent steps, with the stages of temporal pruning marked.
 
@@ -49,8 +73,7 @@ def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure
         title: drawn above.
     """
     figure, (ax,) = _figure(1, 8, 4)
-    colours = [_BLUE, _ORANGE, _GREEN, "#805ad5", "#c53030"]
-    for (name, rows), colour in zip(runs.items(), colours * (1 + len(runs) // 5), strict=False):
+    for (name, rows), colour in zip(runs.items(), _CURVES * (1 + len(runs) // len(_CURVES)), strict=False):
         steps = [r["agent_steps"] for r in rows]
         label = "greedy evaluation" if len(runs) == 1 else name
         ax.plot(steps, [r["score"] for r in rows], color=colour, marker="o", markersize=3, label=label)

@@ -59,6 +59,38 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
     assert set(stages) == {3, 2}
 
 
+def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
+    whole_job: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {**SMALL, "prune_to": 3, "report_also": ("CartPole-v0",)}
+    done = cli("train", "cartpole", *as_flags(settings), "--run", run, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "in CartPole-v0: T=3 " in done.stderr
+    (row,) = last_json(done.stdout)["rows"]
+    (other,) = row["also"]
+    assert other["environment"] == "CartPole-v0"
+    assert other["mean_return"] <= 200, "its episodes are cut there"
+    output = tmp_path / "curves.json"
+    command = [sys.executable, "-m", "spiking_rl.scripts.curves", run, whole_job[0], "--output", output]
+    subprocess.run(list(map(str, command)), check=True, timeout=120)
+    rows = json.loads(output.read_text())["rows"]
+    assert [r["run"] for r in rows] == ["run", whole_job[0].name]
+    assert rows[0]["curve"] == RunFolder(run).read_progress()
+    assert rows[0]["config"]["report_also"] == ["CartPole-v0"]
+    minutes = [r["seconds"] for r in rows[0]["curve"]]
+    assert minutes == sorted(minutes)
+    assert minutes[0] > 0
+    assert output.with_suffix(".png").stat().st_size > 0
+
+
+def test_another_environment_for_the_table_must_fit(cli: Cli, tmp_path: Path) -> None:
+    refused = cli("train", "cartpole", "--report-also", "Acrobot-v1", "--run", tmp_path / "run")
+    assert refused.returncode == 2
+    assert "report_also = 'Acrobot-v1': has other spaces" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_later_stage_starts_from_the_best_of_the_one_above(whole_job: tuple[Path, dict[str, object]]) -> None:
     rows = RunFolder(whole_job[0]).read_progress()
     best = max(row["score"] for row in rows if row["timesteps"] == 3)
