@@ -23,6 +23,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
+from spiking_rl.agents.spaces import space_to_json
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.checkpoint import read_json
 from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
@@ -67,7 +68,7 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
     with replace_folder(folder) as partial:
         tensors = {f"policy.{k}": v.cpu().contiguous() for k, v in model.policy.state_dict().items()}
         tensors |= {f"average.{k}": v.cpu().contiguous() for k, v in (model.average or {}).items()}
-        tensors |= {f"membrane.{i}": s.membrane.cpu() for i, s in enumerate(model.membranes or ())}
+        tensors |= {f"membrane.{i}": s.membrane.cpu().contiguous() for i, s in enumerate(model.membranes or ())}
         optimiser, scalars = _pack_optimiser(model.policy.optimizer)
         last_obs = np.asarray(model._last_obs)
         (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**tensors, **optimiser}))
@@ -78,6 +79,7 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
                 np.save(partial / "replay" / f"{name}.npy", rows, allow_pickle=False)
         np.save(partial / "last_obs.npy", last_obs, allow_pickle=False)
         state = {
+            "spaces": _spaces(model),
             "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
             "timesteps": model.policy.timesteps,
             "episode_starts": model.episode_starts.tolist(),
@@ -95,6 +97,10 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
             },
         }
         (partial / "state.json").write_text(json.dumps(state, default=_plain))
+
+
+def _spaces(model: StagedAlgorithm) -> list[dict[str, Any]]:
+    return [space_to_json(model.observation_space), space_to_json(model.action_space)]
 
 
 def _plain(value: Any) -> Any:
@@ -120,6 +126,8 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
     state = read_json(folder / "state.json", "resume")
     try:
         _verify(folder, state["sha256"])
+        if state.get("spaces", _spaces(model)) != _spaces(model):
+            raise UserError("resume", str(folder), f"was saved with other observations or actions; {_REMEDY}")
         tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
         model.policy.set_timesteps(state["timesteps"])
         model.policy_kwargs["timesteps"] = state["timesteps"]

@@ -11,13 +11,12 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, SupportsFloat
+from functools import cache
+from typing import TYPE_CHECKING, Any, SupportsFloat
 from urllib.parse import parse_qsl
 
 import gymnasium as gym
 import numpy as np
-from ale_py import roms
-from ale_py.vector_env import AtariVectorEnv
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
@@ -25,13 +24,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from spiking_rl.errors import UserError
 
+if TYPE_CHECKING:
+    from ale_py.vector_env import AtariVectorEnv
+
 FRAMES_PER_DECISION = 4
 MAX_FRAMES = 108_000
 """Frames after which a game is cut: half an hour of play."""
 
 _TRAINING_SEEDS = 10_000_000  # those of evaluations begin here
 _ID = re.compile(r"(?:ALE/(?P<v5>\w+)-v5|(?P<v4>\w+)NoFrameskip-v4)(?:\?(?P<options>.*))?")
-_GAMES = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
 
 Pixels = NDArray[np.uint8]
 
@@ -58,20 +59,32 @@ class AtariId:
         return f"{self.name}?sticky_actions={self.sticky_actions:g}&frame_stack={self.frame_stack}"
 
 
+@cache
+def _games() -> dict[str, str]:
+    """Return the ROM of every game by its title in lower case."""
+    from ale_py import roms  # only who plays Atari waits for it
+
+    return {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+
+
 def parse_atari(env_id: str) -> AtariId | None:
     """Return what an id such as ``ALE/Pong-v5?sticky_actions=0&frame_stack=1`` names; None if no Atari game.
 
     Raises:
-        UserError: a game that is not there, or an option that is unknown or out of range.
+        UserError: a game that is not there, an option that is unknown or out of range, or ale-py is missing.
     """
     found = _ID.fullmatch(env_id)
     if not found:
         return None
     title = found["v5"] or found["v4"]
-    game = _GAMES.get(title.lower())
+    try:
+        games = _games()
+    except ImportError as error:
+        raise UserError("env", env_id, f"needs ale-py, which does not import ({error}); pip install ale-py") from None
+    game = games.get(title.lower())
     if game is None:
-        close = difflib.get_close_matches(title.lower(), _GAMES, n=1)
-        known = "".join(part.capitalize() for part in _GAMES[close[0]].split("_")) if close else None
+        close = difflib.get_close_matches(title.lower(), games, n=1)
+        known = "".join(part.capitalize() for part in games[close[0]].split("_")) if close else None
         hint = f"did you mean 'ALE/{known}-v5'?" if known else "see gymnasium.pprint_registry() for the games"
         raise UserError("env", env_id, f"no such Atari game; {hint}")
     made = AtariId(env_id.partition("?")[0], game, 0.25 if found["v5"] else 0.0)
@@ -98,6 +111,8 @@ def _number(env_id: str, option: str, text: str, kind: type[Any]) -> Any:
 
 def _native(atari: AtariId, num_envs: int, mode: AutoresetMode, *, film: bool = False) -> AtariVectorEnv:
     """Make the emulators; filmed, they give the whole colour picture instead of what the agent sees."""
+    from ale_py.vector_env import AtariVectorEnv
+
     picture: dict[str, Any] = {"grayscale": False, "img_height": 210, "img_width": 160} if film else {}
     return AtariVectorEnv(
         atari.game,

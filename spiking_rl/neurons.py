@@ -140,7 +140,7 @@ class _FusedScan(torch.autograd.Function):
         spikes = torch.empty_like(potentials)
         # Long scans over few neurons are all overhead: one view per timestep, three operations each.
         kept = itertools.repeat(leak) if keep is None else (keep * leak).unbind()
-        after = None if membrane is None else membrane.clone()
+        after = None if membrane is None else torch.empty_like(potentials[0]).copy_(membrane)
         steps = zip(current.unbind(), potentials.unbind(), spikes.unbind(), kept, strict=False)
         for now, potential, spike, retained in steps:
             if after is None:

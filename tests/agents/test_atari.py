@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
+from spiking_rl.agents.resume import load_training_state, save_training_state
 from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.training import replace_settings, start_run
 from spiking_rl.envs import make_vectorised
@@ -108,3 +110,30 @@ def test_the_way_to_go_on_can_be_pasted(tmp_path: Path) -> None:
     told = shlex.split(_go_on(session.folder, session.config))
     assert told == ["spiking-rl", "train", session.config.env, "--run", str(run), "--resume"]
     assert load_recipe(told[2])[0] == "pong"
+
+
+def test_membranes_of_images_are_saved_and_restored(tmp_path: Path) -> None:
+    few = {"timesteps": 1, "num_envs": 2, "n_steps": 8, "n_minibatches": 1, "n_epochs": 1}
+    config = replace_settings(load_recipe("pong-stateful")[1], few)
+    model = build_model(config, "cpu")
+    model.calibration_steps = 8
+    model.learn(32)
+    save_training_state(tmp_path / "resume", model, {})
+    other = build_model(config, "cpu")
+    load_training_state(tmp_path / "resume", other)
+    assert model.membranes is not None
+    assert other.membranes is not None
+    for saved, loaded in zip(model.membranes, other.membranes, strict=True):
+        assert saved.membrane.abs().max() > 0
+        assert torch.equal(saved.membrane, loaded.membrane)
+
+
+def test_another_action_set_is_told_on_resume(tmp_path: Path) -> None:
+    few = {"timesteps": 1, "num_envs": 2, "buffer_size": 200, "learning_starts": 100}
+    pong = replace_settings(load_recipe("pong", "dqn")[1], few)
+    model = build_model(pong, "cpu")
+    model.learn(4)
+    save_training_state(tmp_path / "resume", model, {})
+    breakout = build_model(dataclasses.replace(pong, env="ALE/Breakout-v5?sticky_actions=0&frame_stack=4"), "cpu")
+    with pytest.raises(UserError, match="was saved with other observations or actions; start the run again"):
+        load_training_state(tmp_path / "resume", breakout)

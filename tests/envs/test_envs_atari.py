@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
@@ -9,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from spiking_rl import UserError
 from spiking_rl.envs import make_single, make_vectorised
-from spiking_rl.envs.atari import _native, parse_atari
+from spiking_rl.envs.atari import _games, _native, parse_atari
 from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
 
 
@@ -121,3 +123,13 @@ def test_a_restart_follows_from_the_seed_and_its_number() -> None:
     set_states(again, get_states(venv))
     set_states(other, before)
     assert games(venv) == games(again) != games(other)
+
+
+def test_a_missing_emulator_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ale_py", None)  # what an import finds where nothing is installed
+    _games.cache_clear()
+    with pytest.raises(UserError, match=r"needs ale-py, .*pip install ale-py"):
+        parse_atari("ALE/Pong-v5")
+    assert parse_atari("CartPole-v1") is None
+    monkeypatch.undo()
+    assert parse_atari("ALE/Pong-v5") is not None
