@@ -25,6 +25,7 @@ from spiking_rl.scripts.published import write_results
 DESCRIPTION = """Compare greedy actions after a burn-in with those of the full history of the same play.
 
 RUN is a run folder, a checkpoint or the name of a stateful agent.
+
 Example: python -m spiking_rl.scripts.agreement runs/cartpole-masked-seed0"""
 
 

@@ -14,6 +14,7 @@ from spiking_rl.scripts.options import first_argument, parse
 DESCRIPTION = """Score an agent: greedy return with 95 % interval, spike rates, energy, latency.
 
 RUN is a run folder, one of its checkpoints, or a pretrained agent (see `spiking-rl list`).
+
 Example: spiking-rl evaluate runs/cartpole-seed0 --timesteps 1 --json"""
 
 

@@ -14,6 +14,7 @@ DESCRIPTION = """Write an agent as a Stable-Baselines3 zip, for SpikingDQN.load 
 RUN is a run folder, one of its checkpoints, or a pretrained agent. The zip pickles: whoever loads
 one runs what is in it.
 Back: SpikingDQN.load("agent.zip").save_checkpoint("agent", environment="CartPole-v1").
+
 Example: spiking-rl export runs/cartpole-seed0 --timesteps 1 --output agent.zip"""
 
 

@@ -15,6 +15,7 @@ from spiking_rl.scripts.options import first_argument, parse
 DESCRIPTION = """Film greedy episodes as an mp4.
 
 RUN is a run folder, one of its checkpoints, or a pretrained agent (see `spiking-rl list`).
+
 Example: spiking-rl render runs/cartpole-seed0 --timesteps 1 --spikes"""
 
 

@@ -31,6 +31,7 @@ from spiking_rl.scripts.plot import draw_run
 DESCRIPTION = """Train a spiking Q-network, prune it to one timestep, score it, film it.
 
 ENV is a recipe (see `spiking-rl list`), a Gymnasium id, or module:EnvId for your own environment.
+
 Example: spiking-rl train cartpole --algo dqn --seed 1 --run runs/first
 
 `spiking-rl train ENV --help-all` shows every setting of the algorithm."""
@@ -51,17 +52,17 @@ class RunOptions:
 
 
 @dataclass(kw_only=True)
-class MainOptions(MainSettings, RunOptions):
+class MainOptions(RunOptions, MainSettings):
     """What ``--help`` shows; ``--help-all`` shows every setting."""
 
 
 @dataclass(kw_only=True)
-class PQNOptions(PQNConfig, RunOptions):
+class PQNOptions(RunOptions, PQNConfig):
     """Options of ``train --algo pqn``."""
 
 
 @dataclass(kw_only=True)
-class DQNOptions(DQNConfig, RunOptions):
+class DQNOptions(RunOptions, DQNConfig):
     """Options of ``train --algo dqn``."""
 
 
