@@ -13,6 +13,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import SMALL, Cli, as_flags, environment, last_json
 
@@ -372,6 +373,24 @@ def test_resume_does_not_replace_a_run_whose_state_is_gone(cli: Cli, small_run: 
     done = cli("train", "cartpole", "--run", tmp_path / "run", "--resume")
     assert done.returncode == 2
     assert "resume" in one_line(done.stderr)
+
+
+def test_export_halves_the_weights_and_nothing_else(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    done = cli("export", small_run, "--format", "half", "--timesteps", 2, "--output", half)
+    assert done.returncode == 0, done.stderr
+    whole = load_checkpoint(small_run / "checkpoints" / "T2")
+    rounded = load_checkpoint(half)
+    for name, tensor in whole.tensors.items():
+        weight = name.endswith(".weight") and tensor.dim() > 1
+        assert rounded.tensors[name].dtype == (torch.float16 if weight else tensor.dtype), name
+        torch.testing.assert_close(rounded.tensors[name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-6)
+    scored = cli("evaluate", half, "--episodes", 2, "--json")
+    assert last_json(scored.stdout)["timesteps"] == 2
+    (tmp_path / "mine").mkdir()
+    refused = cli("export", small_run, "--format", "half", "--output", tmp_path / "mine")
+    assert refused.returncode == 2
+    assert "is no checkpoint" in refused.stderr
 
 
 def test_export_writes_a_zip_that_stable_baselines3_loads(cli: Cli, small_run: Path, tmp_path: Path) -> None:
