@@ -10,8 +10,8 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from spiking_rl.agents.features import SpikingFeaturesExtractor
+from spiking_rl.agents.optimisation import equip_optimizer
 from spiking_rl.errors import UserError
-from spiking_rl.neurons import clamp_after_step
 
 _OURS = ("net_arch", "activation_fn", "ortho_init", "features_extractor_class", "features_extractor_kwargs")
 
@@ -87,7 +87,7 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
             if isinstance(head, nn.Linear):
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
-        clamp_after_step(self.optimizer, self)
+        equip_optimizer(self.optimizer, self)
 
     def rebuild_optimizer(self, learning_rate: float) -> None:
         """Start a fresh optimiser, thresholds and leaks kept in range after each of its steps."""
@@ -96,12 +96,12 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
             lr=learning_rate,  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
-        clamp_after_step(self.optimizer, self)
+        equip_optimizer(self.optimizer, self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled policy; optimisers lose their hooks on the way."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        clamp_after_step(self.optimizer, self)
+        equip_optimizer(self.optimizer, self)
 
     @property
     def timesteps(self) -> int:

@@ -45,7 +45,8 @@ class MainSettings:
     neuron: Neuron = "lif"
     """lif: spiking; relu: the control network of the same shape."""
     start_from: str | None = None
-    """Trained agent to start from: a run, a checkpoint or a pretrained one; a ReLU network is converted."""
+    """Trained agent to start from, without random play: a run, a checkpoint or a pretrained one; a ReLU network is
+    converted."""
 
 
 @dataclass(kw_only=True)
@@ -98,8 +99,8 @@ class TrainConfig(MainSettings):
     """A stage ends early once three evaluations in a row reach this score."""
     report_episodes: int = 100
     """Episodes of the final table, on other seeds; 0 leaves it out."""
-    report_also: tuple[str, ...] = ()
-    """Further environments, with the same spaces, that the final table plays in."""
+    report_also: tuple[str, ...] | None = None
+    """Further environments for the final table; none: for Atari the same game with, or without, sticky actions."""
     video_episodes: int = 1
     """Episodes on the final video; 0 leaves it out."""
     save_every: int = 20_000
@@ -108,6 +109,14 @@ class TrainConfig(MainSettings):
     """Torch threads; small networks gain nothing from more."""
 
     algo = ""
+
+    def also_reported(self) -> tuple[str, ...]:
+        """Return the further environments of the final table."""
+        atari = parse_atari(self.env)
+        if self.report_also is not None or atari is None:
+            return self.report_also or ()
+        # Sticky actions make a slower game, in which every episode differs: each score stands beside the other.
+        return (str(replace(atari, sticky_actions=0.0 if atari.sticky_actions else 0.25)),)
 
     def check(self) -> None:
         """Refuse values that cannot work.
@@ -297,9 +306,7 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     recipe = dict(known[chosen])
     short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
     if atari is not None and chosen == "default":
-        # Sticky actions make a slower game, in which every episode differs: each score stands beside the other.
-        other = replace(atari, sticky_actions=0.0 if atari.sticky_actions else 0.25)
-        recipe = {**known["pong"], "env": env, "report_also": [str(other)]}
+        recipe = {**known["pong"], "env": env}
         short = f"{atari.game}-sticky{atari.sticky_actions:g}-stack{atari.frame_stack}"
     recipe.setdefault("env", name)
     default_algo = recipe.pop("algo", "pqn")

@@ -155,7 +155,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Explore in each environment on its own (SB3's DQN draws one coin for all)."""
         assert self._last_obs is not None
-        warm_up = self.num_timesteps < learning_starts
+        warm_up = self.num_timesteps < learning_starts and not self.calibrated  # a trained agent need not
         if warm_up and not self.stateful:
             greedy = np.zeros(n_envs, dtype=np.int64)
         else:

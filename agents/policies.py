@@ -14,9 +14,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
+from spiking_rl.agents.optimisation import equip_optimizer
 from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState, Observer, build_network
-from spiking_rl.neurons import LIFState, clamp_after_step
+from spiking_rl.neurons import LIFState
 
 TIME_CONSTANTS = (0.2, 8.0)
 """Of a stateful agent's membranes, shortest and longest, in decisions."""
@@ -270,12 +271,12 @@ class SpikingMlpPolicy(DQNPolicy):
             lr=learning_rate,  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
-        clamp_after_step(self.optimizer, self.q_net)
+        equip_optimizer(self.optimizer, self.q_net)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled policy; optimisers lose their hooks on the way."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        clamp_after_step(self.optimizer, self.q_net)
+        equip_optimizer(self.optimizer, self.q_net)
 
     @property
     def timesteps(self) -> int:

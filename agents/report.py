@@ -41,7 +41,7 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
             row["end_return"] = evaluate(
                 last.model, last.environment, episodes=episodes, measure_latency=False
             ).mean_return
-        also = [_score(agent.model, env, episodes) for env in config.report_also]
+        also = [_score(agent.model, env, episodes) for env in config.also_reported()]
         rows.append({**row, "also": also} if also else row)
     results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
     results |= {**facts, "rows": rows}

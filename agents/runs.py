@@ -52,6 +52,17 @@ class RunFolder:
         self.figures = self.path / "figures"
         self.videos = self.path / "videos"
 
+    def require_free(self) -> None:
+        """Refuse a folder in which a new run cannot begin.
+
+        Raises:
+            UserError: a run or something else is there already.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
+            raise UserError(
+                "run", str(self.path), "is in use already; add --resume to go on with it, or name another --run"
+            )
+
     def create(self) -> None:
         """Make the folder for a new run.
 
@@ -59,10 +70,7 @@ class RunFolder:
             UserError: a run or something else is there already, or it cannot be written to.
         """
         try:
-            if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
-                raise UserError(
-                    "run", str(self.path), "is in use already; add --resume to go on with it, or name another --run"
-                )
+            self.require_free()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / ".writable", "")
             (self.path / ".writable").unlink()

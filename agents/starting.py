@@ -36,7 +36,10 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     Raises:
         UserError: the agent is missing, damaged, or has other spaces, layers or kind of memory.
     """
-    source = load_agent(agent, device=str(model.device)).model
+    try:
+        source = load_agent(agent, device=str(model.device)).model
+    except UserError as error:
+        raise UserError("start_from", agent, f"cannot be loaded: {error}") from None
     theirs, ours = source.policy.q_net, model.policy.q_net
     if (source.observation_space, source.action_space) != (model.observation_space, model.action_space):
         raise UserError("start_from", agent, f"was trained on other spaces than those of {env}")
@@ -46,6 +49,7 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     if theirs.stateful != ours.stateful:
         kinds = ("stateful", "stateless") if theirs.stateful else ("stateless", "stateful")
         raise UserError("start_from", agent, f"is {kinds[0]}, and a {kinds[1]} agent cannot start from it")
+    _require_same_network(agent, source, model)
     if theirs.network.spiking == network.spiking:
         load_into(ours, theirs.state_dict(), agent)
         if model.stateful and model.rescale_leak:
@@ -59,6 +63,21 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(ours.state_dict())
     model.calibrated = True
+
+
+def _require_same_network(agent: str, source: SpikingPQN | SpikingDQN, model: SpikingPQN | SpikingDQN) -> None:
+    theirs, ours = (m.policy.q_net_kwargs["network_kwargs"] for m in (source, model))
+    names = ["hidden", "layer_norm", "first_layer_norm"]
+    if source.policy.q_net.network.spiking:
+        names.append("per_channel")
+    for name in names:
+        if name in theirs and name in ours and theirs[name] != ours[name]:
+            flag = name.replace("_", "-")
+            raise UserError(
+                "start_from",
+                agent,
+                f"was built with {name} = {theirs[name]}, not {ours[name]}; match it with --{flag}",
+            )
 
 
 def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int) -> torch.Tensor:

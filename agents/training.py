@@ -37,6 +37,7 @@ def start_run(
     """
     config.check()
     _check_hours(hours)
+    folder.require_free()  # before a start is loaded and played
     observations, actions = check_environment(config.env)
     check_spaces(observations, actions, "nature_cnn" if is_image_space(observations) else "mlp")
     if is_image_space(observations) and not is_image_space_channels_first(observations):  # type: ignore[arg-type]
@@ -46,9 +47,11 @@ def start_run(
             f"gives images of shape {observations.shape}, channels last; wrap it to give (channels, height, width), "
             "and name Atari games as 'ALE/Pong-v5'",
         )
-    for other in config.report_also:
+    for other in config.also_reported():
         if check_environment(other) != (observations, actions):
-            raise UserError("report_also", other, f"has other spaces than {config.env}; leave it out")
+            raise UserError(
+                "report_also", other, f"has other spaces than {config.env}; name environments with the same"
+            )
     resolve_device(device)
     model = _new_model(config, device)  # before anything is written: the replay may be too large
     folder.create()

@@ -19,7 +19,7 @@ from spiking_rl.agents.policies import SpikingQNetwork
 from spiking_rl.agents.staged import flat_membranes, split_membranes
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
-from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.options import first_argument, parse, script
 from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Compare greedy actions after a burn-in with those of the full history of the same play.
@@ -108,4 +108,4 @@ def _play(q_net: SpikingQNetwork, env: Any, seed: int) -> tuple[Any, Any, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -19,7 +19,7 @@ from gymnasium import spaces
 
 from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Time one decision of the CartPole network (4-256-256-2, batch 1) at each T and as ReLU network.
@@ -106,4 +106,4 @@ def _row(what: str, timesteps: int | None, values: list[float], relu: list[float
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

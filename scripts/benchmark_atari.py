@@ -26,7 +26,7 @@ from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.training import replace_settings
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.errors import UserError
-from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Train SB3's DQN, SpikingDQN and SpikingPQN on Pong in turns, and time them.
@@ -122,4 +122,4 @@ def _learners(options: Options) -> dict[str, BaseAlgorithm]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spiking_rl.agents.policies import TIME_CONSTANTS
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.networks import build_network
-from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Time forward and backward over a sequence of environment steps, T=1: stateless, stateful, LSTM.
@@ -126,4 +126,4 @@ def _passes(options: Options) -> dict[str, Callable[[], None]]:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -5,18 +5,19 @@ python -m spiking_rl.scripts.curves runs/pong-seed0 runs/pong-relu-seed0 --outpu
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-import yaml
 
+from spiking_rl.agents.config import load_config
 from spiking_rl.agents.runs import RunFolder
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import learning_curves, save_figure
-from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Gather what runs scored while they learned: greedy episodes on the selection seeds.
@@ -37,15 +38,19 @@ class Options:
 def main() -> None:
     """Write the curves and the figure."""
     options = parse(Options, "curves", sys.argv[1:], DESCRIPTION)
+    if not options.runs:
+        raise UserError("runs", None, "name at least one run folder")
+    if options.output.suffix != ".json":
+        raise UserError("output", str(options.output), "must end with .json")
     rows: list[dict[str, Any]] = []
     for folder in map(RunFolder, options.runs):
         folder.require()
-        progress = folder.read_progress()
-        # The settings as they are: with the curve they are the recipe that made it.
-        config = yaml.safe_load(folder.config.read_text())
-        rows.append({"run": folder.path.name, "config": config, "curve": progress})
-    if not rows:
-        raise UserError("runs", None, "name at least one run folder")
+        # With all its settings a curve has the recipe that made it.
+        config = load_config(folder.config)
+        settings = {"algo": config.algo, **dataclasses.asdict(config)}
+        if any(row["run"] == folder.path.name for row in rows):
+            raise UserError("runs", str(folder.path), "has the name of another one, and curves are told by it")
+        rows.append({"run": folder.path.name, "settings": settings, "curve": folder.read_progress()})
     write_results(options.output, "curves", rows)
     figure = options.output.with_suffix(".png")
     save_figure(learning_curves({row["run"]: row["curve"] for row in rows}), figure)
@@ -53,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

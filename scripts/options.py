@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
+from collections.abc import Callable
 from typing import TypeVar
 
 import tyro
@@ -41,6 +43,15 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     words = [line for line in lines[1:] if line]
     return words[0].rstrip(".") if words else "cannot be understood"
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a script that is no command; a mistake is told in one line and exits with 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"spiking-rl: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def first_argument(args: list[str], field: str, what: str) -> tuple[str | None, list[str]]:

@@ -19,7 +19,7 @@ from typing import Any
 from spiking_rl.agents.config import TrainConfig, load_config, load_recipe
 from spiking_rl.checkpoint import read_json
 from spiking_rl.plotting import continuum, save_figure
-from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 
 _SECOND = {"rescaled": ["--rescale-leak", "True"], "fixed-leak": ["--rescale-leak", "False"]}
@@ -154,4 +154,4 @@ def _call(run: Path, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

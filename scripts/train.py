@@ -105,6 +105,8 @@ def _default_name(short: str, config: TrainConfig, recipe: TrainConfig) -> str:
         parts.append(config.algo)
     if config.neuron != recipe.neuron:
         parts.append(config.neuron)
+    if config.start_from is not None:
+        parts.append(f"from-{Path(config.start_from).name}")
     return "-".join([*parts, f"seed{config.seed}"])
 
 

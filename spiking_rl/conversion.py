@@ -66,7 +66,8 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
         The rate reached, per layer.
 
     Raises:
-        UserError: the networks do not fit each other, or as :func:`calibrate_thresholds`.
+        UserError: the networks do not fit each other, a layer holds more than one linear map, or as
+            :func:`calibrate_thresholds`. Nothing has changed then.
 
     Source: DIET-SNN (Rathi, Roy 2020), which balances thresholds likewise and leaves the weights.
     """
@@ -76,16 +77,26 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
     source = relu.state_dict()
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in source.items()}:
         raise UserError("relu", "its layers", "are not those of the spiking network; build both with the same options")
+    _check(inputs, rate)
+    weights_behind = [_weight(follower) for follower in [*list(spiking.maps)[1:], spiking.readout]]
     spiking.load_state_dict(source, strict=False)
-    followers = [*list(spiking.maps)[1:], spiking.readout]
 
     def fold(layer: int) -> None:
         neuron = spiking.neurons[layer]
         assert isinstance(neuron, LIF)
-        linear = next(m for m in followers[layer].modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-        linear.weight.mul_(neuron.threshold.flatten()[0])  # calibration gives all channels the same
+        weights_behind[layer].mul_(neuron.threshold.flatten()[0])  # calibration gives all channels the same
 
     return _calibrate(spiking, inputs, rate, None, fold)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Return the weights of the one linear map in a module: the threshold before it multiplies them."""
+    weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if len(weights) != 1 or sum(p.dim() > 1 for p in module.parameters()) != 1:
+        raise UserError(
+            "spiking", type(module).__name__, "must hold exactly one nn.Linear or nn.Conv2d to be converted"
+        )
+    return weights[0]
 
 
 def _calibrate(
@@ -96,13 +107,7 @@ def _calibrate(
     calibrated: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Calibrate every layer; ``calibrated(i)`` is called when layer i is, before the next one runs."""
-    if not 0 < rate < 1:
-        raise UserError("rate", rate, "the target firing rate must lie strictly between 0 and 1")
-    count = len(inputs) if starts is None else starts.numel()
-    if count < 2:
-        raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")
-    if not bool(torch.isfinite(inputs).all()):
-        raise UserError("inputs", "NaN or infinity", "calibration needs finite inputs")
+    _check(inputs, rate, starts)
     batch = inputs.unsqueeze(0) if starts is None else inputs  # (L, B, ...)
     opens = scan_starts(starts, network.timesteps)
     reached = []
@@ -119,6 +124,16 @@ def _calibrate(
         if calibrated is not None:
             calibrated(i)
     return reached
+
+
+def _check(inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:
+    if not 0 < rate < 1:
+        raise UserError("rate", rate, "the target firing rate must lie strictly between 0 and 1")
+    count = len(inputs) if starts is None else starts.numel()
+    if count < 2:
+        raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")
+    if not bool(torch.isfinite(inputs).all()):
+        raise UserError("inputs", "NaN or infinity", "calibration needs finite inputs")
 
 
 def _spikes(neuron: LIF, current: Tensor, starts: Tensor | None) -> Tensor:

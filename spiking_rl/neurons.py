@@ -117,6 +117,8 @@ def _empty_timesteps(current: Tensor) -> Tensor:
     ``current`` may be one timestep repeated as a view. Channels last must survive that: the next
     convolution would convert each time.
     """
+    if torch.compiler.is_compiling():  # which writes into nothing but plain layouts
+        return torch.empty(current.shape, dtype=current.dtype, device=current.device)
     first = torch.empty_like(current[0])
     strides = (first.numel(), *first.stride())
     return torch.empty_strided(current.shape, strides, dtype=first.dtype, device=first.device)

@@ -41,12 +41,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def learning_curves(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure:
+def learning_curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw the scores of several runs against agent steps and against minutes of training.
 
     Args:
         runs: rows of ``progress.csv`` by name, as for :func:`learning_curve`, and ``seconds`` where known.
-        title: drawn above.
     """
     figure, axes = _figure(2, 11, 4)
     units = (("agent_steps", 1e6, "agent steps (millions)"), ("seconds", 60, "minutes of training"))
@@ -58,9 +57,8 @@ def learning_curves(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figur
         ax.set_xlim(left=0)
         ax.set_xlabel(label)
         ax.set_ylabel("return per episode, greedy")
-    axes[0].legend(frameon=False, loc="best")
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    if any(runs.values()):
+        axes[0].legend(frameon=False, loc="best")
     return figure
 
 

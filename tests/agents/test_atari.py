@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spiking_rl import UserError
-from spiking_rl.agents import SpikingDQN
+from spiking_rl.agents import SpikingDQN, SpikingPQN
 from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
@@ -137,3 +137,29 @@ def test_another_action_set_is_told_on_resume(tmp_path: Path) -> None:
     breakout = build_model(dataclasses.replace(pong, env="ALE/Breakout-v5?sticky_actions=0&frame_stack=4"), "cpu")
     with pytest.raises(UserError, match="was saved with other observations or actions; start the run again"):
         load_training_state(tmp_path / "resume", breakout)
+
+
+def test_a_resumed_dqn_on_images_updates_every_weight_alike(tmp_path: Path) -> None:
+    """Moments come back in plain order, convolutions learn in channels-last."""
+    few = {"timesteps": 1, "num_envs": 2, "buffer_size": 200, "learning_starts": 40, "batch_size": 4}
+    config = replace_settings(load_recipe("pong", "dqn")[1], few)
+
+    def step(learner: SpikingPQN | SpikingDQN) -> list[torch.Tensor]:
+        """Take one step along gradients that every call draws alike; return the weights after it."""
+        parameters = list(learner.policy.q_net.parameters())
+        for i, parameter in enumerate(parameters):
+            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        learner.policy.optimizer.param_groups[0]["lr"] = 1e-3
+        learner.policy.optimizer.step()
+        return [p.detach().clone() for p in parameters]
+
+    model = build_model(config, "cpu")
+    model.learn(4)
+    before = step(model)
+    save_training_state(tmp_path / "resume", model, {})
+    other = build_model(config, "cpu")
+    load_training_state(tmp_path / "resume", other)
+    for old, a, b in zip(before, step(model), step(other), strict=True):
+        assert not torch.equal(old, a)
+        assert torch.equal(a, b)

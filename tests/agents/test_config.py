@@ -27,14 +27,21 @@ def test_an_environment_id_finds_its_recipe() -> None:
     assert config.env == "my_module:My/Env-v0"
 
 
+def test_an_atari_score_stands_beside_the_one_with_other_stickiness() -> None:
+    _, pong = load_recipe("pong")
+    assert pong.also_reported() == (pong.env.replace("sticky_actions=0&", "sticky_actions=0.25&"),)
+    elsewhere = dataclasses.replace(pong, env="ALE/Breakout-v5?frame_stack=3")
+    assert elsewhere.also_reported() == ("ALE/Breakout-v5?sticky_actions=0&frame_stack=3",)
+    assert dataclasses.replace(pong, report_also=()).also_reported() == ()
+    assert load_recipe("cartpole")[1].also_reported() == ()
+
+
 def test_another_atari_game_gets_the_settings_of_pong() -> None:
     short, config = load_recipe("ALE/Breakout-v5?frame_stack=3")
     _, pong = load_recipe("pong")
     assert short == "breakout-sticky0.25-stack3"
     assert config.env == "ALE/Breakout-v5?sticky_actions=0.25&frame_stack=3"
-    assert dataclasses.replace(config, env=pong.env, report_also=pong.report_also) == pong
-    assert config.report_also == ("ALE/Breakout-v5?sticky_actions=0&frame_stack=3",)
-    assert pong.report_also == (pong.env.replace("sticky_actions=0&", "sticky_actions=0.25&"),)
+    assert dataclasses.replace(config, env=pong.env) == pong
     for spelled in ("ALE/Pong-v5?frame_stack=1&sticky_actions=0", "ALE/Pong-v5?sticky_actions=0.0&frame_stack=1"):
         assert load_recipe(spelled) == load_recipe("pong-stateful")
     assert load_recipe("ALE/Pong-v5")[0] != load_recipe("pong")[0], "another game: actions stick"

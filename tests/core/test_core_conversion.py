@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spiking_rl import LayeredNetwork, SpikeCounter, UserError, build_network, calibrate_thresholds, convert
+from spiking_rl import LIF, LayeredNetwork, SpikeCounter, UserError, build_network, calibrate_thresholds, convert
 
 
 def network_of(timesteps: int, **options: object) -> LayeredNetwork:
@@ -119,4 +119,26 @@ def test_conversion_refuses_networks_that_do_not_fit() -> None:
         convert(relu, spiking, torch.randn(10, 4))
     with pytest.raises(UserError, match="in this order"):
         convert(spiking, relu, torch.randn(10, 4))
+    fitting = build_network("mlp", (4,), 2, neuron="relu", hidden=(64, 48))
+    with pytest.raises(UserError, match="finite"):
+        convert(fitting, spiking, torch.full((10, 4), float("nan")))
+    with pytest.raises(UserError, match="between 0 and 1"):
+        convert(fitting, spiking, torch.randn(10, 4), rate=2)
     assert all(torch.equal(before[k], v) for k, v in spiking.state_dict().items())
+
+
+def test_a_layer_of_two_linear_maps_cannot_be_converted() -> None:
+    class Dueling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value, self.advantage = torch.nn.Linear(8, 1), torch.nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.value(x) + self.advantage(x)
+
+    relu, spiking = (
+        LayeredNetwork([torch.nn.Linear(4, 8)], [neuron], Dueling(), input_shape=(4,))
+        for neuron in (torch.nn.ReLU(), LIF())
+    )
+    with pytest.raises(UserError, match="exactly one"):
+        convert(relu, spiking, torch.randn(10, 4))

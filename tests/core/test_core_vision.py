@@ -109,3 +109,13 @@ def test_time_constants_spread_over_channels_with_unit_gain(layer_norm: bool) ->
     assert torch.allclose(seen["layer1"], current / gain, atol=1e-3)
     slow, fast = (seen["layer1"].flatten(1).std(1)[half].mean() for half in (slice(16, 32), slice(16)))
     assert slow < 2 * fast, "slow channels do not sum a picture up to more"
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
+def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
+    torch.manual_seed(0)
+    network = build_network("nature_cnn", (2, 36, 36), 3, timesteps=3, features=16)
+    torch.nn.init.normal_(network.readout.weight)
+    images = torch.rand(1, 4, 2, 36, 36)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images)[0], network(images)[0])

@@ -63,26 +63,38 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
 def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
     whole_job: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    settings = {**SMALL, "prune_to": 3, "report_also": ("CartPole-v0",)}
-    done = cli("train", "cartpole", *as_flags(settings), "--run", run, "--json")
+    run = tmp_path / "started"
+    # An agent that balances, and goes on doing so: where episodes are shorter, so are its returns.
+    start = {"start_from": "cartpole", "timesteps": 1, "prune_to": 1, "agent_steps": 512, "learning_rate": 1e-9}
+    other = {"report_also": ("CartPole-v0",), "eval_every": 256, "eval_episodes": 2, "report_episodes": 3}
+    done = cli("train", "cartpole", *as_flags({**start, **other, "video_episodes": 0}), "--run", run, "--json")
     assert done.returncode == 0, done.stderr
-    assert "in CartPole-v0: T=3 " in done.stderr
     (row,) = last_json(done.stdout)["rows"]
-    (other,) = row["also"]
-    assert other["environment"] == "CartPole-v0"
-    assert other["mean_return"] <= 200, "its episodes are cut there"
+    assert row["mean_return"] == 500
+    assert [(e["environment"], e["mean_return"]) for e in row["also"]] == [("CartPole-v0", 200)]
+    assert "in CartPole-v0: T=1 200.0 " in done.stderr
     output = tmp_path / "curves.json"
-    command = [sys.executable, "-m", "spiking_rl.scripts.curves", run, whole_job[0], "--output", output]
-    subprocess.run(list(map(str, command)), check=True, timeout=120)
+
+    def curves(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "spiking_rl.scripts.curves", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    refused = curves(run, tmp_path, "--output", output)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("spiking-rl: run = ")
+    assert not output.exists()
+    second = tmp_path / "second"
+    shutil.copytree(whole_job[0], second)
+    assert curves(run, second, "--output", output).returncode == 0
     rows = json.loads(output.read_text())["rows"]
-    assert [r["run"] for r in rows] == ["run", whole_job[0].name]
+    assert [r["run"] for r in rows] == ["started", "second"]
     assert rows[0]["curve"] == RunFolder(run).read_progress()
-    assert rows[0]["config"]["report_also"] == ["CartPole-v0"]
-    minutes = [r["seconds"] for r in rows[0]["curve"]]
-    assert minutes == sorted(minutes)
-    assert minutes[0] > 0
+    assert rows[0]["settings"]["start_from"] == "cartpole"
+    seconds = [r["seconds"] for r in rows[0]["curve"]]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
     assert output.with_suffix(".png").stat().st_size > 0
+    assert "has the name of another one" in curves(run, run, "--output", output).stderr
 
 
 def test_another_environment_for_the_table_must_fit(cli: Cli, tmp_path: Path) -> None:
