@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import warnings
@@ -35,6 +36,9 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
     atari = parse_atari(env_id)
     if atari is not None:
         return Monitor(AtariGame(atari, "rgb_array" if render else None))
+    if env_id not in gym.registry:
+        with contextlib.suppress(ImportError):
+            import ale_py  # noqa: F401  # its import registers further ids, those that show memory for example
     try:
         with warnings.catch_warnings():
             # "The environment X is out of date" is a matter of taste, and the id is reported with

@@ -111,6 +111,8 @@ def _learners(options: Options) -> dict[str, BaseAlgorithm]:
         "seed": 0,
         "device": "cpu",
     }
+    import ale_py  # noqa: F401  # registers the id below
+
     wrapped = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=options.num_envs, seed=0), 4)
     recipe = replace_settings(load_recipe("pong")[1], {"timesteps": 1, "prune_to": 1})
     native = make_vectorised(_PONG, options.num_envs, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -133,3 +134,9 @@ def test_a_missing_emulator_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_atari("CartPole-v1") is None
     monkeypatch.undo()
     assert parse_atari("ALE/Pong-v5") is not None
+
+
+def test_other_ids_of_the_emulator_are_found_without_importing_it() -> None:
+    code = "from spiking_rl.envs import make_single; print(make_single('PongDeterministic-v4').observation_space.shape)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "(210, 160, 3)", done.stderr
