@@ -36,6 +36,8 @@ class MainSettings:
     """Seed of every random generator."""
     agent_steps: int = 200_000
     """Agent steps of the first stage."""
+    ann_steps: int = 0
+    """Agent steps of a ReLU network that is trained first and then converted; 0: none."""
     prune_steps: int = 50_000
     """Agent steps of each later stage."""
     num_envs: int = 16
@@ -110,6 +112,11 @@ class TrainConfig(MainSettings):
 
     algo = ""
 
+    @property
+    def trains_ann(self) -> bool:
+        """Whether a ReLU network is trained first: not where the agent is one, or starts from another."""
+        return self.ann_steps > 0 and self.neuron == "lif" and self.start_from is None
+
     def also_reported(self) -> tuple[str, ...]:
         """Return the further environments of the final table."""
         atari = parse_atari(self.env)
@@ -129,7 +136,7 @@ class TrainConfig(MainSettings):
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        for name in ("seed", "report_episodes", "video_episodes"):
+        for name in ("seed", "ann_steps", "report_episodes", "video_episodes"):
             if getattr(self, name) < 0:
                 raise UserError(name, getattr(self, name), "must not be negative")
         if self.seed >= 10_000_000:
@@ -144,6 +151,10 @@ class TrainConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
+        if self.trains_ann and self.stateful:
+            raise UserError(
+                "ann_steps", self.ann_steps, "a ReLU network has no memory to hand on; with stateful leave it 0"
+            )
         if self.time_constants is not None:
             check_time_constants(self.time_constants)
         if self.goal is not None and math.isnan(self.goal):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -22,10 +23,12 @@ from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.progress import Progress
 from spiking_rl.agents.resume import has_training_state, load_training_state, save_training_state
 from spiking_rl.agents.runs import RunFolder, checkpoint_name
+from spiking_rl.agents.starting import start_from
 from spiking_rl.agents.tensorboard import ResumableTensorBoard
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.energy import odd_layers
 from spiking_rl.errors import UserError
+from spiking_rl.files import replace_folder
 from spiking_rl.neurons import LIF
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 
@@ -73,6 +76,7 @@ class TrainingSession:
         model: a learner on resumable environments.
         hours: stop, with everything saved, after so many hours of this session.
         progress: show progress on standard error.
+        ann: trains the ReLU network that ``model`` starts from; None where it starts otherwise, or has.
     """
 
     def __init__(
@@ -82,7 +86,9 @@ class TrainingSession:
         model: SpikingPQN | SpikingDQN,
         hours: float | None = None,
         progress: bool = False,
+        ann: TrainingSession | None = None,
     ) -> None:
+        self.ann = ann
         self.config = config
         self.folder = folder
         self.model = model
@@ -111,13 +117,19 @@ class TrainingSession:
         }
         save_training_state(self.folder.resume, self.model, extra)
 
+    @property
+    def agent_steps(self) -> int:
+        """Agent steps taken so far, those of the ReLU network included."""
+        return self.model.num_timesteps if self.ann is None else self.ann.agent_steps
+
     def _seconds_so_far(self) -> float:
         return self.seconds + time.monotonic() - self._started
 
     def restore(self) -> None:
         """Go back to the last saved state; a run that died before its first save starts again."""
         if not has_training_state(self.folder.resume):
-            if any(self.folder.checkpoints.glob("*-end")):
+            own = "T*-end" if self.config.neuron == "lif" else "relu-end"
+            if any(self.folder.checkpoints.glob(own)):
                 # Training again from zero would replace what this run has kept.
                 raise UserError("resume", str(self.folder.resume), "is missing, but the run got further: start another")
             return
@@ -143,6 +155,8 @@ class TrainingSession:
             Interrupted: stopped early; the state is saved.
             OSError: the disk is full or gone; what was saved stays.
         """
+        if self.ann is not None:
+            self._train_ann(self.ann)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
@@ -161,6 +175,21 @@ class TrainingSession:
             torch.set_num_threads(threads)
             self.seconds += time.monotonic() - self._started
             self._started = time.monotonic()
+
+    def _train_ann(self, ann: TrainingSession) -> None:
+        """Train the ReLU network, keep it beside the stages to come, and convert it."""
+        ann.run()
+        for name in ("relu-end", "relu"):
+            with replace_folder(self.folder.checkpoints / name) as partial:
+                shutil.copytree(ann.folder.checkpoints / name, partial, dirs_exist_ok=True)
+        start_from(self.model, str(self.folder.checkpoints / "relu"), self.config.env, self.config.seed)
+        # One account of samples, time and scores.
+        self.model.num_timesteps = self.model.stage_start = ann.model.num_timesteps
+        self.next_eval += ann.model.num_timesteps
+        self.next_save += ann.model.num_timesteps
+        self.rows = list(ann.rows)
+        self.seconds = ann.seconds
+        self.ann = None
 
     def _last_step(self) -> int:
         """Return the agent steps at which the last stage will end."""

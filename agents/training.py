@@ -56,7 +56,8 @@ def start_run(
     model = _new_model(config, device)  # before anything is written: the replay may be too large
     folder.create()
     save_config(folder.config, config, provenance())
-    return TrainingSession(config, folder, model, hours, progress)
+    ann = _ann_session(config, folder, device, hours, progress)
+    return TrainingSession(config, folder, model, hours, progress, ann)
 
 
 def resume_run(
@@ -73,9 +74,23 @@ def resume_run(
     config.check()
     begun = has_training_state(folder.resume)
     model = build_model(config, device) if begun else _new_model(config, device)
-    session = TrainingSession(config, folder, model, hours, progress)
+    ann = None if begun else _ann_session(config, folder, device, hours, progress)
+    session = TrainingSession(config, folder, model, hours, progress, ann)
     session.restore()
     return session
+
+
+def _ann_session(
+    config: TrainConfig, run: RunFolder, device: str, hours: float | None, progress: bool
+) -> TrainingSession | None:
+    """Return the session of the ReLU network that is trained first, new or as it was left; None where there is none."""
+    if not config.trains_ann:
+        return None
+    folder = RunFolder(run.path / "ann")
+    if folder.config.is_file():
+        return resume_run(folder, device=device, hours=hours, progress=progress)
+    own = dataclasses.replace(config, neuron="relu", ann_steps=0, agent_steps=config.ann_steps)
+    return start_run(own, folder, device=device, hours=hours, progress=progress)
 
 
 def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:

@@ -41,10 +41,10 @@ class Options:
     algos: tuple[str, ...] = ("pqn", "dqn")
     """Algorithms."""
     methods: tuple[str, ...] = ("pruned", "direct", "relu")
-    """pruned: T=5 to 1; direct: at T=1 from the start; relu: the ReLU network; stateful: pruned, membranes
-    carried; stateless: direct, fresh membranes; one-leak: direct, one threshold and leak per layer; rescaled and
-    fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T. Controls get the agent
-    steps that the recipe as it stands gets, over all its stages."""
+    """pruned: T=5 to 1; direct: at T=1 from the start; converted: at T=1 from the ReLU network; relu: the ReLU network;
+    stateful: pruned, membranes carried; stateless: direct, fresh membranes; one-leak: direct, one threshold and leak
+    per layer; rescaled and fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T. Controls
+    get the agent steps that the recipe as it stands gets, over all its stages."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds."""
     runs: Path = Path("runs/table")
@@ -89,13 +89,15 @@ def _arguments(config: TrainConfig, method: str) -> list[str]:
     """Return the flags of ``train`` that make a line of the table."""
     stages = config.timesteps - config.prune_to
     # The controls get all the agent steps that the recipe as it stands gets over its stages.
-    single = ["--agent-steps", str(config.agent_steps + stages * config.prune_steps)]
+    spiking = config.agent_steps + stages * config.prune_steps
+    single = ["--agent-steps", str(config.ann_steps + spiking), "--ann-steps", "0"]
     direct = ["--timesteps", "1", "--prune-to", "1", *single]
     pruned = ["--timesteps", "5", "--prune-to", "1"]
     return {
         "first": ["--timesteps", "5", "--prune-to", "5"],
         "pruned": pruned,
         "direct": direct,
+        "converted": ["--timesteps", "1", "--prune-to", "1", "--agent-steps", str(spiking)],
         "relu": ["--neuron", "relu", "--no-stateful", *single],
         "stateful": [*pruned, "--stateful"],
         "stateless": [*direct, "--no-stateful", "--first-layer-norm", "False"],

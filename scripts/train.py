@@ -170,7 +170,7 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     try:
         session.run()
     except Interrupted as stop:
-        steps = session.model.num_timesteps
+        steps = session.agent_steps
         text = f"stopped after {steps:,} agent steps, everything is saved.\nGo on with: {_go_on(folder, config)}"
         raise Stopped(text, 130 if stop.reason == "interrupt" else 0) from None
     try:

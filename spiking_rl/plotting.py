@@ -102,7 +102,7 @@ def _mark_stages(ax: Axes, rows: Sequence[Row]) -> None:
         ax.axvline(edge, color=_GREY, linestyle="--", linewidth=0.8)
     for left, right, timesteps in zip(edges, ends, stages, strict=False):
         ax.annotate(
-            f"T={timesteps}",
+            "ReLU" if timesteps is None else f"T={timesteps}",
             ((left + right) / 2, 1.01),
             xycoords=("data", "axes fraction"),
             ha="center",
@@ -170,6 +170,7 @@ _METHODS = {
     "stateful": "pruned, stateful",
     "stateless": "stateless",
     "direct": "trained directly",
+    "converted": "T=1 from the ReLU network",
     "rescaled": "pruned, leaks follow T",
     "fixed-leak": "pruned, leaks kept",
     "one-leak": "one leak per layer",

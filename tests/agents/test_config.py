@@ -76,3 +76,15 @@ def test_a_mistake_in_a_config_is_named(tmp_path: Path, text: str, words: list[s
         load_config(tmp_path / "config.yaml")
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_relu_network_is_trained_first_only_where_spikes_start_from_it() -> None:
+    config = dataclasses.replace(load_recipe("cartpole")[1], ann_steps=1000)
+    config.check()
+    assert config.trains_ann
+    for change in ({"ann_steps": 0}, {"neuron": "relu"}, {"start_from": "cartpole"}):
+        other = dataclasses.replace(config, **change)
+        other.check()
+        assert not other.trains_ann
+    with pytest.raises(UserError, match="no memory to hand on"):
+        dataclasses.replace(config, stateful=True).check()

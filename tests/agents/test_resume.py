@@ -82,6 +82,22 @@ def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_
     assert_same_end(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("stop_at", [600, 2100, 2600])
+def test_a_run_that_starts_with_a_relu_network_resumes_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
+    """Stopped while the ReLU network learns, after its end, and after the first save with spikes."""
+    hybrid = {"ann_steps": 2048, "agent_steps": 1024, "save_every": 512}
+    session_in(tmp_path / "whole", "pqn", **hybrid).run()
+    session = session_in(tmp_path / "run", "pqn", **hybrid)
+    assert session.ann is not None
+    run_until(session.ann if stop_at < 2048 else session, stop_at)
+    torch.manual_seed(stop_at)
+    resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    rows = RunFolder(tmp_path / "run").read_progress()
+    assert [r["agent_steps"] for r in rows] == sorted(r["agent_steps"] for r in rows)
+    assert list(dict.fromkeys(r["timesteps"] for r in rows)) == [None, 3, 2]
+
+
 def test_a_run_killed_without_warning_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
     algo, whole = uninterrupted
     path = tmp_path / "run"
