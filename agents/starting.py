@@ -59,7 +59,7 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
             ours.norm.load_state_dict(theirs.norm.state_dict())
         seen = _played(source, env, seed)
         with torch.no_grad():
-            convert(theirs.network, network, ours.features(seen), model.firing_rate)
+            convert(theirs.network, network, ours.features(seen))
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(ours.state_dict())
     model.calibrated = True

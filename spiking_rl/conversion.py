@@ -12,6 +12,8 @@ from spiking_rl.errors import UserError
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, MIN_THRESHOLD, lif_scan
 
+_RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
+"""Firing rates that a conversion tries."""
 _BISECTIONS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
 
 
@@ -45,7 +47,7 @@ def calibrate_thresholds(
 
 
 @torch.no_grad()
-def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate: float = 0.2) -> list[float]:
+def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate: float | None = None) -> list[float]:
     """Give a spiking network the weights of a trained ReLU network of the same shape.
 
     A threshold balanced on data, layer by layer, makes a firing rate of the ReLU's output: over
@@ -60,7 +62,8 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
         spiking: its weights and thresholds are overwritten, its leaks are not (with a leak of 1, where
             they start, the approximation is best).
         inputs: at least 2 inputs as in training, ``(B, *input_shape)``.
-        rate: spikes per neuron and timestep to balance the thresholds for, in (0, 1).
+        rate: spikes per neuron and timestep to balance the thresholds for, in (0, 1); None tries some and
+            takes the one whose outputs are closest to the ReLU network's, by the mean square.
 
     Returns:
         The rate reached, per layer.
@@ -77,16 +80,26 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
     source = relu.state_dict()
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in source.items()}:
         raise UserError("relu", "its layers", "are not those of the spiking network; build both with the same options")
-    _check(inputs, rate)
-    weights_behind = [_weight(follower) for follower in [*list(spiking.maps)[1:], spiking.readout]]
-    spiking.load_state_dict(source, strict=False)
+    _check(inputs, _RATES[0] if rate is None else rate)
+    behind = [_weight(follower) for follower in [*list(spiking.maps)[1:], spiking.readout]]
+
+    def balance(at: float) -> list[float]:
+        spiking.load_state_dict(source, strict=False)
+        return _calibrate(spiking, inputs, at, None, fold)
 
     def fold(layer: int) -> None:
         neuron = spiking.neurons[layer]
         assert isinstance(neuron, LIF)
-        weights_behind[layer].mul_(neuron.threshold.flatten()[0])  # calibration gives all channels the same
+        behind[layer].mul_(neuron.threshold.flatten()[0])  # calibration gives all channels the same
 
-    return _calibrate(spiking, inputs, rate, None, fold)
+    if rate is None:
+        wanted = relu(inputs.unsqueeze(0))[0]
+        errors = {}
+        for candidate in _RATES:
+            balance(candidate)
+            errors[candidate] = float((spiking(inputs.unsqueeze(0))[0] - wanted).square().mean())
+        rate = min(errors, key=lambda candidate: errors[candidate])
+    return balance(rate)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -111,6 +111,23 @@ def test_a_converted_network_approaches_the_relu_network_as_t_grows(
     assert torch.equal(relu(inputs.unsqueeze(0))[0], wanted)  # the source stays
 
 
+@pytest.mark.parametrize("timesteps", [1, 5])
+def test_conversion_finds_a_rate_by_itself(timesteps: int) -> None:
+    torch.manual_seed(1)
+    relu = build_network("mlp", (4,), 3, neuron="relu", hidden=(64, 48))
+    torch.nn.init.normal_(relu.readout.weight)
+    inputs = torch.randn(500, 4)
+    wanted = relu(inputs.unsqueeze(0))[0]
+
+    def error(rate: float | None) -> float:
+        spiking = build_network("mlp", (4,), 3, timesteps=timesteps, hidden=(64, 48))
+        convert(relu, spiking, inputs, rate)
+        return (spiking(inputs.unsqueeze(0))[0] - wanted).square().mean().item()
+
+    chosen, fixed = error(None), [error(rate) for rate in (0.04, 0.12, 0.2, 0.3)]
+    assert chosen <= min(fixed) < max(fixed)
+
+
 def test_conversion_refuses_networks_that_do_not_fit() -> None:
     relu = build_network("mlp", (4,), 2, neuron="relu", hidden=(8,))
     spiking = network_of(2)
