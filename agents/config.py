@@ -181,6 +181,8 @@ class PQNConfig(TrainConfig):
     """Minibatches per pass."""
     lam: float = 0.9
     """Lambda of the returns."""
+    imitation_steps: int = 0
+    """Agent steps in which an agent that starts from another learns that one's Q-values, before returns of its own."""
 
     algo = "pqn"
 
@@ -192,6 +194,12 @@ class PQNConfig(TrainConfig):
                 raise UserError(name, getattr(self, name), "must be at least 1")
         if not 0 <= self.lam <= 1:
             raise UserError("lam", self.lam, "must lie between 0 and 1")
+        if self.imitation_steps < 0:
+            raise UserError("imitation_steps", self.imitation_steps, "must not be negative")
+        if self.imitation_steps and self.stateful:
+            raise UserError("imitation_steps", self.imitation_steps, "is for stateless agents; leave it 0")
+        if self.imitation_steps and self.neuron == "lif" and not self.trains_ann and self.start_from is None:
+            raise UserError("imitation_steps", self.imitation_steps, "needs ann_steps or start_from: whom to imitate")
 
 
 @dataclass(kw_only=True)

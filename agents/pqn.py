@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_mean
 
 from spiking_rl.agents.cnn_policies import SpikingPQNCnnPolicy
-from spiking_rl.agents.policies import SpikingPQNPolicy
+from spiking_rl.agents.policies import SpikingPQNPolicy, SpikingQNetwork
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import lambda_returns
 from spiking_rl.errors import UserError
@@ -102,6 +102,9 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         "CnnPolicy": SpikingPQNCnnPolicy,
     }
     policy: SpikingPQNPolicy
+    teacher: SpikingQNetwork | None = None
+    """Whose Q-values are learned while ``num_timesteps < imitate_until``."""
+    imitate_until = 0
 
     def __init__(
         self,
@@ -304,7 +307,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         return result
 
     def train(self, rollout: Rollout) -> None:
-        """Regress Q(s, a) on the targets of one rollout."""
+        """Regress Q(s, a) on the targets of one rollout, or all of Q(s) on the teacher's while there is one."""
         observations, actions, targets, starts, before = rollout
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
@@ -315,11 +318,14 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         all_actions = torch.as_tensor(actions, device=self.device).unsqueeze(-1)
         all_targets = torch.as_tensor(targets, device=self.device)
         all_starts = torch.as_tensor(starts, device=self.device)
+        taught = self._taught(flat_obs)
         losses = []
         for _ in range(self.n_epochs):
             # Stateless decisions are shuffled one by one, stateful ones stay in their episodes.
             for rows in torch.randperm(self.n_envs if before else targets.size).chunk(self.n_minibatches):
-                if before is None:
+                if taught is not None:
+                    loss = 0.5 * torch.nn.functional.mse_loss(self.policy.q_net(flat_obs[rows]), taught[rows])
+                elif before is None:
                     q = self.policy.q_net(flat_obs[rows]).gather(1, all_actions.flatten(0, 1)[rows]).squeeze(1)
                     loss = 0.5 * torch.nn.functional.mse_loss(q, all_targets.flatten()[rows])
                 else:
@@ -338,6 +344,19 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.logger.record("train/loss", self.last_loss)
         self.logger.record("train/q_target_mean", float(targets.mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    @torch.no_grad()
+    def _taught(self, observations: torch.Tensor) -> torch.Tensor | None:
+        """Return the teacher's Q-values of observations ``(B, *obs)``; None where none is imitated (any more)."""
+        if self.num_timesteps > self.imitate_until:
+            self.teacher = None
+        if self.teacher is None:
+            return None
+        parts = observations.split(256)  # type: ignore[no-untyped-call]
+        return torch.cat([self.teacher(part) for part in parts])
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "teacher"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

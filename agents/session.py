@@ -16,14 +16,14 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from spiking_rl.agents.config import TrainConfig
+from spiking_rl.agents.config import PQNConfig, TrainConfig
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.evaluation import SELECTION_SEED, evaluate
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.progress import Progress
 from spiking_rl.agents.resume import has_training_state, load_training_state, save_training_state
 from spiking_rl.agents.runs import RunFolder, checkpoint_name
-from spiking_rl.agents.starting import start_from
+from spiking_rl.agents.starting import imitate, start_from
 from spiking_rl.agents.tensorboard import ResumableTensorBoard
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.energy import odd_layers
@@ -157,6 +157,7 @@ class TrainingSession:
         """
         if self.ann is not None:
             self._train_ann(self.ann)
+        self._imitate()
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
@@ -190,6 +191,18 @@ class TrainingSession:
         self.rows = list(ann.rows)
         self.seconds = ann.seconds
         self.ann = None
+
+    def _imitate(self) -> None:
+        """Give the learner its teacher, where the settings say so and the time for it is not over."""
+        config, checkpoints = self.config, self.folder.checkpoints
+        if not isinstance(config, PQNConfig) or not config.imitation_steps or config.neuron == "relu":
+            return
+        assert isinstance(self.model, SpikingPQN)
+        until = config.imitation_steps
+        if config.trains_ann:
+            until += load_checkpoint(checkpoints / "relu-end").config["agent_steps"]
+        if self.model.num_timesteps < until:
+            imitate(self.model, config.start_from or str(checkpoints / "relu"), until)
 
     def _last_step(self) -> int:
         """Return the agent steps at which the last stage will end."""

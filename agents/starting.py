@@ -65,6 +65,23 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     model.calibrated = True
 
 
+def imitate(model: SpikingPQN, agent: str, until: int) -> None:
+    """Let a learner learn a trained agent's Q-values, on its own play, until it has taken so many agent steps.
+
+    Dense and noiseless targets: a converted network is back near its source after a fraction of the
+    agent steps that returns would take (DAgger: Ross et al. 2011).
+
+    Args:
+        model: a stateless learner.
+        agent: as for :func:`start_from`, with the same spaces.
+        until: agent steps of the model.
+    """
+    with torch.random.fork_rng():  # a resumed run loads its teacher again, and must draw what the other draws
+        teacher = load_agent(agent, device=str(model.device)).model.policy.q_net
+    teacher.set_training_mode(False)
+    model.teacher, model.imitate_until = teacher, until
+
+
 def _require_same_network(agent: str, source: SpikingPQN | SpikingDQN, model: SpikingPQN | SpikingDQN) -> None:
     theirs, ours = (m.policy.q_net_kwargs["network_kwargs"] for m in (source, model))
     names = ["hidden", "layer_norm", "first_layer_norm"]

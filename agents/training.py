@@ -89,7 +89,7 @@ def _ann_session(
     folder = RunFolder(run.path / "ann")
     if folder.config.is_file():
         return resume_run(folder, device=device, hours=hours, progress=progress)
-    own = dataclasses.replace(config, neuron="relu", ann_steps=0, agent_steps=config.ann_steps)
+    own = dataclasses.replace(config, neuron="relu", agent_steps=config.ann_steps)
     return start_run(own, folder, device=device, hours=hours, progress=progress)
 
 

@@ -88,3 +88,13 @@ def test_a_relu_network_is_trained_first_only_where_spikes_start_from_it() -> No
         assert not other.trains_ann
     with pytest.raises(UserError, match="no memory to hand on"):
         dataclasses.replace(config, stateful=True).check()
+
+
+def test_imitation_needs_somebody_to_imitate() -> None:
+    config = dataclasses.replace(load_recipe("cartpole")[1], imitation_steps=1000)
+    with pytest.raises(UserError, match="whom to imitate"):
+        config.check()
+    dataclasses.replace(config, ann_steps=1000).check()
+    dataclasses.replace(config, start_from="cartpole").check()
+    with pytest.raises(UserError, match="stateless"):
+        dataclasses.replace(config, start_from="cartpole-masked", stateful=True).check()

@@ -276,6 +276,25 @@ def test_a_run_starts_from_a_trained_agent(tmp_path: Path) -> None:
     torch.testing.assert_close(thresholds[0], thresholds[1], rtol=0.05, atol=0)
 
 
+def test_an_imitating_agent_learns_the_values_of_its_teacher(tmp_path: Path) -> None:
+    """From play without any reward it learns what the teacher knows, and nothing where it stops."""
+    quick: dict[str, Any] = {"hidden": (32, 32), "gamma": 0.5, "report_episodes": 0, "video_episodes": 0}
+    relu = str(tmp_path / "relu")
+    train("Match-v0", neuron="relu", agent_steps=8000, learning_rate=3e-3, lam=0.5, run=relu, seed=1, **quick)
+    taught: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 6000, "learning_rate": 3e-3, "seed": 2}
+    taught |= {"reward_scale": 1e-9, "average_decay": 0.0, "eval_every": 6000, **quick}
+    student = train("Match-v0", start_from=relu, imitation_steps=6000, **taught)
+    teacher = load_agent(relu).model.policy.q_net
+    seen = torch.stack([torch.tensor([s, x]) for s in (-1.0, 1.0) for x in (-1.0, 0.0, 1.0)])
+    with torch.no_grad():
+        wanted, got = teacher(seen), student.policy.q_net(seen)
+    assert (got - wanted).abs().mean() < 0.2 * wanted.abs().mean()
+    alone = train("Match-v0", start_from=relu, **taught)
+    with torch.no_grad():
+        forgot = alone.policy.q_net(seen)
+    assert (forgot - wanted).abs().mean() > 0.5 * wanted.abs().mean(), "its own rewards are nothing"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
