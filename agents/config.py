@@ -326,6 +326,8 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     short = chosen if chosen != "default" else name.split(":")[-1].replace("/", "-")
     if atari is not None and chosen == "default":
         recipe = {**known["pong"], "env": env}
+        if atari.game != "pong":
+            recipe["goal"] = None  # what is perfect there says nothing here
         short = f"{atari.game}-sticky{atari.sticky_actions:g}-stack{atari.frame_stack}"
     recipe.setdefault("env", name)
     default_algo = recipe.pop("algo", "pqn")

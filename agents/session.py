@@ -272,7 +272,7 @@ class TrainingSession:
         rates = result.spike_rate
         row = {
             "agent_steps": model.num_timesteps,
-            "seconds": round(self._seconds_so_far(), 1),
+            "seconds": round(self._seconds_so_far(), 3),
             "timesteps": result.timesteps,
             "score": result.mean_return,
             "train_return": float(np.mean(returns)) if returns else None,

@@ -41,7 +41,9 @@ def test_another_atari_game_gets_the_settings_of_pong() -> None:
     _, pong = load_recipe("pong")
     assert short == "breakout-sticky0.25-stack3"
     assert config.env == "ALE/Breakout-v5?sticky_actions=0.25&frame_stack=3"
-    assert dataclasses.replace(config, env=pong.env) == pong
+    assert config.goal is None
+    assert dataclasses.replace(config, env=pong.env, goal=pong.goal) == pong
+    assert load_recipe("ALE/Pong-v5")[1].goal == pong.goal
     for spelled in ("ALE/Pong-v5?frame_stack=1&sticky_actions=0", "ALE/Pong-v5?sticky_actions=0.0&frame_stack=1"):
         assert load_recipe(spelled) == load_recipe("pong-stateful")
     assert load_recipe("ALE/Pong-v5")[0] != load_recipe("pong")[0], "another game: actions stick"
