@@ -42,18 +42,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def learning_curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Draw the scores of several runs against agent steps and against minutes of training.
+    """Draw the scores of several runs against agent steps and, where all know them, minutes of training.
 
     Args:
-        runs: rows of ``progress.csv`` by name, as for :func:`learning_curve`, and ``seconds`` where known.
+        runs: rows of ``progress.csv`` by name, as for :func:`learning_curve`; ``seconds`` may be missing.
     """
-    figure, axes = _figure(2, 11, 4)
-    units = (("agent_steps", 1e6, "agent steps (millions)"), ("seconds", 60, "minutes of training"))
+    units = [("agent_steps", 1e6, "agent steps (millions)"), ("seconds", 60.0, "minutes of training")]
+    units = [u for u in units if all(row.get(u[0]) is not None for rows in runs.values() for row in rows)]
+    figure, axes = _figure(len(units), 11 if len(units) > 1 else 8, 4)
     for ax, (key, unit, label) in zip(axes, units, strict=True):
         for (name, rows), colour in zip(runs.items(), _CURVES * (1 + len(runs) // len(_CURVES)), strict=False):
-            points = [(r[key] / unit, r["score"]) for r in rows if r.get(key) is not None]
-            if points:
-                ax.plot(*zip(*points, strict=True), color=colour, label=name, linewidth=1.5)
+            ax.plot([r[key] / unit for r in rows], [r["score"] for r in rows], color=colour, label=name, linewidth=1.5)
         ax.set_xlim(left=0)
         ax.set_xlabel(label)
         ax.set_ylabel("return per episode, greedy")
