@@ -58,7 +58,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         "gamma": config.gamma,
         "exploration_fraction": config.exploration_fraction,
         # Whoever starts from a trained agent need not begin with random play.
-        "exploration_initial_eps": config.exploration_final_eps if config.start_from or config.trains_ann else 1.0,
+        "exploration_initial_eps": config.exploration_final_eps if config.starts_trained else 1.0,
         "exploration_final_eps": config.exploration_final_eps,
         "exploration_repeat": config.exploration_repeat,
         "reward_scale": config.reward_scale,

@@ -117,6 +117,11 @@ class TrainConfig(MainSettings):
         """Whether a ReLU network is trained first: not where the agent is one, or starts from another."""
         return self.ann_steps > 0 and self.neuron == "lif" and self.start_from is None
 
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the agent begins with what another one has learned."""
+        return self.trains_ann or self.start_from is not None
+
     def also_reported(self) -> tuple[str, ...]:
         """Return the further environments of the final table."""
         atari = parse_atari(self.env)
@@ -198,7 +203,7 @@ class PQNConfig(TrainConfig):
             raise UserError("imitation_steps", self.imitation_steps, "must not be negative")
         if self.imitation_steps and self.stateful:
             raise UserError("imitation_steps", self.imitation_steps, "is for stateless agents; leave it 0")
-        if self.imitation_steps and self.neuron == "lif" and not self.trains_ann and self.start_from is None:
+        if self.imitation_steps and self.neuron == "lif" and not self.starts_trained:
             raise UserError("imitation_steps", self.imitation_steps, "needs ann_steps or start_from: whom to imitate")
 
 

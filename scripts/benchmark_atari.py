@@ -33,8 +33,6 @@ DESCRIPTION = """Train SB3's DQN, SpikingDQN and SpikingPQN on Pong in turns, an
 
 Example: python -m spiking_rl.scripts.benchmark_atari --output results/atari-speed.json"""
 
-_PONG = "ALE/Pong-v5?sticky_actions=0&frame_stack=4"
-
 
 @dataclass(kw_only=True)
 class Options:
@@ -115,7 +113,7 @@ def _learners(options: Options) -> dict[str, BaseAlgorithm]:
 
     wrapped = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=options.num_envs, seed=0), 4)
     recipe = replace_settings(load_recipe("pong")[1], {"timesteps": 1, "prune_to": 1})
-    native = make_vectorised(_PONG, options.num_envs, 0)
+    native = make_vectorised(recipe.env, options.num_envs, 0)
     return {
         "sb3-dqn": DQN("CnnPolicy", wrapped, **shared),
         "spiking-dqn": SpikingDQN("CnnPolicy", native, policy_kwargs={"timesteps": 1}, **shared),
