@@ -186,8 +186,10 @@ class PQNConfig(TrainConfig):
     """Minibatches per pass."""
     lam: float = 0.9
     """Lambda of the returns."""
-    imitation_steps: int = 0
-    """Agent steps in which an agent that starts from another learns that one's Q-values, before returns of its own."""
+    imitation: float = 0.0
+    """Part of every stage, from its beginning, in which a teacher's Q-values are learned instead of returns."""
+    teacher: str | None = None
+    """Trained agent to imitate, one that sees more frames too; none: the one that it starts from."""
 
     algo = "pqn"
 
@@ -199,12 +201,12 @@ class PQNConfig(TrainConfig):
                 raise UserError(name, getattr(self, name), "must be at least 1")
         if not 0 <= self.lam <= 1:
             raise UserError("lam", self.lam, "must lie between 0 and 1")
-        if self.imitation_steps < 0:
-            raise UserError("imitation_steps", self.imitation_steps, "must not be negative")
-        if self.imitation_steps and self.stateful:
-            raise UserError("imitation_steps", self.imitation_steps, "is for stateless agents; leave it 0")
-        if self.imitation_steps and self.neuron == "lif" and not self.starts_trained:
-            raise UserError("imitation_steps", self.imitation_steps, "needs ann_steps or start_from: whom to imitate")
+        if not 0 <= self.imitation <= 1:
+            raise UserError("imitation", self.imitation, "must lie between 0 and 1")
+        if self.imitation and self.neuron == "lif" and not self.starts_trained and self.teacher is None:
+            raise UserError("imitation", self.imitation, "needs a teacher, ann_steps or start_from: whom to imitate")
+        if self.teacher is not None and not self.imitation:
+            raise UserError("teacher", self.teacher, "teaches nothing with imitation 0; set it, to 1 for whole stages")
 
 
 @dataclass(kw_only=True)

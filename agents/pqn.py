@@ -16,7 +16,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_mean
 
 from spiking_rl.agents.cnn_policies import SpikingPQNCnnPolicy
-from spiking_rl.agents.policies import SpikingPQNPolicy, SpikingQNetwork
+from spiking_rl.agents.imitation import Teacher, imitation_loss
+from spiking_rl.agents.policies import SpikingPQNPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.agents.targets import lambda_returns
 from spiking_rl.errors import UserError
@@ -33,6 +34,7 @@ class Rollout(NamedTuple):
         targets: Q(lambda) targets of the actions, ``(L, N)``.
         starts: true where an observation opens an episode, ``(L, N)``.
         before: membranes before the first decision; None when stateless.
+        taught: a teacher's Q-values to learn instead, ``(L, N, A)``; None where nobody is imitated.
     """
 
     observations: NDArray[Any]
@@ -40,6 +42,7 @@ class Rollout(NamedTuple):
     targets: NDArray[np.float32]
     starts: NDArray[np.bool_]
     before: NetworkState | None
+    taught: NDArray[np.float32] | None = None
 
 
 _FALLING = LinearSchedule(1e-3, 0.0, 1.0)
@@ -102,9 +105,10 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         "CnnPolicy": SpikingPQNCnnPolicy,
     }
     policy: SpikingPQNPolicy
-    teacher: SpikingQNetwork | None = None
-    """Whose Q-values are learned while ``num_timesteps < imitate_until``."""
-    imitate_until = 0
+    teacher: Teacher | None = None
+    """Whose Q-values are learned in the first part of every stage."""
+    imitation = 0.0
+    """That part."""
 
     def __init__(
         self,
@@ -264,13 +268,22 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         done = np.zeros(shape, dtype=bool)
         starts = np.zeros(shape, dtype=bool)
         before = self.current_membranes() if self.stateful else None
+        teacher = self.teacher if 1.0 - self._current_progress_remaining <= self.imitation else None
+        taught = []
         for t in range(self.n_steps):
             self.exploration_rate = self.exploration_schedule(self.exploration_progress())
             starts[t] = self.episode_starts
             q = self.act_values(self._last_obs)  # type: ignore[arg-type]
             observations[t] = self._last_obs
             values[t] = q.max(1)
-            actions[t] = self.explorer.choose(q.argmax(1), self.exploration_rate)
+            if teacher is None:
+                actions[t] = self.explorer.choose(q.argmax(1), self.exploration_rate)
+            else:
+                # Who knows nothing yet is shown by its teacher what a good game looks like.
+                told = self._ask(teacher, observations[t])
+                taught.append(told)
+                shown = np.random.random(self.n_envs) < self.exploration_rate
+                actions[t] = np.where(shown, told.argmax(1), q.argmax(1))
             self._last_obs, rewards, dones, infos = self.env.step(actions[t])  # type: ignore[assignment]
             all_rewards[t], done[t] = rewards, dones
             self.num_timesteps += self.n_envs
@@ -289,7 +302,14 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         values[-1] = self._values_ahead(self._last_obs, np.arange(self.n_envs))  # type: ignore[arg-type]
         next_values = np.where(done, final_values, values[1:])
         targets = lambda_returns(all_rewards * self.reward_scale, next_values, terminated, done, self.gamma, self.lam)
-        return Rollout(observations, actions, targets, starts, before)
+        return Rollout(observations, actions, targets, starts, before, np.stack(taught) if taught else None)
+
+    def _ask(self, teacher: Teacher, observations: NDArray[Any]) -> NDArray[np.float32]:
+        """Return a teacher's Q-values ``(n_envs, A)`` of the environments' observations, in their order."""
+        obs = torch.as_tensor(observations, device=self.device).unsqueeze(0)
+        starts = torch.as_tensor(self.episode_starts, device=self.device).unsqueeze(0)
+        values: NDArray[np.float32] = teacher.values(obs, starts)[0].float().cpu().numpy()
+        return values
 
     def _values_ahead(self, observations: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return max_a Q of the observations that follow the latest decision in some environments.
@@ -308,7 +328,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
 
     def train(self, rollout: Rollout) -> None:
         """Regress Q(s, a) on the targets of one rollout, or all of Q(s) on the teacher's while there is one."""
-        observations, actions, targets, starts, before = rollout
+        observations, actions, targets, starts, before, told = rollout
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         flat_obs = obs_as_tensor(observations.reshape(-1, *observations.shape[2:]), self.device)
@@ -318,21 +338,24 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         all_actions = torch.as_tensor(actions, device=self.device).unsqueeze(-1)
         all_targets = torch.as_tensor(targets, device=self.device)
         all_starts = torch.as_tensor(starts, device=self.device)
-        taught = self._taught(flat_obs)
+        taught = None if told is None else torch.as_tensor(told, device=self.device)
         losses = []
         for _ in range(self.n_epochs):
             # Stateless decisions are shuffled one by one, stateful ones stay in their episodes.
             for rows in torch.randperm(self.n_envs if before else targets.size).chunk(self.n_minibatches):
-                if taught is not None:
-                    loss = 0.5 * torch.nn.functional.mse_loss(self.policy.q_net(flat_obs[rows]), taught[rows])
-                elif before is None:
-                    q = self.policy.q_net(flat_obs[rows]).gather(1, all_actions.flatten(0, 1)[rows]).squeeze(1)
-                    loss = 0.5 * torch.nn.functional.mse_loss(q, all_targets.flatten()[rows])
+                if before is None:
+                    values = self.policy.q_net(flat_obs[rows])
+                    wanted = all_targets.flatten()[rows] if taught is None else taught.flatten(0, 1)[rows]
+                    played = all_actions.flatten(0, 1)[rows]
                 else:
                     state = tuple(LIFState(layer.membrane[rows]) for layer in before)
                     values = self.policy.q_net.q_sequence(all_obs[:, rows], state, all_starts[:, rows])
-                    q = values.gather(2, all_actions[:, rows]).squeeze(2)
-                    loss = 0.5 * torch.nn.functional.mse_loss(q, all_targets[:, rows])
+                    wanted = (all_targets if taught is None else taught)[:, rows]
+                    played = all_actions[:, rows]
+                if taught is None:
+                    loss = 0.5 * torch.nn.functional.mse_loss(values.gather(-1, played).squeeze(-1), wanted)
+                else:
+                    loss = imitation_loss(values.flatten(0, -2), wanted.flatten(0, -2))
                 self.policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
@@ -344,16 +367,6 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.logger.record("train/loss", self.last_loss)
         self.logger.record("train/q_target_mean", float(targets.mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-
-    @torch.no_grad()
-    def _taught(self, observations: torch.Tensor) -> torch.Tensor | None:
-        """Return the teacher's Q-values of observations ``(B, *obs)``; None where none is imitated (any more)."""
-        if self.num_timesteps > self.imitate_until:
-            self.teacher = None
-        if self.teacher is None:
-            return None
-        parts = observations.split(256)  # type: ignore[no-untyped-call]
-        return torch.cat([self.teacher(part) for part in parts])
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher"]

@@ -193,16 +193,14 @@ class TrainingSession:
         self.ann = None
 
     def _imitate(self) -> None:
-        """Give the learner its teacher, where the settings say so and the time for it is not over."""
-        config, checkpoints = self.config, self.folder.checkpoints
-        if not isinstance(config, PQNConfig) or not config.imitation_steps or config.neuron == "relu":
-            return
-        assert isinstance(self.model, SpikingPQN)
-        until = config.imitation_steps
-        if config.trains_ann:
-            until += load_checkpoint(checkpoints / "relu-end").config["agent_steps"]
-        if self.model.num_timesteps < until:
-            imitate(self.model, config.start_from or str(checkpoints / "relu"), until)
+        """Give the learner its teacher, where the settings say so."""
+        config = self.config
+        if isinstance(config, PQNConfig) and config.imitation and config.neuron == "lif":
+            assert isinstance(self.model, SpikingPQN)
+            if self.model.teacher is not None:
+                return
+            agent = config.teacher or config.start_from or str(self.folder.checkpoints / "relu")
+            imitate(self.model, agent, config.imitation)
 
     def _last_step(self) -> int:
         """Return the agent steps at which the last stage will end."""

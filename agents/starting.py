@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.imitation import Teacher
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.checkpoint import load_into
@@ -65,21 +66,39 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     model.calibrated = True
 
 
-def imitate(model: SpikingPQN, agent: str, until: int) -> None:
-    """Let a learner learn a trained agent's Q-values, on its own play, until it has taken so many agent steps.
+def imitate(model: SpikingPQN, agent: str, part: float) -> None:
+    """Let a learner learn a trained agent's Q-values on its own play, in the first part of every stage.
 
-    Dense and noiseless targets: a converted network is back near its source after a fraction of the
-    agent steps that returns would take (DAgger: Ross et al. 2011).
+    Dense and noiseless targets: a network is near its teacher after a fraction of the agent steps that
+    returns would take (DAgger: Ross et al. 2011; policy distillation: Rusu et al. 2016).
 
     Args:
-        model: a stateless learner.
-        agent: as for :func:`start_from`, with the same spaces.
-        until: agent steps of the model.
+        model: the learner.
+        agent: a run, a checkpoint or the name of a pretrained agent, stateless, with the same actions. Its
+            observations are the learner's, or several of them stacked.
+        part: of each stage, from 0 to 1.
+
+    Raises:
+        UserError: the agent is missing or damaged, or cannot teach this learner.
     """
     with torch.random.fork_rng():  # a resumed run loads its teacher again, and must draw what the other draws
-        teacher = load_agent(agent, device=str(model.device)).model.policy.q_net
-    teacher.set_training_mode(False)
-    model.teacher, model.imitate_until = teacher, until
+        try:
+            source = load_agent(agent, device=str(model.device)).model
+        except UserError as error:
+            raise UserError("teacher", agent, f"cannot be loaded: {error}") from None
+    if source.stateful:
+        raise UserError("teacher", agent, "is stateful; only a stateless agent can be asked about any frame")
+    theirs, ours = source.observation_space, model.observation_space
+    frames = 1
+    if theirs != ours:
+        assert theirs.shape is not None and ours.shape is not None
+        frames = theirs.shape[0] // ours.shape[0] if len(theirs.shape) == len(ours.shape) == 3 else 0
+        stacked = (frames * ours.shape[0], *ours.shape[1:]) if frames else ()
+        if theirs.shape != stacked or theirs.dtype != ours.dtype:
+            raise UserError("teacher", agent, f"was trained on observations {theirs}, which {ours} cannot make up")
+    if source.action_space != model.action_space:
+        raise UserError("teacher", agent, f"was trained on {source.action_space}, not on {model.action_space}")
+    model.teacher, model.imitation = Teacher(source.policy.q_net, frames), part
 
 
 def _require_same_network(agent: str, source: SpikingPQN | SpikingDQN, model: SpikingPQN | SpikingDQN) -> None:

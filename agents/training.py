@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 from spiking_rl.agents.building import build_model, resolve_device
-from spiking_rl.agents.config import TrainConfig, config_from_dict, load_config, load_recipe, save_config
+from spiking_rl.agents.config import PQNConfig, TrainConfig, config_from_dict, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.policies import check_spaces
 from spiking_rl.agents.pqn import SpikingPQN
@@ -20,7 +20,7 @@ from spiking_rl.agents.provenance import provenance
 from spiking_rl.agents.resume import has_training_state
 from spiking_rl.agents.runs import RunFolder, checkpoint_name
 from spiking_rl.agents.session import TrainingSession
-from spiking_rl.agents.starting import start_from
+from spiking_rl.agents.starting import imitate, start_from
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.envs.make import check_environment, make_vectorised
 from spiking_rl.errors import UserError
@@ -97,6 +97,8 @@ def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
     model = build_model(config, device)
     if config.start_from is not None:
         start_from(model, config.start_from, config.env, config.seed)
+    if isinstance(model, SpikingPQN) and isinstance(config, PQNConfig) and config.teacher is not None:
+        imitate(model, config.teacher, config.imitation)
     return model
 
 

@@ -93,10 +93,13 @@ def test_a_relu_network_is_trained_first_only_where_spikes_start_from_it() -> No
 
 
 def test_imitation_needs_somebody_to_imitate() -> None:
-    config = dataclasses.replace(load_recipe("cartpole")[1], imitation_steps=1000)
+    config = dataclasses.replace(load_recipe("cartpole")[1], imitation=0.5)
     with pytest.raises(UserError, match="whom to imitate"):
         config.check()
-    dataclasses.replace(config, ann_steps=1000).check()
-    dataclasses.replace(config, start_from="cartpole").check()
-    with pytest.raises(UserError, match="stateless"):
-        dataclasses.replace(config, start_from="cartpole-masked", stateful=True).check()
+    for change in ({"ann_steps": 1000}, {"start_from": "cartpole"}, {"teacher": "cartpole"}):
+        dataclasses.replace(config, **change).check()
+    dataclasses.replace(config, teacher="cartpole", stateful=True).check()
+    with pytest.raises(UserError, match="teaches nothing with imitation 0"):
+        dataclasses.replace(config, teacher="cartpole", imitation=0.0).check()
+    with pytest.raises(UserError, match="imitation = 2: must lie between 0 and 1"):
+        dataclasses.replace(config, teacher="cartpole", imitation=2).check()

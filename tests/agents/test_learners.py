@@ -283,7 +283,7 @@ def test_an_imitating_agent_learns_the_values_of_its_teacher(tmp_path: Path) -> 
     train("Match-v0", neuron="relu", agent_steps=8000, learning_rate=3e-3, lam=0.5, run=relu, seed=1, **quick)
     taught: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 6000, "learning_rate": 3e-3, "seed": 2}
     taught |= {"reward_scale": 1e-9, "average_decay": 0.0, "eval_every": 6000, **quick}
-    student = train("Match-v0", start_from=relu, imitation_steps=6000, **taught)
+    student = train("Match-v0", start_from=relu, imitation=1.0, **taught)
     teacher = load_agent(relu).model.policy.q_net
     seen = torch.stack([torch.tensor([s, x]) for s in (-1.0, 1.0) for x in (-1.0, 0.0, 1.0)])
     with torch.no_grad():

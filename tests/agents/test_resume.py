@@ -85,7 +85,7 @@ def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_
 @pytest.mark.parametrize("stop_at", [600, 2100, 2600])
 def test_a_run_that_starts_with_a_relu_network_resumes_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
     """Stopped while the ReLU network learns, after its end, and after the first save with spikes."""
-    hybrid = {"ann_steps": 2048, "agent_steps": 1024, "imitation_steps": 768, "save_every": 512}
+    hybrid = {"ann_steps": 2048, "agent_steps": 1024, "imitation": 0.75, "save_every": 512}
     session_in(tmp_path / "whole", "pqn", **hybrid).run()
     session = session_in(tmp_path / "run", "pqn", **hybrid)
     assert session.ann is not None

@@ -1,0 +1,134 @@
+"""Learning from a trained agent: it is asked about what it was trained to see, and its choices are learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from spiking_rl import UserError
+from spiking_rl.agents import SpikingPQN, evaluate, train
+from spiking_rl.agents.imitation import Teacher, imitation_loss
+from spiking_rl.agents.policies import SpikingQNetwork
+from spiking_rl.agents.starting import imitate
+from spiking_rl.envs import make_vectorised
+
+PONG = "ALE/Pong-v5?sticky_actions=0&frame_stack={}"
+
+
+class Parrot(torch.nn.Module):
+    """Answers with the first two pixels' columns of what it is asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def set_training_mode(self, mode: bool) -> None:
+        self.train(mode)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        self.seen.append(obs)
+        return obs.flatten(1)[:, :2].float()
+
+
+def asked(frames: int) -> tuple[Teacher, Parrot]:
+    parrot = Parrot()
+    return Teacher(cast(SpikingQNetwork, parrot), frames), parrot
+
+
+def test_a_teacher_is_shown_exactly_the_frames_that_its_own_environment_stacks() -> None:
+    """Pong, twice from one seed, over the end of a game; rollouts of two lengths."""
+    single, stacked = (make_vectorised(PONG.format(k), 2, seed=3) for k in (1, 4))
+    teacher, parrot = asked(4)
+    random = np.random.default_rng(0)
+    seen, wanted = single.reset(), stacked.reset()
+    starts, ended = np.ones(2, dtype=bool), 0
+    try:
+        for length in [1, 2, *[97] * 10]:
+            frames, opened, stacks = [], [], []
+            for _ in range(length):
+                frames.append(seen)
+                opened.append(starts)
+                stacks.append(wanted)
+                actions = random.integers(6, size=2)
+                seen, _, starts, _ = single.step(actions)
+                wanted = stacked.step(actions)[0]
+                ended += int(starts.sum())
+            parrot.seen.clear()
+            teacher.values(torch.as_tensor(np.stack(frames)), torch.as_tensor(np.stack(opened)))
+            torch.testing.assert_close(torch.cat(parrot.seen), torch.as_tensor(np.concatenate(stacks)))
+    finally:
+        single.close()
+        stacked.close()
+    assert ended, "no game came to its end"
+
+
+def test_a_teacher_that_sees_the_same_is_shown_the_same() -> None:
+    teacher, parrot = asked(1)
+    rollout = torch.rand(5, 3, 2)
+    values = teacher.values(rollout, torch.zeros(5, 3, dtype=torch.bool))
+    assert values.shape == (5, 3, 2)
+    torch.testing.assert_close(values, rollout)
+    torch.testing.assert_close(torch.cat(parrot.seen), rollout.flatten(0, 1))
+
+
+def test_a_wrong_choice_costs_more_than_as_wrong_a_level() -> None:
+    taught = torch.tensor([[0.2, 0.1, 0.0], [0.1, 0.3, 0.2]])
+    assert float(imitation_loss(taught, taught)) == pytest.approx(0, abs=1e-6)
+    level = imitation_loss(taught + 0.1, taught)
+    swapped = taught[:, [1, 0, 2]]
+    assert (swapped - taught).abs().mean() < 0.11
+    assert imitation_loss(swapped, taught) > 2 * level > 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_choices_matter_alike_whatever_rewards_are_worth(scale: float) -> None:
+    """The temperature follows the teacher: its share of the loss scales with its values."""
+    taught = torch.tensor([[0.2, 0.1, 0.0], [0.1, 0.3, 0.2]])
+    wrong = taught.flip(1)
+    choice, scaled = (
+        imitation_loss(k * wrong, k * taught) - 0.5 * (k * (wrong - taught)).square().mean() for k in (1, scale)
+    )
+    assert float(scaled) == pytest.approx(scale * float(choice), rel=1e-4)
+
+
+def test_values_without_any_preference_can_be_imitated() -> None:
+    values = torch.zeros(4, 2, requires_grad=True)
+    imitation_loss(values, torch.ones(4, 2)).backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None and values.grad.isfinite().all() and (values.grad < 0).all()
+
+
+def test_a_stateful_agent_learns_from_a_stateless_one(tmp_path: Path) -> None:
+    """From play without any reward, and from nothing: no start is given."""
+    settings: dict[str, Any] = {"stateful": True, "timesteps": 2, "prune_to": 1, "agent_steps": 8000}
+    settings |= {"prune_steps": 4000, "eval_every": 4000, "eval_episodes": 5, "report_episodes": 0}
+    settings |= {"video_episodes": 0, "reward_scale": 1e-9, "hidden": (64, 64), "n_minibatches": 4, "seed": 1}
+    student = train("CartPole-v1", teacher="cartpole", imitation=1.0, **settings)
+    assert student.policy.timesteps == 1
+    assert evaluate(student, "CartPole-v1", episodes=10).mean_return > 150
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("nowhere", "teacher = 'nowhere': cannot be loaded"),
+        ("cartpole-masked", "is stateful"),
+        ("cartpole", "cannot make up"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(
+    tmp_path: Path, teacher: str, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train("MountainCar-v0", teacher=teacher, imitation=1.0, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_other_actions_is_refused() -> None:
+    model = SpikingPQN("MlpPolicy", make_vectorised("CartPole-v1", 2, 0))
+    model.action_space.n += 1  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"not on Discrete\(3\)"):
+        imitate(model, "cartpole", 1.0)
