@@ -21,6 +21,9 @@ from spiking_rl.pruning import check_pruning
 
 Neuron = Literal["lif", "relu"]
 
+ANN_FRAMES = 4
+"""Frames of a game that the ReLU network sees from which a stateful agent starts."""
+
 
 @dataclass(kw_only=True)
 class MainSettings:
@@ -122,6 +125,12 @@ class TrainConfig(MainSettings):
         """Whether the agent begins with what another one has learned."""
         return self.trains_ann or self.start_from is not None
 
+    def of_ann(self) -> TrainConfig:
+        """Return the settings of the ReLU network that is trained first: it needs stacked frames to see motion."""
+        atari = parse_atari(self.env)
+        env = str(replace(atari, frame_stack=ANN_FRAMES)) if self.stateful and atari is not None else self.env
+        return replace(self, neuron="relu", stateful=False, env=env, agent_steps=self.ann_steps)
+
     def also_reported(self) -> tuple[str, ...]:
         """Return the further environments of the final table."""
         atari = parse_atari(self.env)
@@ -156,7 +165,7 @@ class TrainConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
-        if self.trains_ann and self.stateful:
+        if self.trains_ann and self.stateful and parse_atari(self.env) is None:
             raise UserError(
                 "ann_steps", self.ann_steps, "a ReLU network has no memory to hand on; with stateful leave it 0"
             )

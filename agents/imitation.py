@@ -38,7 +38,7 @@ class Teacher:
             starts: bool ``(L, N)``, true where an observation opens an episode.
         """
         rows = self._stacked(observations, starts).flatten(0, 1)
-        values = torch.cat([self.q_net(part) for part in rows.split(_ROWS)])
+        values = torch.cat([self.q_net(part) for part in torch.split(rows, _ROWS)])
         return values.reshape(*observations.shape[:2], -1)
 
     def _stacked(self, observations: Tensor, starts: Tensor) -> Tensor:

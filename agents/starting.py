@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.imitation import Teacher
@@ -26,7 +29,8 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
 
     A ReLU network is converted on observations of its own play (:func:`spiking_rl.conversion.convert`).
     A spiking network is taken over with its thresholds and leaks, whatever its T; a stateful one's
-    leaks follow T where the learner's ``rescale_leak`` says so.
+    leaks follow T where the learner's ``rescale_leak`` says so. A stateful learner that sees single frames
+    can start from a ReLU network that sees several stacked, from what it makes of a game that stands still.
 
     Args:
         model: a learner that has not been trained.
@@ -38,16 +42,19 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
         UserError: the agent is missing, damaged, or has other spaces, layers or kind of memory.
     """
     try:
-        source = load_agent(agent, device=str(model.device)).model
+        loaded = load_agent(agent, device=str(model.device))
     except UserError as error:
         raise UserError("start_from", agent, f"cannot be loaded: {error}") from None
+    source = loaded.model
     theirs, ours = source.policy.q_net, model.policy.q_net
-    if (source.observation_space, source.action_space) != (model.observation_space, model.action_space):
-        raise UserError("start_from", agent, f"was trained on other spaces than those of {env}")
     network = ours.network
+    to_memory = ours.stateful and not theirs.network.spiking
+    frames = _frames(source.observation_space, model.observation_space)
+    if frames == 0 or (frames > 1 and not to_memory) or source.action_space != model.action_space:
+        raise UserError("start_from", agent, f"was trained on other spaces than those of {env}")
     if theirs.network.spiking and not network.spiking:
         raise UserError("start_from", agent, "is a spiking network; a ReLU network cannot start from it")
-    if theirs.stateful != ours.stateful:
+    if theirs.stateful != ours.stateful and not to_memory:
         kinds = ("stateful", "stateless") if theirs.stateful else ("stateless", "stateful")
         raise UserError("start_from", agent, f"is {kinds[0]}, and a {kinds[1]} agent cannot start from it")
     _require_same_network(agent, source, model)
@@ -58,9 +65,17 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     else:
         if ours.norm is not None and theirs.norm is not None:
             ours.norm.load_state_dict(theirs.norm.state_dict())
-        seen = _played(source, env, seed)
+        seen, starts = _played(source, loaded.environment if to_memory else env, seed)
         with torch.no_grad():
-            convert(theirs.network, network, ours.features(seen))
+            if to_memory:
+                seen, starts = seen[-_INPUTS // _ENVIRONMENTS :], starts[-_INPUTS // _ENVIRONMENTS :]
+                newest = seen[:, :, -(seen.shape[2] // frames) :]
+                inputs = ours.features(newest.flatten(0, 1))
+                inputs = inputs.reshape(*starts.shape, *inputs.shape[1:])
+                convert(theirs.network, network, inputs, model.firing_rate, starts)
+            else:
+                every = len(seen) * _ENVIRONMENTS // _INPUTS
+                convert(theirs.network, network, ours.features(seen[::every].flatten(0, 1)))
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(ours.state_dict())
     model.calibrated = True
@@ -89,13 +104,9 @@ def imitate(model: SpikingPQN, agent: str, part: float) -> None:
     if source.stateful:
         raise UserError("teacher", agent, "is stateful; only a stateless agent can be asked about any frame")
     theirs, ours = source.observation_space, model.observation_space
-    frames = 1
-    if theirs != ours:
-        assert theirs.shape is not None and ours.shape is not None
-        frames = theirs.shape[0] // ours.shape[0] if len(theirs.shape) == len(ours.shape) == 3 else 0
-        stacked = (frames * ours.shape[0], *ours.shape[1:]) if frames else ()
-        if theirs.shape != stacked or theirs.dtype != ours.dtype:
-            raise UserError("teacher", agent, f"was trained on observations {theirs}, which {ours} cannot make up")
+    frames = _frames(theirs, ours)
+    if not frames:
+        raise UserError("teacher", agent, f"was trained on observations {theirs}, which {ours} cannot make up")
     if source.action_space != model.action_space:
         raise UserError("teacher", agent, f"was trained on {source.action_space}, not on {model.action_space}")
     model.teacher, model.imitation = Teacher(source.policy.q_net, frames), part
@@ -116,22 +127,33 @@ def _require_same_network(agent: str, source: SpikingPQN | SpikingDQN, model: Sp
             )
 
 
-def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int) -> torch.Tensor:
-    """Return observations ``(_INPUTS, *obs)`` spread over some play of a stateless agent."""
+def _frames(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> int:
+    """Return how many of our observations, stacked, make one of theirs: 1 for equal ones, 0 if none do."""
+    if theirs == ours:
+        return 1
+    assert theirs.shape is not None and ours.shape is not None
+    if len(theirs.shape) != 3 or len(ours.shape) != 3 or theirs.dtype != ours.dtype:
+        return 0
+    frames = theirs.shape[0] // ours.shape[0]
+    return frames if theirs.shape == (frames * ours.shape[0], *ours.shape[1:]) else 0
+
+
+def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return observations ``(_STEPS, _ENVIRONMENTS, *obs)`` of some play of a stateless agent, and where games open."""
     random = np.random.default_rng(seed)
     venv = make_vectorised(env, _ENVIRONMENTS, seed)
-    every = _ENVIRONMENTS * _STEPS // _INPUTS
-    kept = []
+    kept, opened = [], []
+    starts = np.ones(_ENVIRONMENTS, dtype=bool)
     try:
         observations = venv.reset()
-        for step in range(_STEPS):
+        for _ in range(_STEPS):
             assert isinstance(observations, np.ndarray)
-            if step % every == 0:
-                kept.append(observations.copy())
+            kept.append(observations.copy())
+            opened.append(starts)
             greedy, _ = source.predict(observations, deterministic=True)
             noise = random.integers(source.action_space.n, size=_ENVIRONMENTS)  # type: ignore[attr-defined]
             actions = np.where(random.random(_ENVIRONMENTS) < _EPSILON, noise, greedy)
-            observations = venv.step(actions)[0]
+            observations, _, starts, _ = venv.step(actions)
     finally:
         venv.close()
-    return torch.as_tensor(np.concatenate(kept), device=source.device)
+    return torch.as_tensor(np.stack(kept), device=source.device), torch.as_tensor(np.stack(opened), device=source.device)

@@ -89,15 +89,14 @@ def _ann_session(
     folder = RunFolder(run.path / "ann")
     if folder.config.is_file():
         return resume_run(folder, device=device, hours=hours, progress=progress)
-    own = dataclasses.replace(config, neuron="relu", agent_steps=config.ann_steps)
-    return start_run(own, folder, device=device, hours=hours, progress=progress)
+    return start_run(config.of_ann(), folder, device=device, hours=hours, progress=progress)
 
 
 def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
     model = build_model(config, device)
     if config.start_from is not None:
         start_from(model, config.start_from, config.env, config.seed)
-    if isinstance(model, SpikingPQN) and isinstance(config, PQNConfig) and config.teacher is not None:
+    if isinstance(model, SpikingPQN) and isinstance(config, PQNConfig) and config.teacher is not None and config.neuron == "lif":
         imitate(model, config.teacher, config.imitation)
     return model
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
-from spiking_rl.networks import LayeredNetwork
+from spiking_rl.networks import LayeredNetwork, scale_channels
 from spiking_rl.neurons import LIF, MIN_THRESHOLD, lif_scan
 
 _RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
 """Firing rates that a conversion tries."""
+_LEAST_GAIN = 0.01  # of a membrane that hardly leaks
 _BISECTIONS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
 
 
@@ -47,7 +48,13 @@ def calibrate_thresholds(
 
 
 @torch.no_grad()
-def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate: float | None = None) -> list[float]:
+def convert(
+    relu: LayeredNetwork,
+    spiking: LayeredNetwork,
+    inputs: Tensor,
+    rate: float | None = None,
+    starts: Tensor | None = None,
+) -> list[float]:
     """Give a spiking network the weights of a trained ReLU network of the same shape.
 
     A threshold balanced on data, layer by layer, makes a firing rate of the ReLU's output: over
@@ -57,13 +64,20 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
     the more timesteps it takes to tell values apart. Where currents are normalised, every timestep is
     normalised for itself: the approximation keeps an error then, whatever T, and is a place to train on from.
 
+    A stateful network (``starts``) may see single frames where the ReLU network sees several stacked, the
+    oldest first: its first kernels are the sums over the frames, which answer alike to what stands still. What
+    moves it has to learn. The currents of its channels are scaled by ``1 - leak``, so that membranes that sum
+    up a constant current come to as much.
+
     Args:
         relu: trained, neuron ``"relu"``; it stays as it is.
         spiking: its weights and thresholds are overwritten, its leaks are not (with a leak of 1, where
-            they start, the approximation is best).
-        inputs: at least 2 inputs as in training, ``(B, *input_shape)``.
+            they start, the approximation of a stateless network is best).
+        inputs: at least 2 inputs as in training, ``(B, *input_shape)`` of the spiking network, or with
+            ``starts`` the sequences ``(L, B, *input_shape)``.
         rate: spikes per neuron and timestep to balance the thresholds for, in (0, 1); None tries some and
             takes the one whose outputs are closest to the ReLU network's, by the mean square.
+        starts: bool ``(L, B)``, true where a decision opens an episode; needs a rate.
 
     Returns:
         The rate reached, per layer.
@@ -78,14 +92,23 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
         raise UserError("relu", "the two networks", "must be a ReLU network and a spiking one, in this order")
     weights = {name: t for name, t in spiking.state_dict().items() if not name.startswith("neurons.")}
     source = relu.state_dict()
+    if starts is not None:
+        if rate is None:
+            raise UserError("rate", rate, "must be given to convert a stateful network")
+        _sum_frames(source, weights)
     if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in source.items()}:
         raise UserError("relu", "its layers", "are not those of the spiking network; build both with the same options")
-    _check(inputs, _RATES[0] if rate is None else rate)
+    _check(inputs, _RATES[0] if rate is None else rate, starts)
     behind = [_weight(follower) for follower in [*list(spiking.maps)[1:], spiking.readout]]
 
     def balance(at: float) -> list[float]:
         spiking.load_state_dict(source, strict=False)
-        return _calibrate(spiking, inputs, at, None, fold)
+        if starts is not None:
+            for layer, neuron in zip(spiking.maps, spiking.neurons, strict=True):
+                assert isinstance(neuron, LIF)
+                gain = (1 - neuron.leak).clamp(min=_LEAST_GAIN).flatten()
+                scale_channels(layer, gain)
+        return _calibrate(spiking, inputs, at, starts, fold)
 
     def fold(layer: int) -> None:
         neuron = spiking.neurons[layer]
@@ -100,6 +123,16 @@ def convert(relu: LayeredNetwork, spiking: LayeredNetwork, inputs: Tensor, rate:
             errors[candidate] = float((spiking(inputs.unsqueeze(0))[0] - wanted).square().mean())
         rate = min(errors, key=lambda candidate: errors[candidate])
     return balance(rate)
+
+
+def _sum_frames(source: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Replace kernels over stacked frames by their sums over the frames, where the other network's are that small."""
+    for name, tensor in source.items():
+        other = weights.get(name)
+        if other is not None and tensor.dim() == other.dim() == 4 and tensor.shape != other.shape:
+            frames = tensor.shape[1] // other.shape[1]
+            if tensor.shape == (other.shape[0], frames * other.shape[1], *other.shape[2:]):
+                source[name] = tensor.reshape(len(other), frames, *other.shape[1:]).sum(1)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -263,6 +263,15 @@ def spread_time_constants(lif: LIF, limits: Sequence[float], timesteps: int) -> 
     lif.leak.copy_(torch.exp(-1 / (spread * timesteps)).reshape(lif.leak.shape))
 
 
+@torch.no_grad()
+def scale_channels(layer: nn.Module, gain: Tensor) -> None:
+    """Scale the current of each channel of a map by ``gain`` (C,), in its normalisation where it has one."""
+    last = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm))][-1]
+    last.weight.mul_(gain.reshape(-1, *[1] * (last.weight.dim() - 1)))
+    if last.bias is not None:
+        last.bias.mul_(gain)
+
+
 @register_network("mlp")
 def mlp(
     input_shape: Sequence[int],

@@ -14,6 +14,7 @@ from spiking_rl.networks import (
     LayeredNetwork,
     check_time_constants,
     register_network,
+    scale_channels,
     spread_time_constants,
     unit_gain,
     zero_readout,
@@ -100,19 +101,10 @@ def nature_cnn(
         for layer, lif in zip(maps, neurons, strict=True):
             assert isinstance(lif, LIF)
             spread_time_constants(lif, time_constants, timesteps)
-            _scale_channels(layer, 1 - lif.leak.detach().flatten())
+            scale_channels(layer, 1 - lif.leak.detach().flatten())
     readout = zero_readout(features, outputs)
     network = LayeredNetwork(maps, neurons, readout, input_shape=input_shape, timesteps=timesteps)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # faster
-
-
-@torch.no_grad()
-def _scale_channels(layer: nn.Module, gain: torch.Tensor) -> None:
-    """Scale the current of each channel of a map, in its normalisation where it has one."""
-    last = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm))][-1]
-    last.weight.mul_(gain.reshape(-1, *[1] * (last.weight.dim() - 1)))
-    if last.bias is not None:
-        last.bias.mul_(gain)
 
 
 def _sides_after_convolutions(side: int) -> int:

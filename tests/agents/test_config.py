@@ -90,6 +90,11 @@ def test_a_relu_network_is_trained_first_only_where_spikes_start_from_it() -> No
         assert not other.trains_ann
     with pytest.raises(UserError, match="no memory to hand on"):
         dataclasses.replace(config, stateful=True).check()
+    # Frames of a game can be stacked for it.
+    game = dataclasses.replace(config, stateful=True, env="ALE/Pong-v5?sticky_actions=0&frame_stack=1")
+    game.check()
+    assert game.of_ann().env == "ALE/Pong-v5?sticky_actions=0&frame_stack=4"
+    assert (game.of_ann().neuron, game.of_ann().stateful, game.of_ann().agent_steps) == ("relu", False, 1000)
 
 
 def test_imitation_needs_somebody_to_imitate() -> None:

@@ -98,7 +98,9 @@ def test_choices_matter_alike_whatever_rewards_are_worth(scale: float) -> None:
 def test_values_without_any_preference_can_be_imitated() -> None:
     values = torch.zeros(4, 2, requires_grad=True)
     imitation_loss(values, torch.ones(4, 2)).backward()  # type: ignore[no-untyped-call]
-    assert values.grad is not None and values.grad.isfinite().all() and (values.grad < 0).all()
+    assert values.grad is not None
+    assert values.grad.isfinite().all()
+    assert (values.grad < 0).all()
 
 
 def test_a_stateful_agent_learns_from_a_stateless_one(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Publish the scores of finished runs in one file, each with the command and commit that made it.
+
+python -m spiking_rl.scripts.gather runs/pong-relu-seed0 runs/pong-seed0 --output results/pong.json
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from spiking_rl.agents.runs import RunFolder
+from spiking_rl.checkpoint import read_json
+from spiking_rl.errors import UserError
+from spiking_rl.scripts.options import parse, script
+from spiking_rl.scripts.published import write_results
+
+DESCRIPTION = """Gather the final tables of runs that were trained one by one.
+
+Example: python -m spiking_rl.scripts.gather runs/pong-seed0 runs/pong-seed1 --output results/pong.json"""
+
+_ABOUT_THE_RUN = ("command", "commit", "date", "machine", "train_seconds", "peak_rss_mb")
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What to gather."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of finished runs."""
+    output: Path
+    """Results as JSON."""
+
+
+def main() -> None:
+    """Write the rows of all runs."""
+    options = parse(Options, "gather", sys.argv[1:], DESCRIPTION)
+    if not options.runs:
+        raise UserError("runs", None, "name at least one run folder")
+    if options.output.suffix != ".json":
+        raise UserError("output", str(options.output), "must end with .json")
+    rows: list[dict[str, Any]] = []
+    for folder in map(RunFolder, options.runs):
+        folder.require()
+        if not folder.results.is_file():
+            raise UserError("runs", str(folder.path), "has no final table yet; go on with train --resume")
+        results = read_json(folder.results, "results")
+        about = {key: results.get(key) for key in _ABOUT_THE_RUN}
+        rows += [{"run": folder.path.name, **row, **about} for row in results["rows"]]
+    write_results(options.output, "gather", rows)
+    print(f"{len(rows)} rows: {options.output}")
+
+
+if __name__ == "__main__":
+    script(main)
