@@ -72,6 +72,10 @@ class TrainConfig(MainSettings):
     """Shortest and longest membrane time constant of a stateful agent, in agent steps; none: leak."""
     rescale_leak: bool = True
     """Let a stateful agent's leaks follow T, so that its memory lasts as long."""
+    imitation: float = 0.0
+    """Part of every stage, from its beginning, in which a teacher's Q-values are learned instead of returns."""
+    teacher: str | None = None
+    """Trained agent to imitate, one that sees more frames too; none: the one that it starts from."""
     surrogate_gamma: float = 0.3
     """Height of the surrogate gradient."""
     firing_rate: float = 0.2
@@ -157,7 +161,7 @@ class TrainConfig(MainSettings):
             raise UserError("seed", self.seed, "must be below 10000000, where the seeds of evaluations begin")
         if not 0 <= self.final_learning_rate < float("inf"):
             raise UserError("final_learning_rate", self.final_learning_rate, "must be 0 or positive, and finite")
-        for name in ("gamma", "leak", "exploration_fraction", "exploration_final_eps"):
+        for name in ("gamma", "leak", "exploration_fraction", "exploration_final_eps", "imitation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(name, getattr(self, name), "must lie between 0 and 1")
         for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
@@ -169,6 +173,10 @@ class TrainConfig(MainSettings):
             raise UserError(
                 "ann_steps", self.ann_steps, "a ReLU network has no memory to hand on; with stateful leave it 0"
             )
+        if self.imitation and self.neuron == "lif" and not self.starts_trained and self.teacher is None:
+            raise UserError("imitation", self.imitation, "needs a teacher, ann_steps or start_from: whom to imitate")
+        if self.teacher is not None and not self.imitation:
+            raise UserError("teacher", self.teacher, "teaches nothing with imitation 0; set it, to 1 for whole stages")
         if self.time_constants is not None:
             check_time_constants(self.time_constants)
         if self.goal is not None and math.isnan(self.goal):
@@ -195,10 +203,6 @@ class PQNConfig(TrainConfig):
     """Minibatches per pass."""
     lam: float = 0.9
     """Lambda of the returns."""
-    imitation: float = 0.0
-    """Part of every stage, from its beginning, in which a teacher's Q-values are learned instead of returns."""
-    teacher: str | None = None
-    """Trained agent to imitate, one that sees more frames too; none: the one that it starts from."""
 
     algo = "pqn"
 
@@ -210,12 +214,6 @@ class PQNConfig(TrainConfig):
                 raise UserError(name, getattr(self, name), "must be at least 1")
         if not 0 <= self.lam <= 1:
             raise UserError("lam", self.lam, "must lie between 0 and 1")
-        if not 0 <= self.imitation <= 1:
-            raise UserError("imitation", self.imitation, "must lie between 0 and 1")
-        if self.imitation and self.neuron == "lif" and not self.starts_trained and self.teacher is None:
-            raise UserError("imitation", self.imitation, "needs a teacher, ann_steps or start_from: whom to imitate")
-        if self.teacher is not None and not self.imitation:
-            raise UserError("teacher", self.teacher, "teaches nothing with imitation 0; set it, to 1 for whole stages")
 
 
 @dataclass(kw_only=True)

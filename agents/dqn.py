@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from spiking_rl.agents.cnn_policies import SpikingCnnPolicy, SpikingDQNCnnPolicy
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
+from spiking_rl.agents.imitation import imitation_loss
 from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
@@ -240,6 +241,11 @@ class SpikingDQN(StagedAlgorithm, DQN):
         """Return the loss of one batch of independent transitions."""
         assert self.replay_buffer is not None
         batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+        teacher = self.imitated()
+        if teacher is not None:
+            alone = torch.ones(1, len(batch.observations), dtype=torch.bool, device=self.device)
+            taught = teacher.values(batch.observations.unsqueeze(0), alone)[0]
+            return imitation_loss(self.q_net(batch.observations), taught)
         with torch.no_grad():
             targets = double_q_targets(
                 batch.rewards * self.reward_scale,
@@ -258,10 +264,18 @@ class SpikingDQN(StagedAlgorithm, DQN):
         before = split_membranes(stored, self.q_net.network.neuron_shapes())
         cut = self.burn_in
         learned = slice(cut, cut + self.sequence_length)
+        teacher = self.imitated()
         with torch.no_grad():
-            target = self.q_net_target.q_sequence(batch.observations, before, batch.starts)
+            if teacher is None:
+                target = self.q_net_target.q_sequence(batch.observations, before, batch.starts)
             if cut:
                 before = self.q_net.sequence(batch.observations[:cut], before, batch.starts[:cut])[1]
+        if teacher is not None:
+            teacher.forget()  # it has a few frames to look back on where the burn-in has as many
+            taught = teacher.values(batch.observations, batch.starts)[learned]
+            q = self.q_net.q_sequence(batch.observations[learned], before, batch.starts[learned])
+            mask = batch.decisions[learned]
+            return imitation_loss(q[mask], taught[mask])
         # One pass over the rest: its Q-values are regressed, and without gradient choose the best action.
         q = self.q_net.q_sequence(batch.observations[cut:], before, batch.starts[cut:])
         targets = sequence_targets(

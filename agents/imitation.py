@@ -29,9 +29,13 @@ class Teacher:
         self._history: Tensor | None = None  # the last frames - 1 observations, (frames - 1, N, *obs)
         self._opened: Tensor | None = None  # which of them opened an episode, (frames - 1, N)
 
+    def forget(self) -> None:
+        """Begin anew: the next observations follow no others."""
+        self._history = self._opened = None
+
     @torch.no_grad()
     def values(self, observations: Tensor, starts: Tensor) -> Tensor:
-        """Return Q-values ``(L, N, A)`` of a rollout that follows the one of the last call.
+        """Return Q-values ``(L, N, A)`` of observations that follow those of the last call.
 
         Args:
             observations: raw, ``(L, N, *obs)``.

@@ -105,10 +105,6 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         "CnnPolicy": SpikingPQNCnnPolicy,
     }
     policy: SpikingPQNPolicy
-    teacher: Teacher | None = None
-    """Whose Q-values are learned in the first part of every stage."""
-    imitation = 0.0
-    """That part."""
 
     def __init__(
         self,
@@ -268,7 +264,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         done = np.zeros(shape, dtype=bool)
         starts = np.zeros(shape, dtype=bool)
         before = self.current_membranes() if self.stateful else None
-        teacher = self.teacher if 1.0 - self._current_progress_remaining <= self.imitation else None
+        teacher = self.imitated()
         taught = []
         for t in range(self.n_steps):
             self.exploration_rate = self.exploration_schedule(self.exploration_progress())
@@ -367,9 +363,6 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.logger.record("train/loss", self.last_loss)
         self.logger.record("train/q_target_mean", float(targets.mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "teacher"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

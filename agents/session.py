@@ -16,7 +16,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
-from spiking_rl.agents.config import PQNConfig, TrainConfig
+from spiking_rl.agents.config import TrainConfig
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.evaluation import SELECTION_SEED, evaluate
 from spiking_rl.agents.pqn import SpikingPQN
@@ -195,10 +195,7 @@ class TrainingSession:
     def _imitate(self) -> None:
         """Give the learner its teacher, where the settings say so."""
         config = self.config
-        if isinstance(config, PQNConfig) and config.imitation and config.neuron == "lif":
-            assert isinstance(self.model, SpikingPQN)
-            if self.model.teacher is not None:
-                return
+        if config.imitation and config.neuron == "lif" and self.model.teacher is None:
             agent = config.teacher or config.start_from or str(self.folder.checkpoints / "relu")
             imitate(self.model, agent, config.imitation)
 

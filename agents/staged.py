@@ -21,6 +21,7 @@ from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
 from spiking_rl.agents.exploration import EpsilonGreedy
+from spiking_rl.agents.imitation import Teacher
 from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
@@ -69,6 +70,8 @@ class StagedAlgorithm(BaseAlgorithm):
         average_decay: decay of the weight average per training; 0 keeps none.
         average: averaged weights and buffers of the Q-network by name, None before the first training.
         prune_lr_factor: multiplies the learning rate in every stage after the first.
+        teacher: whose Q-values are learned in the first part of every stage.
+        imitation: that part, from 0 to 1.
         rescale_leak: a stateful agent's leaks follow T, so that its memory lasts as many decisions.
         membranes: of the training environments after their latest decision; None before the first
             or when stateless.
@@ -87,6 +90,8 @@ class StagedAlgorithm(BaseAlgorithm):
     stage = 0
     stage_start = 0
     prune_lr_factor = 1.0
+    teacher: Teacher | None = None
+    imitation = 0.0
     rescale_leak = True
     average_decay = 0.0
     average: dict[str, torch.Tensor] | None = None
@@ -97,6 +102,13 @@ class StagedAlgorithm(BaseAlgorithm):
     def stateful(self) -> bool:
         """Whether membranes are carried through the episode."""
         return self.policy.stateful
+
+    def imitated(self) -> Teacher | None:
+        """Return whom to learn from now; None where returns are."""
+        return self.teacher if 1.0 - self._current_progress_remaining <= self.imitation else None
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "teacher"]
 
     def act_values(self, observations: NDArray[Any]) -> NDArray[np.float32]:
         """Return Q-values ``(n_envs, A)`` of the training environments' observations.

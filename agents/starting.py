@@ -81,7 +81,7 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     model.calibrated = True
 
 
-def imitate(model: SpikingPQN, agent: str, part: float) -> None:
+def imitate(model: SpikingPQN | SpikingDQN, agent: str, part: float) -> None:
     """Let a learner learn a trained agent's Q-values on its own play, in the first part of every stage.
 
     Dense and noiseless targets: a network is near its teacher after a fraction of the agent steps that
@@ -90,7 +90,7 @@ def imitate(model: SpikingPQN, agent: str, part: float) -> None:
     Args:
         model: the learner.
         agent: a run, a checkpoint or the name of a pretrained agent, stateless, with the same actions. Its
-            observations are the learner's, or several of them stacked.
+            observations are the learner's, or several of them stacked for a stateful learner.
         part: of each stage, from 0 to 1.
 
     Raises:
@@ -107,6 +107,8 @@ def imitate(model: SpikingPQN, agent: str, part: float) -> None:
     frames = _frames(theirs, ours)
     if not frames:
         raise UserError("teacher", agent, f"was trained on observations {theirs}, which {ours} cannot make up")
+    if frames > 1 and not model.stateful:
+        raise UserError("teacher", agent, f"sees {frames} frames; a stateless agent of one cannot know what it knows")
     if source.action_space != model.action_space:
         raise UserError("teacher", agent, f"was trained on {source.action_space}, not on {model.action_space}")
     model.teacher, model.imitation = Teacher(source.policy.q_net, frames), part
@@ -131,7 +133,8 @@ def _frames(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> int:
     """Return how many of our observations, stacked, make one of theirs: 1 for equal ones, 0 if none do."""
     if theirs == ours:
         return 1
-    assert theirs.shape is not None and ours.shape is not None
+    assert theirs.shape is not None
+    assert ours.shape is not None
     if len(theirs.shape) != 3 or len(ours.shape) != 3 or theirs.dtype != ours.dtype:
         return 0
     frames = theirs.shape[0] // ours.shape[0]
@@ -156,4 +159,6 @@ def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int) -> tuple[torch
             observations, _, starts, _ = venv.step(actions)
     finally:
         venv.close()
-    return torch.as_tensor(np.stack(kept), device=source.device), torch.as_tensor(np.stack(opened), device=source.device)
+    return torch.as_tensor(np.stack(kept), device=source.device), torch.as_tensor(
+        np.stack(opened), device=source.device
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 from spiking_rl.agents.building import build_model, resolve_device
-from spiking_rl.agents.config import PQNConfig, TrainConfig, config_from_dict, load_config, load_recipe, save_config
+from spiking_rl.agents.config import TrainConfig, config_from_dict, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.policies import check_spaces
 from spiking_rl.agents.pqn import SpikingPQN
@@ -96,7 +96,7 @@ def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
     model = build_model(config, device)
     if config.start_from is not None:
         start_from(model, config.start_from, config.env, config.seed)
-    if isinstance(model, SpikingPQN) and isinstance(config, PQNConfig) and config.teacher is not None and config.neuron == "lif":
+    if config.teacher is not None and config.neuron == "lif":
         imitate(model, config.teacher, config.imitation)
     return model
 
