@@ -16,6 +16,7 @@ from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
+from spiking_rl.networks import Observer
 from spiking_rl.neurons import LIFState
 
 SELECTION_SEED = 10_000_000
@@ -27,7 +28,7 @@ REPORT_SEED = 20_000_000
 MAX_DECISIONS = 5_000
 """Episodes of an environment without a time limit are cut here: some never end by themselves."""
 
-_PARALLEL = 50  # environments stepped together: one forward pass decides for all of them
+_PARALLEL = 100  # environments stepped together: one forward pass decides for all of them
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def evaluate(
 
 @torch.no_grad()
 def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: SpikeCounter) -> tuple[list[float], int]:
-    """Play one episode per seed, many side by side.
+    """Play one episode per seed, many side by side; what several of them have seen alike is decided once.
 
     Returns:
         The returns in the order of the seeds, and the number of episodes that differ in their actions.
@@ -167,18 +168,29 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     returns = [0.0] * len(seeds)
     lengths = [0] * len(seeds)
     played = [0] * len(seeds)  # a running hash of each episode's actions
+    seen = [0] * len(seeds)  # and of its observations: where they are equal, so are the membranes
     playing: list[tuple[Any, int, Any]] = []  # environment, index of its episode, observation
     for env in envs:
         episode, seed = waiting.pop(0)
         playing.append((env, episode, env.reset(seed=seed)[0]))
     state = q_net.network.initial_state(len(playing)) if q_net.stateful else None
     while playing:
-        stacked = torch.as_tensor(np.stack([p[2] for p in playing]), device=q_net.device)
+        for _, episode, observation in playing:
+            before = seen[episode] if q_net.stateful else 0
+            seen[episode] = hash((before, np.asarray(observation).tobytes()))
+        groups: dict[int, int] = {}
+        group = [groups.setdefault(seen[episode], len(groups)) for _, episode, _ in playing]
+        first = [group.index(g) for g in range(len(groups))]
+        stacked = torch.as_tensor(np.stack([playing[row][2] for row in first]), device=q_net.device)
         starts = None
         if state is not None:
-            starts = torch.tensor([lengths[episode] == 0 for _, episode, _ in playing], device=q_net.device)
-        values, state = q_net.q_values(stacked, state, starts, observer=counter)
-        actions = values.argmax(1).cpu().numpy()
+            opens = [lengths[playing[row][1]] == 0 for row in first]
+            starts = torch.tensor(opens, device=q_net.device)
+            state = tuple(LIFState(layer.membrane[first]) for layer in state)
+        values, state = q_net.q_values(stacked, state, starts, observer=_weighted(counter, group))
+        actions = values.argmax(1).cpu().numpy()[group]
+        if state is not None:
+            state = tuple(LIFState(layer.membrane[group]) for layer in state)
         still, rows = [], []
         for row, ((env, episode, _), action) in enumerate(zip(playing, actions, strict=True)):
             observation, reward, terminated, truncated, _ = env.step(action)
@@ -198,6 +210,17 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
     for env in envs:
         env.close()
     return returns, len(set(played))
+
+
+def _weighted(counter: SpikeCounter, group: list[int]) -> Observer:
+    """Return an observer that counts every row as often as it stands in ``group``."""
+    if len(set(group)) == len(group):
+        return counter
+
+    def observe(layer: str, output: torch.Tensor, potential: torch.Tensor) -> None:
+        counter(layer, output[:, group], potential)
+
+    return observe
 
 
 def decision_latency_ms(model: BaseAlgorithm, decisions: int = 200) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.config import load_config
@@ -38,15 +39,22 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
         row["end_return"] = None
         if end.is_dir():
             last = load_agent(end, device="cpu")
-            row["end_return"] = evaluate(
-                last.model, last.environment, episodes=episodes, measure_latency=False
-            ).mean_return
+            row["end_return"] = row["mean_return"]
+            if not _same_weights(agent.model, last.model):
+                score = evaluate(last.model, last.environment, episodes=episodes, measure_latency=False)
+                row["end_return"] = score.mean_return
         also = [_score(agent.model, env, episodes) for env in config.also_reported()]
         rows.append({**row, "also": also} if also else row)
     results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
     results |= {**facts, "rows": rows}
     run.write_results(results)
     return results
+
+
+def _same_weights(one: BaseAlgorithm, other: BaseAlgorithm) -> bool:
+    """Tell whether the best of a stage is what stood at its end."""
+    mine, its = one.policy.state_dict(), other.policy.state_dict()
+    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
 
 
 def _score(model: BaseAlgorithm, env: str, episodes: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 from spiking_rl import UserError
@@ -59,6 +60,45 @@ class SameStart(CartPoleEnv):
         super().reset(seed=seed)
         self.state = self.start.copy()
         return self.start.copy(), {}
+
+
+class LateParting(gym.Env[np.ndarray, int]):
+    """All episodes look alike for four steps, then some do; the reward is the action."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(5)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.ways = [np.random.default_rng(0), np.random.default_rng((seed or 0) % 3)]
+        self.steps = 0
+        return self._look(), {}
+
+    def _look(self) -> np.ndarray:
+        return self.ways[self.steps >= 4].uniform(-1, 1, 3).astype(np.float32)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return self._look(), float(action), False, self.steps == 12, {}
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_episodes_that_look_alike_for_a_while_are_scored_as_if_each_were_alone(stateful: bool) -> None:
+    gym.register("LateParting-v0", entry_point=LateParting, max_episode_steps=12)
+    try:
+        env = make_vectorised("LateParting-v0", 2, 0)
+        policy = {"timesteps": 2, "network_kwargs": {"hidden": [32, 32], "threshold": 0.3}}
+        model = SpikingPQN("MlpPolicy", env, stateful=stateful, n_minibatches=1, policy_kwargs=policy, seed=0)
+        torch.nn.init.normal_(model.policy.q_net.network.readout.weight)  # type: ignore[arg-type]
+        together = evaluate(model, "LateParting-v0", episodes=7, seed=30, measure_latency=False)
+        alone = [evaluate(model, "LateParting-v0", episodes=1, seed=30 + k, measure_latency=False) for k in range(7)]
+    finally:
+        del gym.registry["LateParting-v0"]
+    assert together.returns == [result.mean_return for result in alone]
+    assert together.distinct_episodes == 3
+    assert together.spike_rate is not None
+    for layer, rate in together.spike_rate.items():
+        assert 0 < rate == pytest.approx(np.mean([r.spike_rate[layer] for r in alone if r.spike_rate]))
 
 
 def test_selection_report_and_training_use_disjoint_seeds() -> None:
