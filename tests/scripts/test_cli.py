@@ -97,6 +97,30 @@ def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
     assert "has the name of another one" in curves(run, run, "--output", output).stderr
 
 
+def test_the_scores_of_several_runs_are_published_together(
+    whole_job: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    output = tmp_path / "scores.json"
+
+    def gather(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "spiking_rl.scripts.gather", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(whole_job[0], unfinished)
+    (unfinished / "results.json").unlink()
+    refused = gather(whole_job[0], unfinished, "--output", output)
+    assert refused.returncode == 2
+    assert "has no final table yet; go on with train --resume" in refused.stderr
+    assert not output.exists()
+    assert gather(whole_job[0], "--output", output).returncode == 0
+    published = json.loads(output.read_text())
+    own = json.loads((whole_job[0] / "results.json").read_text())
+    assert [row["mean_return"] for row in published["rows"]] == [row["mean_return"] for row in own["rows"]]
+    assert {row["run"] for row in published["rows"]} == {whole_job[0].name}
+    assert {row["command"] for row in published["rows"]} == {own["command"]}
+
+
 def test_another_environment_for_the_table_must_fit(cli: Cli, tmp_path: Path) -> None:
     refused = cli("train", "cartpole", "--report-also", "Acrobot-v1", "--run", tmp_path / "run")
     assert refused.returncode == 2
