@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal
 
 from spiking_rl.envs.atari import parse_atari
 from spiking_rl.errors import UserError
-from spiking_rl.files import write_atomically
 from spiking_rl.networks import check_time_constants
 from spiking_rl.pruning import check_pruning
+from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
 
 Neuron = Literal["lif", "relu"]
 
@@ -261,62 +257,13 @@ class DQNConfig(TrainConfig):
 CONFIGS: dict[str, type[TrainConfig]] = {"pqn": PQNConfig, "dqn": DQNConfig}
 
 
-def config_from_dict(kind: type[TrainConfig], values: dict[str, Any], origin: str) -> TrainConfig:
-    """Build a config from plain values (YAML, JSON), refusing unknown names and wrong types.
-
-    Raises:
-        UserError: naming the field and where it came from.
-    """
-    hints = get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    made = {}
-    for name, value in values.items():
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-            raise UserError(str(name), value, f"unknown setting in {origin}; {hint}")
-        made[name] = _typed(name, value, hints[name], origin)
-    return kind(**made)
-
-
-def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        raise UserError(name, value, f"must be one of {', '.join(map(repr, get_args(hint)))} in {origin}")
-    if get_origin(hint) is UnionType:  # an optional value
-        return None if value is None else _typed(name, value, get_args(hint)[0], origin)
-    if get_origin(hint) is tuple:
-        kind = get_args(hint)[0]
-        allowed = (int, float) if kind is float else (kind,)
-        if isinstance(value, (list, tuple)) and all(type(v) in allowed for v in value):
-            return tuple(kind(v) for v in value)
-        what = {float: "numbers", int: "whole numbers", str: "names"}[kind]
-        raise UserError(name, value, f"must be a list of {what} in {origin}")
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is hint:
-        return value
-    raise UserError(name, value, f"must be of type {hint.__name__} in {origin}")
-
-
-def _read_yaml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError("config", origin, f"is not valid YAML: {' '.join(str(error).split())[:150]}") from None
-    if not isinstance(loaded, dict):
-        raise UserError("config", origin, "does not hold settings by name")
-    return loaded
-
-
 def recipes() -> dict[str, dict[str, Any]]:
     """Return every recipe of the package by name."""
     found = {}
     for entry in resources.files("spiking_rl.agents").joinpath("recipes").iterdir():
         if entry.name.endswith(".yaml"):
             name = entry.name.removesuffix(".yaml")
-            found[name] = _read_yaml(entry.read_text(), f"recipe {name}")
+            found[name] = read_yaml(entry.read_text(), f"recipe {name}")
     return found
 
 
@@ -349,15 +296,13 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     if algo not in CONFIGS:
         raise UserError("algo", algo, f"must be one of {', '.join(CONFIGS)}")
     sections = {key: recipe.pop(key, {}) for key in CONFIGS}
-    config = config_from_dict(CONFIGS[algo], {**recipe, **sections[algo]}, f"recipe {chosen}")
+    config = settings_from_dict(CONFIGS[algo], {**recipe, **sections[algo]}, f"recipe {chosen}")
     return short, config
 
 
 def save_config(path: Path, config: TrainConfig, provenance: dict[str, Any]) -> None:
     """Write the merged settings of a run and where it was made."""
-    values = {"algo": config.algo, **dataclasses.asdict(config), "provenance": provenance}
-    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-    write_atomically(path, yaml.safe_dump(values, sort_keys=False))
+    save_settings(path, {"algo": config.algo, **dataclasses.asdict(config), "provenance": provenance})
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -366,13 +311,8 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         UserError: missing or damaged.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error})") from None
-    values = _read_yaml(text, str(path))
-    values.pop("provenance", None)
+    values = load_settings(path)
     algo = values.pop("algo", None)
     if algo not in CONFIGS:
         raise UserError("algo", algo, f"in {path} must be one of {', '.join(CONFIGS)}")
-    return config_from_dict(CONFIGS[algo], values, str(path))
+    return settings_from_dict(CONFIGS[algo], values, str(path))

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.pqn import SpikingPQN
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.checkpoint import CONFIG, load_checkpoint
 from spiking_rl.errors import UserError
+from spiking_rl.runs import RunFolder
 
 ALGORITHMS: dict[str, type[SpikingPQN] | type[SpikingDQN]] = {"pqn": SpikingPQN, "dqn": SpikingDQN}
 

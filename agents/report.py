@@ -11,8 +11,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from spiking_rl.agents.config import load_config
 from spiking_rl.agents.evaluation import evaluate
 from spiking_rl.agents.loading import load_agent
-from spiking_rl.agents.provenance import commit, machine, today
-from spiking_rl.agents.runs import RunFolder, checkpoint_name
+from spiking_rl.provenance import commit, machine, today
+from spiking_rl.runs import RunFolder, checkpoint_name
 
 
 def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> dict[str, Any]:

@@ -9,16 +9,13 @@ replay/*.npy          replay buffer, where there is one
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
@@ -30,6 +27,7 @@ from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
 from spiking_rl.errors import UserError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.neurons import LIFState
+from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
 
 _COUNTERS = (
     "num_timesteps",
@@ -46,7 +44,6 @@ _COUNTERS = (
 )
 _REPLAY = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 AnyReplay = ReplayBuffer | SequenceReplay | FrameReplayBuffer
-_REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 
 
 def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, Any]) -> None:
@@ -69,7 +66,7 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
         tensors = {f"policy.{k}": v.cpu().contiguous() for k, v in model.policy.state_dict().items()}
         tensors |= {f"average.{k}": v.cpu().contiguous() for k, v in (model.average or {}).items()}
         tensors |= {f"membrane.{i}": s.membrane.cpu().contiguous() for i, s in enumerate(model.membranes or ())}
-        optimiser, scalars = _pack_optimiser(model.policy.optimizer)
+        optimiser, scalars = pack_optimiser(model.policy.optimizer)
         last_obs = np.asarray(model._last_obs)
         (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**tensors, **optimiser}))
         (partial / "replay").mkdir()
@@ -87,14 +84,11 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
             "optimiser": scalars,
             "replay": _replay_counters(replay),
             "episodes": list(model.ep_info_buffer or []),
-            "generators": _generators(model),
+            "generators": generators(),
+            "action_space": model.action_space.np_random.bit_generator.state,
             "environments": get_states(model.env),
             "extra": extra,
-            "sha256": {
-                str(path.relative_to(partial)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted(partial.rglob("*"))
-                if path.is_file()
-            },
+            "sha256": hashes_of(partial),
         }
         (partial / "state.json").write_text(json.dumps(state, default=_plain))
 
@@ -125,9 +119,9 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
     recover_folder(folder)
     state = read_json(folder / "state.json", "resume")
     try:
-        _verify(folder, state["sha256"])
+        verify(folder, state["sha256"])
         if state.get("spaces", _spaces(model)) != _spaces(model):
-            raise UserError("resume", str(folder), f"was saved with other observations or actions; {_REMEDY}")
+            raise UserError("resume", str(folder), f"was saved with other observations or actions; {REMEDY}")
         tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
         model.policy.set_timesteps(state["timesteps"])
         model.policy_kwargs["timesteps"] = state["timesteps"]
@@ -140,7 +134,7 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         model.membranes = tuple(LIFState(m.to(model.device)) for m in membranes) or None
         model.episode_starts = np.array(state["episode_starts"], dtype=bool)
         model.policy.rebuild_optimizer(model.lr_schedule(1.0))
-        _unpack_optimiser(model.policy.optimizer, tensors, state["optimiser"])
+        unpack_optimiser(model.policy.optimizer, tensors, state["optimiser"])
         for name, value in state["counters"].items():
             if name not in _COUNTERS:
                 raise KeyError(name)
@@ -155,48 +149,17 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         model.ep_info_buffer = deque(state["episodes"], maxlen=model._stats_window_size)
         model.ep_success_buffer = deque(maxlen=model._stats_window_size)
         set_states(model.env, state["environments"])  # type: ignore[arg-type]
-        _restore_generators(model, state["generators"])
+        restore_generators(state["generators"])
+        model.action_space.np_random.bit_generator.state = state.get(
+            "action_space", state["generators"].get("action_space")
+        )
         extra: dict[str, Any] = state["extra"]
         return extra
     except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise UserError("resume", str(folder), f"cannot be continued ({reason}); {_REMEDY}") from None
-
-
-def _verify(folder: Path, hashes: dict[str, str]) -> None:
-    for name, digest in hashes.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError("resume", name, f"points outside the run folder; {_REMEDY}")
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            raise UserError("resume", str(path), f"is missing, truncated or altered; {_REMEDY}")
-
-
-def _pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Split an optimiser's state into tensors and JSON scalars."""
-    tensors, scalars = {}, {}
-    for index, slots in optimizer.state_dict()["state"].items():
-        for name, value in slots.items():
-            key = f"optimiser.{index}.{name}"
-            if isinstance(value, torch.Tensor):
-                tensors[key] = value.cpu().contiguous()
-            else:
-                scalars[key] = value
-    return tensors, scalars
-
-
-def _unpack_optimiser(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]
-) -> None:
-    """Restore :func:`_pack_optimiser`; the groups are those of the fresh optimiser."""
-    packed: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **scalars}.items():
-        if key.startswith("optimiser."):
-            _, index, name = key.split(".", 2)
-            packed.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+        raise UserError("resume", str(folder), f"cannot be continued ({reason}); {REMEDY}") from None
 
 
 def _replay_arrays(replay: AnyReplay) -> dict[str, np.ndarray[Any, Any]]:
@@ -229,7 +192,7 @@ def _load_replay(folder: Path, replay: AnyReplay, state: dict[str, Any]) -> None
         target = getattr(replay, name)
         rows = np.load(folder / f"{name}.npy", allow_pickle=False)
         if rows.shape[1:] != target.shape[1:] or rows.dtype != target.dtype or len(rows) > len(target):
-            raise UserError("resume", str(folder / f"{name}.npy"), f"has another shape or type; {_REMEDY}")
+            raise UserError("resume", str(folder / f"{name}.npy"), f"has another shape or type; {REMEDY}")
         target[: len(rows)] = rows
     if isinstance(replay, ReplayBuffer):
         replay.pos, replay.full = int(state["pos"]), bool(state["full"])
@@ -237,26 +200,3 @@ def _load_replay(folder: Path, replay: AnyReplay, state: dict[str, Any]) -> None
     replay.written = np.array(state["written"], dtype=np.int64)
     if isinstance(replay, FrameReplayBuffer):
         replay.opens = np.array(state["opens"], dtype=bool)
-
-
-def _generators(model: StagedAlgorithm) -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    python = random.getstate()
-    return {
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "python": [python[0], list(python[1]), python[2]],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-        "action_space": model.action_space.np_random.bit_generator.state,
-    }
-
-
-def _restore_generators(model: StagedAlgorithm, state: dict[str, Any]) -> None:
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
-    model.action_space.np_random.bit_generator.state = state["action_space"]

@@ -22,7 +22,6 @@ from spiking_rl.agents.evaluation import SELECTION_SEED, evaluate
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.progress import Progress
 from spiking_rl.agents.resume import has_training_state, load_training_state, save_training_state
-from spiking_rl.agents.runs import RunFolder, checkpoint_name
 from spiking_rl.agents.starting import imitate, start_from
 from spiking_rl.agents.tensorboard import ResumableTensorBoard
 from spiking_rl.checkpoint import load_checkpoint, load_into
@@ -31,6 +30,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.files import replace_folder
 from spiking_rl.neurons import LIF
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
+from spiking_rl.runs import RunFolder, checkpoint_name
 
 
 class Interrupted(Exception):

@@ -12,19 +12,20 @@ from typing import Any
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 
 from spiking_rl.agents.building import build_model, resolve_device
-from spiking_rl.agents.config import TrainConfig, config_from_dict, load_config, load_recipe, save_config
+from spiking_rl.agents.config import TrainConfig, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.policies import check_spaces
 from spiking_rl.agents.pqn import SpikingPQN
-from spiking_rl.agents.provenance import provenance
 from spiking_rl.agents.resume import has_training_state
-from spiking_rl.agents.runs import RunFolder, checkpoint_name
 from spiking_rl.agents.session import TrainingSession
 from spiking_rl.agents.starting import imitate, start_from
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.envs.make import check_environment, make_vectorised
 from spiking_rl.errors import UserError
+from spiking_rl.provenance import provenance
 from spiking_rl.pruning import TemporalPruning
+from spiking_rl.runs import RunFolder, checkpoint_name
+from spiking_rl.settings import settings_from_dict
 
 
 def start_run(
@@ -236,7 +237,7 @@ def replace_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConf
     Raises:
         UserError: unknown name or wrong type.
     """
-    return config_from_dict(type(config), {**dataclasses.asdict(config), **settings}, "the arguments")
+    return settings_from_dict(type(config), {**dataclasses.asdict(config), **settings}, "the arguments")
 
 
 @contextmanager

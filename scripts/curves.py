@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import tyro
 
 from spiking_rl.agents.config import load_config
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import learning_curves, save_figure
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 

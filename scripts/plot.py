@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import tyro
 
 from spiking_rl.agents.config import load_config
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.checkpoint import read_json
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import continuum, learning_curve, save_figure
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse
 
 DESCRIPTION = """Draw learning curves, and score, spike rate and energy against T.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.training import extend_run, resume_run
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.train import finish
 

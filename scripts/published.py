@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spiking_rl.agents.provenance import commit, machine, today
 from spiking_rl.files import write_atomically
+from spiking_rl.provenance import commit, machine, today
 
 
 def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -18,12 +18,12 @@ from spiking_rl.agents.config import (
 )
 from spiking_rl.agents.filming import film
 from spiking_rl.agents.loading import load_agent
-from spiking_rl.agents.provenance import peak_rss_mb
 from spiking_rl.agents.report import evaluate_run, format_table
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.session import Interrupted, TrainingSession
 from spiking_rl.agents.training import resume_run, start_run
 from spiking_rl.errors import UserError
+from spiking_rl.provenance import peak_rss_mb
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.plot import draw_run

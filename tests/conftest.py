@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from spiking_rl.agents.config import load_recipe
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.training import replace_settings, start_run
+from spiking_rl.runs import RunFolder
 
 torch.set_num_threads(1)  # small networks; the suite may share two cores
 

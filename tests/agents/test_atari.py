@@ -16,9 +16,9 @@ from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.resume import load_training_state, save_training_state
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.training import replace_settings, start_run
 from spiking_rl.envs import make_vectorised
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.train import _go_on
 
 

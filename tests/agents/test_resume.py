@@ -19,9 +19,9 @@ from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.resume import load_training_state, save_training_state
-from spiking_rl.agents.runs import RunFolder
 from spiking_rl.agents.session import Interrupted, TrainingSession
 from spiking_rl.agents.training import replace_settings, resume_run, start_run
+from spiking_rl.runs import RunFolder
 
 DQN = {"learning_starts": 512, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
 

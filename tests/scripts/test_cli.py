@@ -19,7 +19,7 @@ from conftest import SMALL, Cli, as_flags, environment, last_json
 
 from spiking_rl import load_checkpoint
 from spiking_rl.agents import SpikingPQN, load_agent
-from spiking_rl.agents.runs import RunFolder
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import run as run_command
 
 

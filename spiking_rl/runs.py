@@ -20,18 +20,7 @@ from filelock import FileLock, Timeout
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 
-PROGRESS_FIELDS = (
-    "agent_steps",
-    "seconds",
-    "timesteps",
-    "score",
-    "train_return",
-    "epsilon",
-    "learning_rate",
-    "loss",
-    "spike_rate",
-)
-"""Columns of progress.csv, one row per evaluation; seconds of training, evaluations included."""
+_WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
 
 
 class RunFolder:
@@ -120,9 +109,9 @@ class RunFolder:
         return self.checkpoints / checkpoint_name(timesteps)
 
     def write_progress(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace progress.csv."""
+        """Replace progress.csv; its columns are the keys of the first row."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, PROGRESS_FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.progress, text.getvalue())
@@ -136,8 +125,9 @@ class RunFolder:
         try:
             with self.progress.open(newline="") as file:
                 raw = list(csv.DictReader(file))
-            whole = ("agent_steps", "timesteps")
-            return [{k: None if v == "" else int(v) if k in whole else float(v) for k, v in row.items()} for row in raw]
+            return [
+                {k: None if v == "" else int(v) if k in _WHOLE else float(v) for k, v in row.items()} for row in raw
+            ]
         except (OSError, ValueError, TypeError) as error:
             raise UserError("run", str(self.progress), f"cannot be read ({error}); wait for an evaluation") from None
 

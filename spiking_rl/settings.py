@@ -1,0 +1,91 @@
+"""Settings as typed dataclasses, from and to YAML, with their checks of names and types."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from spiking_rl.errors import UserError
+from spiking_rl.files import write_atomically
+
+T = TypeVar("T")
+
+
+def settings_from_dict(kind: type[T], values: dict[str, Any], origin: str) -> T:
+    """Build a dataclass of settings from plain values (YAML, JSON), refusing unknown names and wrong types.
+
+    Raises:
+        UserError: naming the field and where it came from.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    made = {}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise UserError(str(name), value, f"unknown setting in {origin}; {hint}")
+        made[name] = _typed(name, value, hints[name], origin)
+    return kind(**made)
+
+
+def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise UserError(name, value, f"must be one of {', '.join(map(repr, get_args(hint)))} in {origin}")
+    if get_origin(hint) is UnionType:  # an optional value
+        return None if value is None else _typed(name, value, get_args(hint)[0], origin)
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        allowed = (int, float) if kind is float else (kind,)
+        if isinstance(value, (list, tuple)) and all(type(v) in allowed for v in value):
+            return tuple(kind(v) for v in value)
+        what = {float: "numbers", int: "whole numbers", str: "names"}[kind]
+        raise UserError(name, value, f"must be a list of {what} in {origin}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise UserError(name, value, f"must be of type {hint.__name__} in {origin}")
+
+
+def read_yaml(text: str, origin: str) -> dict[str, Any]:
+    """Return the settings that a YAML text holds.
+
+    Raises:
+        UserError: no YAML, or no settings by name.
+    """
+    try:
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError("config", origin, f"is not valid YAML: {' '.join(str(error).split())[:150]}") from None
+    if not isinstance(loaded, dict):
+        raise UserError("config", origin, "does not hold settings by name")
+    return loaded
+
+
+def save_settings(path: Path, values: dict[str, Any]) -> None:
+    """Write settings as YAML, tuples as lists, in their order."""
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    write_atomically(path, yaml.safe_dump(plain, sort_keys=False))
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a run, without its provenance.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error})") from None
+    values = read_yaml(text, str(path))
+    values.pop("provenance", None)
+    return values

@@ -1,0 +1,84 @@
+"""Parts of a training state that every trainer saves: optimiser, random generators, hashes of the files."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spiking_rl.errors import UserError
+
+REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
+"""What to do where a training state cannot be continued."""
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in a folder, by its path in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def verify(folder: Path, hashes: dict[str, str]) -> None:
+    """Refuse files that are not those of :func:`hashes_of`.
+
+    Raises:
+        UserError: one is missing, truncated, altered, or outside the folder.
+    """
+    for name, digest in hashes.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError("resume", name, f"points outside the run folder; {REMEDY}")
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise UserError("resume", str(path), f"is missing, truncated or altered; {REMEDY}")
+
+
+def pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split an optimiser's state into tensors and JSON scalars."""
+    tensors, scalars = {}, {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for name, value in slots.items():
+            key = f"optimiser.{index}.{name}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value.cpu().contiguous()
+            else:
+                scalars[key] = value
+    return tensors, scalars
+
+
+def unpack_optimiser(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]
+) -> None:
+    """Restore :func:`pack_optimiser`; the groups are those of the fresh optimiser."""
+    packed: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **scalars}.items():
+        if key.startswith("optimiser."):
+            _, index, name = key.split(".", 2)
+            packed.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def generators() -> dict[str, Any]:
+    """Return the state of every global random generator, JSON-serialisable."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    python = random.getstate()
+    return {
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "python": [python[0], list(python[1]), python[2]],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [s.tolist() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(state: dict[str, Any]) -> None:
+    """Restore :func:`generators`."""
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
