@@ -21,7 +21,8 @@ VGG_PLANS: dict[str, tuple[int, ...]] = {
 }
 """Channels of the convolutions and the pools between them, as in the papers' published code.
 
-vgg6 is called VGG5 in some of it. All have two dense layers and the readout behind them: vgg9 has 6 convolutions.
+vgg6 is called VGG5 in some of it. All have two dense layers and the readout behind them. Their vgg9 has seven
+convolutions, and so ten layers in all.
 """
 _DENSE = 4096
 _LARGEST_READ = 8  # pixels a side that the dense layers read: 8 in vgg6 at 32 x 32, 7 in vgg16 at 224 x 224

@@ -145,7 +145,7 @@ def test_accumulates_are_the_spikes_that_arrive() -> None:
     def count(layer: str, spikes: torch.Tensor, potential: torch.Tensor) -> None:
         nonlocal total
         counter(layer, spikes, potential)
-        total += float(spikes.sum()) * 5 if layer == "layer1" else 0
+        total += float(spikes.detach().sum()) * 5 if layer == "layer1" else 0
 
     network(torch.randn(1, 6, 1, 8, 8), observer=count)
     maps_only = LayeredNetwork(maps, [LIF(), LIF()], nn.Linear(80, 2), input_shape=(1, 8, 8))

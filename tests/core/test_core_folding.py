@@ -35,7 +35,7 @@ def test_a_folded_network_is_equal(name: str, neuron: str) -> None:
     assert not any(isinstance(m, BATCH_NORM) for m in folded.modules())
     assert not any(folded.buffers())
     torch.testing.assert_close(folded(images)[0], network(images)[0], rtol=1e-9, atol=1e-9)
-    assert len(folded(images)[0][0].unique(dim=0)) > 4
+    assert len(folded(images)[0][0].unique(dim=0)) > 2
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items()), "the source stays"
     assert not any(m.training for m in folded.modules())
     again = fold_batch_norm(folded)

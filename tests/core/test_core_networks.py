@@ -54,7 +54,7 @@ def awake(name: str, timesteps: int = 2, neuron: str = "lif") -> LayeredNetwork:
             if isinstance(module, LIF):
                 module.leak.fill_(0.9)
     if network.spiking and name not in ("mlp", "nature_cnn"):  # these normalise their currents; deep ones fall silent
-        calibrate_thresholds(network, inputs_for(network, 1, 30)[0], 0.4)
+        calibrate_thresholds(network, inputs_for(network, 1, 30)[0], 0.25)
     return network
 
 
