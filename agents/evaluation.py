@@ -13,7 +13,7 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
-from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
+from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs, spikes_per_input
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 from spiking_rl.networks import Observer
@@ -136,7 +136,7 @@ def evaluate(
             spike_rate=rates,
             energy_ratio=energy_ratio(
                 macs_per_layer(q_net.network),
-                list(rates.values()) if rates else None,
+                spikes_per_input(q_net.network, rates) if rates else None,
                 used,
                 normalisation_macs(q_net.network),
             ),

@@ -5,10 +5,22 @@ knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_r
 """
 
 from spiking_rl import vision  # registers the networks for images
+from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from spiking_rl.conversion import calibrate_thresholds, convert
-from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs
+from spiking_rl.conversion import calibrate_thresholds, convert, take_weights
+from spiking_rl.energy import (
+    FLOAT32,
+    INT32,
+    Arithmetic,
+    SpikeCounter,
+    energy_ratio,
+    macs_per_layer,
+    membrane_traffic,
+    normalisation_macs,
+    spikes_per_input,
+)
 from spiking_rl.errors import UserError
+from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
 from spiking_rl.neurons import LIF, LIFScan, LIFState, clamp_after_step, lif_scan, lif_scan_reference
 from spiking_rl.pruning import Done, Next, Stay, TemporalPruning
@@ -17,8 +29,11 @@ from spiking_rl.surrogate import fire
 __version__ = "0.1.0"
 
 __all__ = [
+    "FLOAT32",
+    "INT32",
     "LIF",
     "NETWORKS",
+    "Arithmetic",
     "Checkpoint",
     "Done",
     "LIFScan",
@@ -29,18 +44,24 @@ __all__ = [
     "Stay",
     "TemporalPruning",
     "UserError",
+    "balance_thresholds",
     "build_network",
     "calibrate_thresholds",
     "clamp_after_step",
     "convert",
+    "convert_balanced",
     "energy_ratio",
     "fire",
+    "fold_batch_norm",
     "lif_scan",
     "lif_scan_reference",
     "load_checkpoint",
     "macs_per_layer",
+    "membrane_traffic",
     "normalisation_macs",
     "register_network",
     "save_checkpoint",
+    "spikes_per_input",
+    "take_weights",
     "vision",
 ]

@@ -96,10 +96,11 @@ def convert(
         if rate is None:
             raise UserError("rate", rate, "must be given to convert a stateful network")
         _sum_frames(source, weights)
-    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in source.items()}:
-        raise UserError("relu", "its layers", "are not those of the spiking network; build both with the same options")
+    _check_same_layers(source, weights)
+    if spiking.sources:
+        raise UserError("spiking", "a network with shortcuts", "is converted by convert_balanced")
     _check(inputs, _RATES[0] if rate is None else rate, starts)
-    behind = [_weight(follower) for follower in [*list(spiking.maps)[1:], spiking.readout]]
+    behind = [linear_map(follower).weight for follower in [*list(spiking.maps)[1:], spiking.readout]]
 
     def balance(at: float) -> list[float]:
         spiking.load_state_dict(source, strict=False)
@@ -125,6 +126,32 @@ def convert(
     return balance(rate)
 
 
+@torch.no_grad()
+def take_weights(relu: LayeredNetwork, spiking: LayeredNetwork) -> None:
+    """Copy the weights of a trained ReLU network into a spiking one of the same shape, as they are.
+
+    Thresholds and leaks stay. Fold batch norm first (:func:`spiking_rl.fold_batch_norm`).
+
+    Raises:
+        UserError: the networks do not fit each other. Nothing has changed then.
+    """
+    if relu.spiking or not spiking.spiking:
+        raise UserError("relu", "the two networks", "must be a ReLU network and a spiking one, in this order")
+    source = relu.state_dict()
+    _check_same_layers(source, {n: t for n, t in spiking.state_dict().items() if not n.startswith("neurons.")})
+    spiking.load_state_dict(source, strict=False)
+
+
+def _check_same_layers(source: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    if {n: t.shape for n, t in weights.items()} != {n: t.shape for n, t in source.items()}:
+        raise UserError(
+            "relu",
+            "its layers",
+            "are not those of the spiking network; build both with the same options "
+            "(bias=True where batch norm was folded away)",
+        )
+
+
 def _sum_frames(source: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
     """Replace kernels over stacked frames by their sums over the frames, where the other network's are that small."""
     for name, tensor in source.items():
@@ -135,14 +162,18 @@ def _sum_frames(source: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
                 source[name] = tensor.reshape(len(other), frames, *other.shape[1:]).sum(1)
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """Return the weights of the one linear map in a module: the threshold before it multiplies them."""
-    weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    if len(weights) != 1 or sum(p.dim() > 1 for p in module.parameters()) != 1:
+def linear_map(module: nn.Module) -> nn.Linear | nn.Conv2d:
+    """Return the one linear map in a module: the thresholds before it may scale its weights.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if len(found) != 1 or sum(p.dim() > 1 for p in module.parameters()) != 1:
         raise UserError(
             "spiking", type(module).__name__, "must hold exactly one nn.Linear or nn.Conv2d to be converted"
         )
-    return weights[0]
+    return found[0]
 
 
 def _calibrate(
@@ -158,14 +189,17 @@ def _calibrate(
     opens = scan_starts(starts, network.timesteps)
     reached = []
     spikes = batch
-    for i, (linear, neuron) in enumerate(zip(network.maps, network.neurons, strict=True)):
+    held: dict[int, Tensor] = {}
+    for i, neuron in enumerate(network.neurons):
         assert isinstance(neuron, LIF)
-        current = linear(spikes.flatten(0, 1))
+        current = network.current(i, spikes.flatten(0, 1), held)
         current = current.reshape(*spikes.shape[:2], *current.shape[1:])
         if i == 0:
             current = direct(current, network.timesteps)
         _calibrate_layer(neuron, current, rate, opens)
         spikes = _spikes(neuron, current, opens)
+        if i in network.sources.values():
+            held[i] = spikes.flatten(0, 1)
         reached.append(float(spikes.mean()))
         if calibrated is not None:
             calibrated(i)

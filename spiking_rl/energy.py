@@ -3,54 +3,144 @@
     E_ANN = MACs * 4.6 pJ
     E_SNN = MACs_1 * 4.6 pJ + sum over layers l >= 2 of r_l * MACs_l * 0.9 pJ + normalisation
 
-r_l is the number of spikes per input of layer l, summed over the timesteps of one decision. The
-first layer is analog; under direct encoding its current is computed once. Where currents are
-normalised the spiking network pays for it at every timestep (once in the first layer), 4.6 pJ for
-each of three multiply-accumulates per neuron; the ANN it is compared with pays nothing, as it can
-do without. 45 nm, 32-bit float: MAC 4.6 pJ, accumulate 0.9 pJ (Horowitz 2014).
+r_l is the number of spikes per input of layer l, summed over the timesteps of one decision
+(:func:`spikes_per_input`: after pooling, and with shortcuts). The first layer is analog; under
+direct encoding its current is computed once. Where currents are normalised the spiking network pays
+for it at every timestep (once in the first layer), 4.6 pJ for each of three multiply-accumulates per
+neuron; the ANN it is compared with pays nothing, as it can do without. Batch norm folds into the
+weights and is free. 45 nm, 32-bit float: MAC 4.6 pJ, accumulate 0.9 pJ (Horowitz 2014); 32-bit
+integers: 3.2 and 0.1 pJ. Membranes cost memory traffic, which is counted apart
+(:func:`membrane_traffic`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.networks import LayeredNetwork
+from spiking_rl.networks import LayeredNetwork, evaluating
 
-MAC_PJ = 4.6
-ACCUMULATE_PJ = 0.9
+
+class Arithmetic(NamedTuple):
+    """Energy of one operation in pJ, at 45 nm (Horowitz 2014).
+
+    Attributes:
+        mac: a multiplication and an addition.
+        accumulate: an addition.
+    """
+
+    mac: float
+    accumulate: float
+
+
+FLOAT32 = Arithmetic(4.6, 0.9)
+"""32-bit floating point: 3.7 + 0.9 pJ and 0.9 pJ."""
+INT32 = Arithmetic(3.2, 0.1)
+"""32-bit integers: 3.1 + 0.1 pJ and 0.1 pJ. Ratios are larger here; say so beside them."""
+
+
+class _Operations(NamedTuple):
+    macs: int
+    inputs: int
 
 
 @torch.no_grad()
-def macs_per_layer(network: LayeredNetwork) -> list[int]:
-    """Count multiply-accumulates of every linear map for one input, readout last."""
-    counts: list[int] = []
+def _operations(network: LayeredNetwork) -> dict[nn.Module, _Operations]:
+    """Return MACs and input size of every linear map for one input, in the order in which they run."""
+    found: dict[nn.Module, _Operations] = {}
 
-    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         # Each output element costs one product per weight of its row or filter.
-        counts[-1] += output[0].numel() * weight[0].numel()
+        macs = output[0].numel() * weight[0].numel()
+        earlier = found[module].macs if module in found else 0
+        found[module] = _Operations(earlier + macs, args[0][0].numel())
 
-    x = next(network.parameters()).new_zeros(1, *network.input_shape)
-    for layer in [*network.maps, network.readout]:
-        counts.append(0)
-        handles = [m.register_forward_hook(hook) for m in layer.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        x = layer(x)
-        for handle in handles:
-            handle.remove()
-    return counts
+    linear = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    handles = [m.register_forward_hook(hook) for m in linear]
+    with evaluating(network):
+        network(next(network.parameters()).new_zeros(1, 1, *network.input_shape))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _of(module: nn.Module, operations: Mapping[nn.Module, _Operations]) -> list[_Operations]:
+    """Return the operations of the linear maps inside a module."""
+    return [operations[m] for m in module.modules() if m in operations]
+
+
+def macs_per_layer(network: LayeredNetwork) -> list[int]:
+    """Count multiply-accumulates of every layer for one input, readout last.
+
+    A layer's count includes the convolution of the shortcut that ends there. Pools, the addition of
+    a shortcut and batch norm (which folds) count nothing, in the ANN as in the papers.
+    """
+    operations = _operations(network)
+    layers = [
+        nn.ModuleList([m, network.shortcuts[str(i)]]) if i in network.sources else m for i, m in enumerate(network.maps)
+    ]
+    return [sum(o.macs for o in _of(layer, operations)) for layer in [*layers, network.readout]]
+
+
+def spikes_per_input(network: LayeredNetwork, rates: Mapping[str, float]) -> list[float]:
+    """Return the spikes per input and timestep of every layer behind the first, readout last.
+
+    Times MACs and timesteps this is the number of accumulates, what :func:`energy_ratio` takes as
+    ``rates``. Without pools and shortcuts it is the rate of the layer before.
+
+    Average pooling makes inputs that are multiples of 1/4. We count the spikes that arrive, not the
+    inputs that are not zero: a spike then costs an addition of a quarter of a weight, which is
+    stored so; no multiplication is needed, and an input of 3/4 costs three additions. So at equal
+    rates a pooled layer has four times the accumulates per input. Counting inputs that are not zero
+    would give less and need a multiplication or a shift for each; the papers do not say what they
+    count. Spikes of a border that a pool leaves out are counted too.
+
+    A shortcut's convolution accumulates the spikes of its own source; one without weights adds 1 to
+    the current of a neuron for every spike.
+
+    Args:
+        network: a spiking network.
+        rates: spikes per neuron per timestep of every hidden layer, by name (:class:`SpikeCounter`).
+    """
+    operations = _operations(network)
+    spikes = [
+        rates[name] * math.prod(shape) for name, shape in zip(network.layer_names, network.neuron_shapes(), strict=True)
+    ]
+    per_input = []
+    for i, module in enumerate([*list(network.maps)[1:], network.readout], start=1):
+        own = _of(module, operations)
+        ways = [(i - 1, own)]
+        alone = 0.0  # accumulates of a shortcut without weights
+        if i in network.sources:
+            source = network.sources[i]
+            past = _of(network.shortcuts[str(i)], operations)
+            if past:
+                ways.append((source, past))
+            else:
+                alone = spikes[source]
+        total = sum(o.macs for _, way in ways for o in way)
+        found = 0.0
+        for source, way in ways:
+            share = sum(o.macs for o in way) / total
+            neurons = math.prod(network.neuron_shapes()[source])
+            # In this order the factors of a plain layer are exactly 1.
+            found += share * (neurons / way[0].inputs) * rates[network.layer_names[source]]
+        per_input.append(found + alone / total)
+    return per_input
 
 
 @torch.no_grad()
 def normalisation_macs(network: LayeredNetwork) -> list[int]:
     """Count the multiply-accumulates that normalising each hidden layer's current takes, per timestep.
 
-    Three per neuron: one each for the mean, the variance, and scale and shift.
+    Three per neuron: one each for the mean, the variance, and scale and shift. Batch norm counts
+    nothing: it folds into the weights.
     """
     return [
         3 * math.prod(shape) if any(isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for m in layer.modules()) else 0
@@ -63,21 +153,25 @@ def energy_pj(
     rates: Sequence[float] | None,
     timesteps: int,
     normalisation: Sequence[int] | None = None,
+    arithmetic: Arithmetic = FLOAT32,
 ) -> float:
     """Return the compute energy of one decision in pJ.
 
     Args:
         macs: per linear map, readout last (:func:`macs_per_layer`).
-        rates: spikes per neuron per timestep of each hidden layer; None for a ReLU network.
+        rates: spikes per input and timestep of each layer behind the first (:func:`spikes_per_input`);
+            without pools and shortcuts those are the hidden layers' spikes per neuron. None for a
+            ReLU network.
         timesteps: T.
         normalisation: per hidden layer and timestep (:func:`normalisation_macs`); None for none.
+        arithmetic: energy of an operation.
     """
     if rates is None:
-        return sum(macs) * MAC_PJ
+        return sum(macs) * arithmetic.mac
     first, *later = normalisation or [0] * len(rates)
     analog = macs[0] + first + timesteps * sum(later)
     spiking = sum(rate * timesteps * count for rate, count in zip(rates, macs[1:], strict=True))
-    return analog * MAC_PJ + spiking * ACCUMULATE_PJ
+    return analog * arithmetic.mac + spiking * arithmetic.accumulate
 
 
 def energy_ratio(
@@ -85,9 +179,28 @@ def energy_ratio(
     rates: Sequence[float] | None,
     timesteps: int,
     normalisation: Sequence[int] | None = None,
+    arithmetic: Arithmetic = FLOAT32,
 ) -> float:
-    """Return E_ANN / E_SNN (1 for a ReLU network): how many times less energy the spikes need."""
-    return energy_pj(macs, None, 1) / energy_pj(macs, rates, timesteps, normalisation)
+    """Return E_ANN / E_SNN (1 for a ReLU network): how many times less energy the spikes need.
+
+    Arguments are those of :func:`energy_pj`; both energies are of the same arithmetic.
+    """
+    return energy_pj(macs, None, 1, None, arithmetic) / energy_pj(macs, rates, timesteps, normalisation, arithmetic)
+
+
+def membrane_traffic(network: LayeredNetwork, *, stateful: bool = False) -> int:
+    """Count the reads and writes of membrane potentials that one decision takes.
+
+    Two per neuron and timestep. None for a ReLU network, and none for one timestep with fresh
+    membranes: its neurons are plain thresholds and store nothing.
+
+    Args:
+        network: its T and its hidden layers count.
+        stateful: membranes are carried from decision to decision.
+    """
+    if not network.spiking or (network.timesteps == 1 and not stateful):
+        return 0
+    return 2 * network.timesteps * sum(math.prod(shape) for shape in network.neuron_shapes())
 
 
 class SpikeCounter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -35,12 +36,24 @@ class LayeredNetwork(nn.Module):
     when T does (the papers sum; the argmax is the same). With ReLU neurons it is the plain network
     of the same shape, the control.
 
+    A shortcut adds an earlier layer's output to a layer's current, before its neurons:
+    ``I_i = maps[i](x_{i-1}) + shortcut(x_j)``.
+
     Args:
         maps: linear maps of the hidden layers, each module on a flat batch.
         neurons: as many ``LIF`` or ``nn.ReLU`` modules (no mixture).
         readout: the last linear map.
         input_shape: shape of one input.
         timesteps: T >= 1; ignored by a ReLU network.
+        shortcuts: by layer index i, the index j < i of the hidden layer whose output it also gets,
+            and the module in between (``nn.Identity`` for none). Each layer starts one at most.
+        dropout: per hidden layer, the probability in [0, 1) that an output is dropped in training.
+            One mask per sample and neuron, the same at all timesteps of a forward pass (DIET-SNN;
+            Rathi, Roy 2020): else the spikes of T timesteps would average the dropout away.
+
+    Raises:
+        UserError: timesteps or dropout out of range.
+        ValueError: maps, neurons and shortcuts do not fit each other.
     """
 
     def __init__(
@@ -51,6 +64,8 @@ class LayeredNetwork(nn.Module):
         *,
         input_shape: Sequence[int],
         timesteps: int = 1,
+        shortcuts: Mapping[int, tuple[int, nn.Module]] | None = None,
+        dropout: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if not maps or len(maps) != len(neurons):
@@ -62,6 +77,19 @@ class LayeredNetwork(nn.Module):
         self.spiking = all(isinstance(n, LIF) for n in neurons)
         if not self.spiking and any(isinstance(n, LIF) for n in neurons):
             raise ValueError("neurons mixes LIF and other layers; use one kind")
+        self.shortcuts = nn.ModuleDict({str(i): module for i, (_, module) in (shortcuts or {}).items()})
+        self.sources = {i: source for i, (source, _) in (shortcuts or {}).items()}
+        if any(not 0 <= j < i < len(maps) for i, j in self.sources.items()):
+            raise ValueError(f"shortcuts {self.sources} must lead from a hidden layer to a later one")
+        self._feeds = frozenset(self.sources.values())
+        if len(self._feeds) < len(self.sources):
+            raise ValueError(f"shortcuts {self.sources} start twice at one layer")
+        self.dropout = [0.0] * len(maps) if dropout is None else [float(p) for p in dropout]
+        if len(self.dropout) != len(maps):
+            raise ValueError(f"{len(self.dropout)} dropout probabilities for {len(maps)} hidden layers")
+        for p in self.dropout:
+            if not 0 <= p < 1:
+                raise UserError("dropout", p, "a probability must lie in [0, 1)")
         self._shapes: list[tuple[int, ...]] | None = None
         self._timesteps = 1
         self.set_timesteps(timesteps)
@@ -93,9 +121,10 @@ class LayeredNetwork(nn.Module):
             return self._shapes
         shapes = []
         x = next(self.parameters()).new_zeros(1, *self.input_shape)
-        for layer in self.maps:
-            x = layer(x)
-            shapes.append(tuple(x.shape[1:]))
+        with evaluating(self):
+            for layer in self.maps:
+                x = layer(x)
+                shapes.append(tuple(x.shape[1:]))
         self._shapes = shapes
         return shapes
 
@@ -137,15 +166,43 @@ class LayeredNetwork(nn.Module):
             return outputs.reshape(length, batch, -1), None
         return self._scan(inputs, state, starts, observer)
 
+    def current(self, layer: int, x: Tensor, held: dict[int, Tensor]) -> Tensor:
+        """Return the current of one hidden layer: its map's, and its shortcut's where it has one.
+
+        Args:
+            layer: index i of the layer.
+            x: output of the layer before (for i = 0 the input), a flat batch ``(B, *N)``.
+            held: flat outputs of the layers that start shortcuts, by index; the one that ends here
+                is taken out, so that it can be freed.
+
+        Returns:
+            ``(B, *N)`` of this layer.
+        """
+        current: Tensor = self.maps[layer](x)
+        if layer in self.sources:
+            current = current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
+        return current
+
+    def _drop(self, layer: int, x: Tensor) -> Tensor:
+        """Drop outputs ``(S, B, *N)`` in training, the same ones at all timesteps."""
+        p = self.dropout[layer]
+        if p == 0 or not self.training:
+            return x
+        return x * nn.functional.dropout(torch.ones_like(x[0]), p)
+
     def _one_pass(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
         """Run a ReLU network, or one fresh timestep, which is a plain threshold: no membrane is ever stored."""
-        for i, (linear, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
-            current = linear(x)
+        held: dict[int, Tensor] = {}
+        for i, neuron in enumerate(self.neurons):
+            current = self.current(i, x, held)
             x = fire(current, neuron.threshold, neuron.gamma) if isinstance(neuron, LIF) else neuron(current)
             if observer is not None:
                 # One timestep of all decisions for spikes, one step per decision for ReLU.
                 steps = 1 if self.spiking else length
                 observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
+            x = self._drop(i, x.unsqueeze(0)).squeeze(0)
+            if i in self._feeds:
+                held[i] = x
         return _unfold(self.readout(x), length)
 
     def _scan(
@@ -156,8 +213,9 @@ class LayeredNetwork(nn.Module):
         opens = scan_starts(starts, timesteps)
         x = inputs
         after = []
-        for i, (linear, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
-            current = linear(x.flatten(0, 1))
+        held: dict[int, Tensor] = {}
+        for i, neuron in enumerate(self.neurons):
+            current = self.current(i, x.flatten(0, 1), held)
             current = current.reshape(-1, batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
             if i == 0:
                 current = direct(current, timesteps)
@@ -167,6 +225,9 @@ class LayeredNetwork(nn.Module):
             after.append(layer_state)
             if observer is not None:
                 observer(f"layer{i + 1}", x, potential)
+            x = self._drop(i, x)
+            if i in self._feeds:
+                held[i] = x.flatten(0, 1)
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
         mean = x if timesteps == 1 else _unfold(x, length).mean(1)
         out = _unfold(self.readout(mean.flatten(0, 1)), length)
@@ -176,6 +237,18 @@ class LayeredNetwork(nn.Module):
 def _unfold(folded: Tensor, length: int) -> Tensor:
     """Split the first axis: ``(L*K, ...)`` becomes ``(L, K, ...)``."""
     return folded.reshape(length, -1, *folded.shape[1:])
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode (no dropout, batch norm at rest), and every module back afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

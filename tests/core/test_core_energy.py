@@ -7,13 +7,17 @@ import torch
 from torch import nn
 
 from spiking_rl import (
+    FLOAT32,
+    INT32,
     LIF,
     LayeredNetwork,
     SpikeCounter,
     build_network,
     energy_ratio,
     macs_per_layer,
+    membrane_traffic,
     normalisation_macs,
+    spikes_per_input,
 )
 from spiking_rl.energy import energy_pj, odd_layers
 
@@ -95,3 +99,74 @@ def test_odd_layers_are_named() -> None:
     assert odd_layers({"layer1": 0.2}, silent=0.3) != []
     assert odd_layers({"layer1": 0.2}, saturated=0.1) != []
     assert odd_layers({}) == []
+
+
+def residual() -> LayeredNetwork:
+    """Two channels of 4x4; a pooled layer with a shortcut through a pool, and one through a convolution."""
+    maps = [
+        nn.Conv2d(1, 2, 1),
+        nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(2, 2, 3, padding=1)),
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.Conv2d(2, 4, 1),
+        nn.Conv2d(4, 4, 1),
+    ]
+    shortcuts = {2: (0, nn.AvgPool2d(2)), 4: (2, nn.Conv2d(2, 4, 1))}
+    readout = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3))
+    return LayeredNetwork(maps, [LIF() for _ in maps], readout, input_shape=(1, 4, 4), timesteps=3, shortcuts=shortcuts)
+
+
+def test_operations_of_pools_and_shortcuts() -> None:
+    # 2 x 2 places behind the pool; the last hidden layer has 4 * 4 products of its own, 2 * 4 of the shortcut.
+    assert macs_per_layer(residual()) == [2 * 16, 4 * 36, 4 * 36, 4 * 8, 4 * 16 + 4 * 8, 12]
+
+
+def test_spikes_per_input_of_pools_and_shortcuts() -> None:
+    rates = {"layer1": 0.1, "layer2": 0.2, "layer3": 0.3, "layer4": 0.4, "layer5": 0.5}
+    # Layer 2: 4 neurons share an input. Layer 3: those of layer 2, and 32 * 0.1 spikes added as they are.
+    # Layer 5: 64 operations at 0.4 and 32 at 0.3. Readout: 4 neurons an input.
+    expected = [0.4, 0.2 + 32 * 0.1 / 144, 0.3, (64 * 0.4 + 32 * 0.3) / 96, 2.0]
+    assert spikes_per_input(residual(), rates) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mlp", (4,)), ("nature_cnn", (2, 36, 36))])
+def test_a_plain_network_has_the_rates_of_its_layers_exactly(name: str, shape: tuple[int, ...]) -> None:
+    network = build_network(name, shape, 2)
+    rates = {layer: 0.1 / (i + 3) for i, layer in enumerate(network.layer_names)}
+    assert spikes_per_input(network, rates) == list(rates.values())
+
+
+def test_accumulates_are_the_spikes_that_arrive() -> None:
+    """Counted by brute force: every spike of layer 1 goes through a pool into a 1x1 convolution of 5 filters."""
+    torch.manual_seed(0)
+    maps = [nn.Conv2d(1, 3, 1), nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 5, 1))]
+    network = LayeredNetwork(maps, [LIF(), LIF()], nn.Flatten(), input_shape=(1, 8, 8), timesteps=4)
+    counter, total = SpikeCounter(), 0.0
+
+    def count(layer: str, spikes: torch.Tensor, potential: torch.Tensor) -> None:
+        nonlocal total
+        counter(layer, spikes, potential)
+        total += float(spikes.detach().sum()) * 5 if layer == "layer1" else 0
+
+    network(torch.randn(1, 6, 1, 8, 8), observer=count)
+    maps_only = LayeredNetwork(maps, [LIF(), LIF()], nn.Linear(80, 2), input_shape=(1, 8, 8))
+    maps_only.readout = nn.Sequential(nn.Flatten(), nn.Linear(80, 2))
+    per_input = spikes_per_input(maps_only, counter.rates)[0]
+    assert per_input * macs_per_layer(maps_only)[1] * 4 * 6 == pytest.approx(total)
+    assert total > 0
+
+
+def test_integers_and_floats() -> None:
+    macs, rates = [10, 20, 30], [0.5, 0.1]
+    assert (FLOAT32, INT32) == ((4.6, 0.9), (3.2, 0.1))
+    assert energy_pj(macs, rates, 2, arithmetic=INT32) == pytest.approx(10 * 3.2 + 26 * 0.1)
+    assert energy_ratio(macs, rates, 2, arithmetic=INT32) == pytest.approx(60 * 3.2 / 34.6)
+    assert energy_ratio(macs, rates, 2) == pytest.approx(276.0 / 69.4)
+
+
+def test_membrane_traffic() -> None:
+    network = build_network("mlp", (4,), 2, hidden=(8, 5), timesteps=3)
+    assert membrane_traffic(network) == membrane_traffic(network, stateful=True) == 2 * 3 * 13
+    network.set_timesteps(1)
+    assert membrane_traffic(network) == 0
+    assert membrane_traffic(network, stateful=True) == 2 * 13
+    assert membrane_traffic(build_network("mlp", (4,), 2, neuron="relu")) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spiking_rl import LIF, NETWORKS, LayeredNetwork, UserError, build_network
+from spiking_rl import LIF, NETWORKS, LayeredNetwork, UserError, build_network, calibrate_thresholds
 
 # A new network is tested as soon as it is registered: with the first of these shapes that it takes.
-SHAPES = [(6,), (2, 36, 36), (4, 84, 84), (3, 32, 32)]
+SHAPES = [(6,), (2, 16, 16), (2, 36, 36), (4, 84, 84), (3, 32, 32)]
 OUTPUTS = 3
 EVERY = pytest.mark.parametrize("name", sorted(NETWORKS))
 
@@ -26,12 +27,17 @@ def _double_precision() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+def narrow(name: str) -> dict[str, float]:
+    """Return the options that make a network quick to test."""
+    return {"width": 1 / 8} if "width" in inspect.signature(NETWORKS[name]).parameters else {}
+
+
 def built(name: str, timesteps: int = 2, neuron: str = "lif") -> LayeredNetwork:
-    """Build a registered network as it is."""
+    """Build a registered network as it is, or narrow where it has a width."""
     torch.manual_seed(0)
     for shape in SHAPES:
         try:
-            network = build_network(name, shape, OUTPUTS, timesteps=timesteps, neuron=neuron)
+            network = build_network(name, shape, OUTPUTS, timesteps=timesteps, neuron=neuron, **narrow(name))
             network.neuron_shapes()
         except (RuntimeError, ValueError):
             continue
@@ -47,6 +53,8 @@ def awake(name: str, timesteps: int = 2, neuron: str = "lif") -> LayeredNetwork:
         for module in network.modules():
             if isinstance(module, LIF):
                 module.leak.fill_(0.9)
+    if network.spiking and name not in ("mlp", "nature_cnn"):  # these normalise their currents; deep ones fall silent
+        calibrate_thresholds(network, inputs_for(network, 1, 30)[0], 0.25)
     return network
 
 
@@ -140,8 +148,8 @@ def test_a_reset_in_one_row_is_a_new_episode_for_that_row_alone(name: str) -> No
 @EVERY
 def test_memory_is_learned_through(name: str) -> None:
     network = awake(name, 2)
-    inputs = inputs_for(network, 3, 2).requires_grad_()
-    for state, reaches in ((network.initial_state(2), True), (None, False)):
+    inputs = inputs_for(network, 3, 10).requires_grad_()
+    for state, reaches in ((network.initial_state(10), True), (None, False)):
         (gradient,) = torch.autograd.grad(network(inputs, state)[0][-1].square().sum(), inputs)
         assert bool(gradient[0].any()) == reaches
         assert gradient[-1].any()
@@ -198,7 +206,7 @@ def test_bad_timesteps_are_refused(name: str, timesteps: Any) -> None:
     assert caught.value.field == "timesteps"
     assert network.timesteps == 2, "a refused value changes nothing"
     with pytest.raises(UserError, match="timesteps"):
-        build_network(name, network.input_shape, OUTPUTS, timesteps=timesteps)
+        build_network(name, network.input_shape, OUTPUTS, timesteps=timesteps, **narrow(name))
 
 
 @EVERY
@@ -235,8 +243,10 @@ def test_the_relu_control_is_the_plain_network(name: str) -> None:
     assert not any(isinstance(m, LIF) for m in network.modules())
     inputs = inputs_for(network, 2, 3)
     x, hidden = inputs.flatten(0, 1), []
-    for layer in network.maps:
+    for i, layer in enumerate(network.maps):
         hidden.append(layer(x))
+        if i in network.sources:
+            hidden[-1] = hidden[-1] + network.shortcuts[str(i)](hidden[network.sources[i]].relu())
         x = hidden[-1].relu()
     recorder = Recorder()
     output, _ = network(inputs, observer=recorder)
@@ -255,9 +265,22 @@ def test_the_relu_control_is_the_plain_network(name: str) -> None:
 def test_a_bad_option_is_an_error_for_the_user(name: str, option: dict[str, Any]) -> None:
     ((field, value),) = option.items()
     with pytest.raises(UserError) as caught:
-        build_network(name, built(name).input_shape, OUTPUTS, **option)
+        build_network(name, built(name).input_shape, OUTPUTS, **narrow(name), **option)
     assert field in str(caught.value)
     assert field == "no_such_option" or repr(value) in str(caught.value)
+
+
+@EVERY
+@pytest.mark.parametrize("timesteps", [1, 5])
+@pytest.mark.parametrize("neuron", ["lif", "relu"])
+def test_a_gradient_reaches_every_parameter(name: str, timesteps: int, neuron: str) -> None:
+    network = awake(name, timesteps, neuron)
+    network(inputs_for(network, 1, 20))[0].square().sum().backward()
+    for parameter_name, parameter in network.named_parameters():
+        if timesteps == 1 and parameter_name.endswith("leak"):
+            continue  # without memory there is nothing to leak
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.any(), parameter_name
 
 
 @pytest.mark.parametrize("hidden", [(), (0,), (16, -1), (2.5,)])
