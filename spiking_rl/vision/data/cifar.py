@@ -128,7 +128,7 @@ def _interpret(raw: bytes, path: Path) -> Any:
             case "GLOBAL":
                 if argument not in _KNOWN:
                     raise UserError(
-                        "data", str(path), f"names {argument!r}, which CIFAR's files do not; nothing was run. {_AGAIN}"
+                        "data", str(path), f"names {argument!r}, which CIFAR's files do not; nothing was run; {_AGAIN}"
                     )
                 stack.append(_Name(argument))
             case "REDUCE":
@@ -142,7 +142,7 @@ def _interpret(raw: bytes, path: Path) -> Any:
                 raise UserError(
                     "data",
                     str(path),
-                    f"has the pickle opcode {other}, which CIFAR's files do not; nothing was run. {_AGAIN}",
+                    f"has the pickle opcode {other}, which CIFAR's files do not; nothing was run; {_AGAIN}",
                 )
     (result,) = stack
     return result

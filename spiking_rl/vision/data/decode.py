@@ -57,8 +57,9 @@ def fit(image: Image.Image, size: int, name: str) -> Image.Image:
         )
     if width == height == size:
         return image
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def decode_all(source: ImageSource, size: int, title: str) -> Tensor:
@@ -116,8 +117,8 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[
 
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Scale a random part of an image to ``size`` x ``size``, mirrored half of the time."""
-    box = random_crop_box(*image.size, rng)
-    cropped = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    part = image.crop(random_crop_box(*image.size, rng))  # resize's own box would mix in what lies around it
+    cropped = part.resize((size, size), Image.Resampling.BILINEAR)
     return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cropped
 
 
