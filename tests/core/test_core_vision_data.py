@@ -175,8 +175,9 @@ def test_a_larger_image_is_cut_to_its_centred_square_and_scaled(tmp_path: Path) 
 
 
 def test_statistics_are_those_of_the_training_images(tmp_path: Path) -> None:
-    write_cifar10_parquet(tmp_path)
-    loaded = load_dataset("cifar10", tmp_path)
+    for split in ("train", "test"):
+        write_folders(tmp_path / split, {name: list(random_pixels(9, 4, seed)) for seed, name in enumerate("ab")})
+    loaded = load_dataset("folder", tmp_path, size=4)
     scaled = loaded.train_images.double() / 255
     torch.testing.assert_close(torch.tensor(loaded.mean).double(), scaled.mean((0, 2, 3)), atol=1e-6, rtol=0)
     expected = scaled.std((0, 2, 3), correction=0)
@@ -235,6 +236,14 @@ def test_a_damaged_image_is_told_with_its_file_and_row(tmp_path: Path, kind: str
     rows[7] = whole[: len(whole) * 2 // 3]
     write_parquet(tmp_path / "test.parquet", rows, [0] * 9, ["a", "b"], rows=4)
     refused(tmp_path, "test.parquet, row 7", "cannot be decoded", name="folder")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "EPS"])
+def test_other_formats_are_never_decoded(tmp_path: Path, kind: str) -> None:
+    for split in ("train", "test"):
+        write_folders(tmp_path / split, {"a": list(random_pixels(3, 8))})
+    (tmp_path / "test" / "a" / "0001.png").write_bytes(encode(random_pixels(1, 8)[0], kind))
+    refused(tmp_path, "0001.png", "no PNG, JPEG, WebP or BMP", name="folder", size=8)
 
 
 def test_a_row_without_bytes_or_label(tmp_path: Path) -> None:

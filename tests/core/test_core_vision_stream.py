@@ -89,17 +89,27 @@ def test_augmented_batches_are_whole_mixed_and_the_same_from_the_same_seed(data:
 
 def test_what_becomes_of_an_image_does_not_depend_on_the_workers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 256, (3, 40, 30), dtype=np.uint8) for _ in range(12)]
-    write_folders(tmp_path / "train", {"a": noise[:6], "b": noise[6:]})
+    noise = [rng.integers(0, 256, (3, 40, 30), dtype=np.uint8)] * 6
+    write_folders(tmp_path / "train", {"a": noise, "b": noise})
     stream = ImageStream(tmp_path, size=8)
     alone, shared = (
         {bytes(image.numpy().tobytes()) for image in collect(stream.batches(1, augmented=True, workers=w))[0]}
         for w in (0, 2)
     )
-    assert len(alone) == 12
+    assert len(alone) == 12, "copies of one image are cropped in different ways"
     assert alone == shared
     epoch1 = collect(stream.batches(1, augmented=True, epoch=1))[0]
     assert not alone & {image.numpy().tobytes() for image in epoch1}
+
+
+def test_images_that_are_read_together_are_mixed_anew_in_every_epoch(tmp_path: Path) -> None:
+    images = [encode(plain(k)) for k in range(20)]
+    write_parquet(tmp_path / "train.parquet", images, [0] * 20, CLASSES, image="image", rows=20)
+    stream = ImageStream(tmp_path, size=8)
+    orders = [number_of(next(stream.batches(20, augmented=True, epoch=epoch))[0]) for epoch in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
+    assert orders[0] != orders[1]
+    assert list(range(20)) not in orders
 
 
 def test_streaming_leaves_the_global_generator_alone(data: Path) -> None:
