@@ -13,4 +13,9 @@ class UserError(ValueError):
     def __init__(self, field: str, value: object, problem: str) -> None:
         self.field = field
         self.value = value
+        self.problem = problem
         super().__init__(f"{field} = {value!r}: {problem}")
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
+        """Let it travel between processes, as from a worker that reads data."""
+        return type(self), (self.field, self.value, self.problem)

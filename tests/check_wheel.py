@@ -18,6 +18,7 @@ def check(path: str) -> None:
         "spiking_rl/agents/pretrained/cartpole-masked/config.json",
         "spiking_rl/agents/zoo/dqn.yml",
         "spiking_rl/vision/backbones.py",
+        "spiking_rl/vision/data/datasets.py",
         "spiking_rl/envs/make.py",
         "spiking_rl/scripts/main.py",
     ):
