@@ -17,6 +17,7 @@ COMMANDS = {
     "prune": "continue a finished run to fewer timesteps",
     "evaluate": "score an agent, with spike rates, energy and latency",
     "render": "film episodes, optionally with the spikes beside the picture",
+    "classify": "train, prune and score image classifiers on the same core",
     "export": "write an agent as a Stable-Baselines3 zip",
     "plot": "draw learning curves and the continuum of timesteps",
     "list": "list recipes and networks",

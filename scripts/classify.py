@@ -1,0 +1,249 @@
+"""spiking-rl classify: images instead of games, on the same networks and the same pruning."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spiking_rl.agents.building import resolve_device
+from spiking_rl.errors import UserError
+from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
+from spiking_rl.runs import RunFolder
+from spiking_rl.scripts.main import Stopped
+from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
+from spiking_rl.vision.data import Dataset, load_dataset
+from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
+from spiking_rl.vision.training import Interrupted, Trainer
+
+USAGE = """usage: spiking-rl classify COMMAND ...
+
+  train NETWORK DATASET    ReLU network, conversion, spiking stages T=5 to 1, score
+  convert RUN              go on with a run that has only its ReLU network
+  prune RUN --to 1         continue a finished run to fewer timesteps
+  evaluate RUN             score on the test images; or check a file of predicted classes
+
+  spiking-rl classify COMMAND --help    options of a command
+
+example:
+  spiking-rl classify train vgg16 cifar10 --data ~/data --recipe fast
+  spiking-rl classify evaluate runs/vgg16-cifar10-seed0 --data ~/data"""
+
+TRAIN = """Train a classifier: a ReLU network, its conversion to spikes, temporal pruning, the table.
+
+Recipes: {recipes}. Every flag overrides the recipe's value.
+
+Example: spiking-rl classify train vgg16 cifar10 --data ~/data --seed 1"""
+
+
+@dataclass(kw_only=True)
+class Where:
+    """Where and how to run; nothing here changes what is learned."""
+
+    data: Path | None = None
+    """Folder of the images; none: the environment variable SPIKING_RL_DATA."""
+    hours: float | None = None
+    """Save and stop after so many hours."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+@dataclass(kw_only=True)
+class TrainOptions(Where, ClassifyConfig):
+    """Options of ``classify train``."""
+
+    recipe: str = "fast"
+    """Recipe whose values the flags override."""
+    run: Path | None = None
+    """Run folder; default runs/NETWORK-DATASET-seedN."""
+    resume: bool = False
+    """Go on with the run in that folder."""
+
+
+@dataclass(kw_only=True)
+class ConvertOptions(Where):
+    """How to go on from the ReLU network."""
+
+    epochs: int = 12
+    """Epochs of the first spiking stage."""
+    timesteps: int = 5
+    """Its timesteps."""
+    prune_to: int = 5
+    """Timesteps to end with."""
+
+
+@dataclass(kw_only=True)
+class PruneOptions(Where):
+    """How far, and how."""
+
+    to: int = 1
+    """Timesteps to end with."""
+    epochs: int | None = None
+    """Epochs of each stage; none: as it was trained."""
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(Where):
+    """What to measure."""
+
+    timesteps: int | None = None
+    """T of the run to score; default every T."""
+    predictions: Path | None = None
+    """Also write the predicted classes of every T there."""
+    dataset: str = "cifar10"
+    """Of a file of predicted classes."""
+
+
+def run(args: list[str]) -> dict[str, Any]:
+    """Serve one of the commands of ``classify``."""
+    commands = {"train": _train, "convert": _convert, "prune": _prune, "evaluate": _evaluate}
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return {}
+    if args[0] not in commands:
+        raise UserError("command", args[0], f"unknown; choose one of {', '.join(commands)}")
+    return commands[args[0]](args[1:])
+
+
+def _train(args: list[str]) -> dict[str, Any]:
+    network, rest = first_argument(args, "network", "a network")
+    dataset: str | None = None
+    if network is not None:
+        dataset, rest = first_argument(rest, "dataset", "a data set")
+    recipe = load_recipe(_recipe(rest))
+    if network is not None and dataset is not None:
+        recipe = dataclasses.replace(recipe, network=network, dataset=dataset)
+    text = TRAIN.format(recipes=", ".join(sorted(recipes())))
+    options = parse(
+        TrainOptions, "classify train NETWORK DATASET", rest, text, TrainOptions(**dataclasses.asdict(recipe))
+    )
+    config = ClassifyConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(ClassifyConfig)})
+    folder = RunFolder(options.run or Path("runs") / f"{config.network}-{config.dataset}-seed{config.seed}")
+    command = shlex.join(["spiking-rl", "classify", "train", *args])
+    if options.resume:
+        return _go_on(folder, options, command, config)
+    config.check()
+    folder.require_free()
+    images, device = load_dataset(config.dataset, options.data), resolve_device(options.device)
+    trainer = Trainer(config, folder, images, device, options.hours, print)  # a network that cannot be is refused here
+    folder.create()
+    save_config(folder.config, config, provenance())
+    with folder.locked():
+        return _finish(trainer, command)
+
+
+def _recipe(args: list[str]) -> str:
+    """Return the recipe that is asked for: the other flags override its values."""
+    for i, arg in enumerate(args):
+        if arg.startswith("--recipe="):
+            return arg.partition("=")[2]
+        if arg == "--recipe" and i + 1 < len(args):
+            return args[i + 1]
+    return TrainOptions.recipe
+
+
+def _open(folder: RunFolder, where: Where) -> Trainer:
+    """Return the trainer of a run, where it was left."""
+    folder.require()
+    config = load_config(folder.config)
+    images = load_dataset(config.dataset, where.data)
+    trainer = Trainer(config, folder, images, resolve_device(where.device), where.hours, print)
+    trainer.restore()
+    return trainer
+
+
+def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig) -> dict[str, Any]:
+    folder.require()
+    saved = load_config(folder.config)
+    for name in ("network", "dataset"):
+        if getattr(asked, name) != getattr(saved, name):
+            raise UserError(name, getattr(asked, name), f"the run in {folder.path} has {getattr(saved, name)!r}")
+    with folder.locked():
+        return _finish(_open(folder, where), command)
+
+
+def _convert(args: list[str]) -> dict[str, Any]:
+    name, rest = first_argument(args, "run", "a run folder")
+    options = parse(ConvertOptions, "classify convert RUN", rest, "Go on from a run's ReLU network with spikes.")
+    folder = RunFolder(Path(str(name)))
+    with folder.locked():
+        trainer = _open(folder, options)
+        trainer.convert(options.timesteps, options.prune_to, options.epochs)
+        save_config(folder.config, trainer.config, provenance())
+        return _finish(trainer, shlex.join(["spiking-rl", "classify", "convert", *args]))
+
+
+def _prune(args: list[str]) -> dict[str, Any]:
+    name, rest = first_argument(args, "run", "a run folder")
+    options = parse(PruneOptions, "classify prune RUN", rest, "Lower the timesteps of a finished run.")
+    folder = RunFolder(Path(str(name)))
+    with folder.locked():
+        trainer = _open(folder, options)
+        trainer.extend(options.to, options.epochs)
+        save_config(folder.config, trainer.config, provenance())
+        return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]))
+
+
+def _evaluate(args: list[str]) -> dict[str, Any]:
+    name, rest = first_argument(args, "run", "a run folder or a file of predicted classes")
+    options = parse(EvaluateOptions, "classify evaluate RUN", rest, "Score a classifier on the test images.")
+    path = Path(str(name))
+    if path.suffix == ".json":
+        checked = check_predictions(path, load_dataset(options.dataset, options.data), options.dataset)
+        for row in checked:
+            print(f"T={row['timesteps'] or 'ReLU'}: {row['top1']:.2f} %, as claimed")
+        return {"dataset": options.dataset, "rows": checked}
+    folder = RunFolder(path)
+    folder.require()
+    config = load_config(folder.config)
+    rows = _rows(folder, config, load_dataset(config.dataset, options.data), resolve_device(options.device), options)
+    return {"rows": [_without_classes(row) for row in rows]}
+
+
+def _rows(
+    folder: RunFolder, config: ClassifyConfig, images: Dataset, device: torch.device, options: EvaluateOptions
+) -> list[dict[str, Any]]:
+    kept = folder.checkpoint_timesteps()
+    if options.timesteps is not None and options.timesteps not in kept:
+        raise UserError("timesteps", options.timesteps, f"{folder.path} holds T = {kept} (None: the ReLU network)")
+    chosen = kept if options.timesteps is None else [options.timesteps]
+    if not chosen:
+        raise UserError("run", str(folder.path), "holds no checkpoint yet; wait for its first epoch")
+    rows = [evaluate(folder, config, images, t, device) for t in chosen]
+    for row in rows:
+        name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
+        rates = row["spike_rate"]
+        mean = "" if rates is None else f"  {sum(rates.values()) / len(rates):.3f} spikes/neuron/timestep"
+        print(f"{name:>5}  {row['top1']:.2f} %{mean}  energy ANN/SNN {row['energy_ratio']:.1f}x")
+    if options.predictions is not None:
+        save_predictions(options.predictions, rows, config.seed)
+        print(f"predicted classes: {options.predictions}")
+    return rows
+
+
+def _without_classes(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "predicted"}
+
+
+def _finish(trainer: Trainer, command: str) -> dict[str, Any]:
+    """Train to the end, then score every T on the test images."""
+    folder, config = trainer.folder, trainer.config
+    print(f"run folder: {folder.path}")
+    try:
+        trainer.run()
+    except Interrupted as stop:
+        again = f"spiking-rl classify train {config.network} {config.dataset} --run {shlex.quote(str(folder.path))}"
+        text = f"stopped, everything is saved.\nGo on with: {again} --resume"
+        raise Stopped(text, 130 if stop.reason == "interrupt" else 0) from None
+    rows = _rows(folder, config, trainer.images, trainer.device, EvaluateOptions())
+    save_predictions(folder.path / "predictions.json", rows, config.seed)
+    results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
+    results |= {"train_seconds": round(trainer.seconds, 1), "peak_rss_mb": peak_rss_mb()}
+    results |= {"rows": [{"seed": config.seed, **_without_classes(row)} for row in rows]}
+    folder.write_results(results)
+    return {"run": str(folder.path), **results}

@@ -1,0 +1,100 @@
+"""Build the networks of a classification run from its settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from spiking_rl.balancing import balance_thresholds, convert_balanced
+from spiking_rl.checkpoint import load_checkpoint, load_into
+from spiking_rl.conversion import calibrate_thresholds, take_weights
+from spiking_rl.folding import fold_batch_norm
+from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.vision.config import ClassifyConfig
+from spiking_rl.vision.data import Dataset
+
+
+def build(config: ClassifyConfig, images: Dataset, *, spiking: bool) -> LayeredNetwork:
+    """Return a fresh network of a run.
+
+    Args:
+        config: the settings.
+        images: give the input's shape and the number of classes.
+        spiking: in spiking form; else ReLU.
+    """
+    folded = spiking and config.fold_first
+    options: dict[str, Any] = {"batch_norm": config.batch_norm and not folded, "bias": folded}
+    options |= {"dropout": config.dropout, "width": config.width}
+    if config.dense_dropout:
+        options["dense_dropout"] = config.dense_dropout  # networks with one dense layer have none
+    if spiking:
+        options |= {"neuron": "lif", "timesteps": config.timesteps, "gamma": config.surrogate_gamma}
+    else:
+        options["neuron"] = "relu"
+    shape = tuple(images.train_images.shape[1:])
+    return build_network(config.network, shape, len(images.classes), **options)
+
+
+def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Dataset, inputs: Tensor) -> LayeredNetwork:
+    """Return the spiking network that starts from a trained ReLU network.
+
+    Args:
+        relu: the network.
+        config: says how thresholds are set.
+        images: the data set.
+        inputs: a batch ``(B, C, H, W)`` as in training, to set them on.
+    """
+    spiking = build(config, images, spiking=True).to(inputs.device)
+    if config.fold_first:
+        convert_balanced(
+            fold_batch_norm(relu),
+            spiking,
+            inputs,
+            percentile=config.percentile,
+            scale=config.threshold_scale,
+            timesteps=config.calibration_timesteps,
+        )
+        return spiking
+    take_weights(relu, spiking)
+    set_thresholds(spiking, config, inputs)
+    return spiking
+
+
+def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tensor) -> None:
+    """Set every threshold of a spiking network on a batch of inputs, as the settings say."""
+    if config.firing_rate is None:
+        balance_thresholds(
+            network,
+            inputs,
+            percentile=config.percentile,
+            scale=config.threshold_scale,
+            timesteps=config.calibration_timesteps,
+        )
+        return
+    # Spikes have other means and variances than the ReLU's outputs: both are measured anew on the way.
+    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean of what is seen
+    network.train()
+    calibrate_thresholds(network, inputs, config.firing_rate)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def load_classifier(folder: Path, config: ClassifyConfig, images: Dataset) -> LayeredNetwork:
+    """Return the network of a checkpoint of a run.
+
+    Raises:
+        UserError: missing, damaged, or of another network.
+    """
+    checkpoint = load_checkpoint(folder)
+    timesteps = checkpoint.config.get("timesteps")
+    network = build(config, images, spiking=timesteps is not None)
+    if timesteps is not None:
+        network.set_timesteps(timesteps)
+    load_into(network, checkpoint.tensors, folder)
+    return network.eval()

@@ -1,0 +1,170 @@
+"""What a classification run is made of: typed settings and the papers' recipes as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from spiking_rl.errors import UserError
+from spiking_rl.pruning import check_pruning
+from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
+
+Optimizer = Literal["adam", "sgd"]
+
+
+@dataclass(kw_only=True)
+class ClassifyConfig:
+    """Settings of a run: a ReLU network, its conversion, and stages from T = timesteps down to prune_to."""
+
+    network: str = "vgg16"
+    """A registered network; `spiking-rl list` names them."""
+    dataset: str = "cifar10"
+    """cifar10, cifar100, tiny-imagenet-32, imagenet, or folder for images sorted into a folder per class."""
+    width: float = 1.0
+    """Multiplies the channels of the network."""
+    timesteps: int = 5
+    """Timesteps T of the first spiking stage."""
+    prune_to: int = 1
+    """Timesteps of the last stage; equal to timesteps: no pruning."""
+    seed: int = 0
+    """Seed of every random generator."""
+    ann_epochs: int = 40
+    """Epochs of the ReLU network that the spiking one starts from; 0: spikes from the start."""
+    epochs: int = 15
+    """Epochs of the first spiking stage; 0: stop after the ReLU network."""
+    prune_epochs: int = 8
+    """Epochs of each later stage."""
+    ann_optimizer: Optimizer = "sgd"
+    """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's."""
+    ann_learning_rate: float = 0.05
+    """Highest learning rate of the ReLU network."""
+    ann_weight_decay: float = 5e-4
+    """Weight decay of the ReLU network."""
+    ann_batch_size: int = 128
+    """Images per update of the ReLU network."""
+    ann_milestones: tuple[float, ...] = ()
+    """Parts of the training after which its learning rate is divided by 5; none: one cycle, up and then down to 0."""
+    optimizer: Optimizer = "adam"
+    """Optimiser of the spiking stages; adam is AMSGrad."""
+    learning_rate: float = 1e-3
+    """Highest learning rate of the spiking stages."""
+    weight_decay: float = 0.0
+    """Weight decay of the spiking stages; never of thresholds and leaks."""
+    batch_size: int = 128
+    """Images per update of the spiking stages."""
+    milestones: tuple[float, ...] = ()
+    """As ann_milestones, for every spiking stage."""
+    accumulate: int = 1
+    """Parts into which each batch is cut where memory is short."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy."""
+    max_grad_norm: float = 5.0
+    """Gradient clipping."""
+    batch_norm: bool = True
+    """Train with batch normalisation, which costs nothing in the end: it folds into the weights."""
+    fold_first: bool = False
+    """Fold it before the conversion, as the papers do, instead of training the spiking network with it."""
+    dropout: float = 0.0
+    """Of the convolutions' outputs, one mask for all timesteps."""
+    dense_dropout: float = 0.0
+    """Of the fully connected layers' outputs."""
+    firing_rate: float | None = None
+    """Spikes per neuron and timestep that the thresholds are set for; none: by the percentile, as the papers do."""
+    percentile: float = 90.0
+    """Of a layer's current over a batch of images: its threshold."""
+    threshold_scale: float = 1.0
+    """Multiplies the thresholds that were set so."""
+    calibration_timesteps: int = 100
+    """Timesteps over which they are set."""
+    train_threshold: bool = True
+    """Train the thresholds."""
+    train_leak: bool = True
+    """Train the leaks."""
+    surrogate_gamma: float = 0.3
+    """Height of the surrogate gradient."""
+    crop: int = 4
+    """Pixels by which training images are shifted at random."""
+    flip: bool = True
+    """Mirror training images at random."""
+    cutout: int = 0
+    """Side of a square that is cut out of each training image."""
+    save_every: float = 10.0
+    """Minutes between saves to resume from."""
+    threads: int = 0
+    """Torch threads; 0: torch's own choice."""
+
+    @property
+    def stages(self) -> int:
+        """Spiking stages."""
+        return self.timesteps - self.prune_to + 1
+
+    def check(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            UserError: naming the first bad field.
+        """
+        check_pruning(self.timesteps, self.prune_to)
+        for name in ("prune_epochs", "ann_batch_size", "batch_size", "accumulate", "calibration_timesteps"):
+            if getattr(self, name) < 1:
+                raise UserError(name, getattr(self, name), "must be at least 1")
+        for name in ("seed", "ann_epochs", "epochs", "crop", "cutout", "threads", "ann_weight_decay", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
+        positive = ("width", "ann_learning_rate", "learning_rate", "max_grad_norm", "threshold_scale", "save_every")
+        for name in (*positive, "surrogate_gamma"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(name, getattr(self, name), "must be positive and finite")
+        for name in ("label_smoothing", "dropout", "dense_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(name, getattr(self, name), "must be at least 0 and below 1")
+        if self.firing_rate is not None and not 0 < self.firing_rate < 1:
+            raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
+        if not 0 < self.percentile <= 100:
+            raise UserError("percentile", self.percentile, "must be above 0 and at most 100")
+        for name in ("ann_milestones", "milestones"):
+            if not all(0 < part < 1 for part in getattr(self, name)):
+                raise UserError(name, getattr(self, name), "must be parts of the training, each between 0 and 1")
+        if not self.ann_epochs + self.epochs:
+            raise UserError("epochs", 0, "leaves nothing to train beside ann_epochs = 0")
+        if self.fold_first and not (self.batch_norm and self.ann_epochs):
+            raise UserError("fold_first", True, "has nothing to fold without batch_norm and ann_epochs")
+
+
+def recipes() -> dict[str, dict[str, Any]]:
+    """Return every recipe of the package by name."""
+    folder = resources.files("spiking_rl.vision").joinpath("recipes")
+    files = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {e.name.removesuffix(".yaml"): read_yaml(e.read_text(), f"recipe {e.name}") for e in files}
+
+
+def load_recipe(name: str) -> ClassifyConfig:
+    """Return the settings of a recipe.
+
+    Raises:
+        UserError: unknown, or with a mistake in it.
+    """
+    known = recipes()
+    if name not in known:
+        raise UserError("recipe", name, f"unknown; choose one of {', '.join(sorted(known))}")
+    return settings_from_dict(ClassifyConfig, known[name], f"recipe {name}")
+
+
+def save_config(path: Path, config: ClassifyConfig, provenance: dict[str, Any]) -> None:
+    """Write the settings of a run and where it was made."""
+    save_settings(path, {"kind": "classify", **dataclasses.asdict(config), "provenance": provenance})
+
+
+def load_config(path: Path) -> ClassifyConfig:
+    """Read the settings of a run.
+
+    Raises:
+        UserError: missing, damaged, or no classification run.
+    """
+    values = load_settings(path)
+    if values.pop("kind", None) != "classify":
+        raise UserError("run", str(path.parent), "holds an agent, no classifier; use train, prune and evaluate for it")
+    return settings_from_dict(ClassifyConfig, values, str(path))

@@ -1,0 +1,105 @@
+"""Score trained classifiers on test images: accuracy, spike rates, energy, and the predicted classes as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spiking_rl.checkpoint import WEIGHTS, load_checkpoint, read_json
+from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs, spikes_per_input
+from spiking_rl.errors import UserError
+from spiking_rl.files import write_atomically
+from spiking_rl.runs import RunFolder
+from spiking_rl.vision.building import load_classifier
+from spiking_rl.vision.config import ClassifyConfig
+from spiking_rl.vision.data import Dataset
+from spiking_rl.vision.training import predict
+
+
+def evaluate(
+    run: RunFolder, config: ClassifyConfig, images: Dataset, timesteps: int | None, device: torch.device
+) -> dict[str, Any]:
+    """Score the kept best of a stage on the test images.
+
+    Args:
+        run: a classification run.
+        config: its settings.
+        images: the data set that it was trained on.
+        timesteps: T; None for the ReLU network.
+        device: to run on.
+
+    Returns:
+        ``dataset, network, timesteps, images, top1, spike_rate, energy_ratio, sha256, predicted``: accuracy in
+        percent, spikes per neuron and timestep by layer (None for a ReLU network), the checkpoint's weights by
+        their hash, and the class of every test image in its order.
+
+    Raises:
+        UserError: no such checkpoint, or a damaged one.
+    """
+    folder = run.checkpoint(timesteps)
+    network = load_classifier(folder, config, images).to(device)
+    counter = SpikeCounter()
+    found = predict(network, images.test_images, images.mean, images.std, counter)
+    rates = counter.rates if network.spiking else None
+    return {
+        "dataset": config.dataset,
+        "network": config.network,
+        "timesteps": timesteps,
+        "images": len(found),
+        "top1": 100 * float((found == images.test_labels).float().mean()),
+        "spike_rate": rates,
+        "energy_ratio": energy_ratio(
+            macs_per_layer(network),
+            spikes_per_input(network, rates) if rates else None,
+            network.timesteps,
+            normalisation_macs(network),
+        ),
+        "sha256": load_checkpoint(folder).config["sha256"],
+        "weights": f"{folder.name}/{WEIGHTS}",
+        "predicted": found.tolist(),
+    }
+
+
+def save_predictions(path: Path, rows: list[dict[str, Any]], seed: int) -> None:
+    """Write the predicted classes of every T, so that a score can be checked without the weights."""
+    names = ("dataset", "network", "timesteps", "top1", "sha256", "predicted")
+    kept = [{"seed": seed, **{name: row[name] for name in names}} for row in rows]
+    write_atomically(path, json.dumps({"format": "spiking-rl predictions", "rows": kept}) + "\n")
+
+
+def check_predictions(path: Path, images: Dataset, dataset: str) -> list[dict[str, Any]]:
+    """Count again what a predictions file claims.
+
+    Args:
+        path: written by :func:`save_predictions`.
+        images: the data set, with its test labels.
+        dataset: its name.
+
+    Returns:
+        Per row ``timesteps, top1, claimed``: the accuracy counted and the one claimed, in percent.
+
+    Raises:
+        UserError: no such file, another data set, a class outside the range, or a claim that is not so.
+    """
+    loaded = read_json(path, "predictions")
+    if loaded.get("format") != "spiking-rl predictions":
+        raise UserError("predictions", str(path), "is no file of predicted classes; classify evaluate writes them")
+    checked = []
+    for row in loaded["rows"]:
+        if row["dataset"] != dataset:
+            raise UserError("dataset", dataset, f"is not that of {path}, which is {row['dataset']}")
+        predicted = torch.tensor(row["predicted"])
+        if len(predicted) != len(images.test_labels):
+            raise UserError(
+                "predictions", str(path), f"has {len(predicted)} classes for {len(images.test_labels)} images"
+            )
+        if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(images.classes):
+            raise UserError("predictions", str(path), f"names a class outside 0 to {len(images.classes) - 1}")
+        top1 = 100 * float((predicted == images.test_labels).float().mean())
+        if abs(top1 - row["top1"]) > 1e-6:
+            raise UserError("predictions", str(path), f"claims {row['top1']:.2f} % where {top1:.2f} % are right")
+        checked.append({"timesteps": row["timesteps"], "top1": top1, "claimed": row["top1"]})
+    return checked

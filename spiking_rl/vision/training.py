@@ -1,0 +1,500 @@
+"""Train a classifier: a ReLU network, its conversion, and spiking stages with fewer and fewer timesteps.
+
+Everything random follows from the seed, the stage, the epoch and the batch, so that a run resumes
+between any two batches, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.tensorboard import SummaryWriter
+
+from spiking_rl.checkpoint import load_checkpoint, load_into, read_json, save_checkpoint
+from spiking_rl.energy import SpikeCounter, odd_layers
+from spiking_rl.errors import UserError
+from spiking_rl.files import recover_folder, replace_folder
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.neurons import LIF, clamp_after_step
+from spiking_rl.pruning import Next, Stay, TemporalPruning
+from spiking_rl.runs import RunFolder
+from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
+from spiking_rl.vision.building import build, convert, set_thresholds
+from spiking_rl.vision.config import ClassifyConfig
+from spiking_rl.vision.data import Dataset, augment, normalise
+
+_EVALUATED = 500  # images per forward pass
+_BALANCED = 512  # that set the thresholds: the papers' number
+_WARM_UP = 0.25  # part of one cycle in which the learning rate rises
+_FIRST_RATE = 0.1  # of the highest learning rate, at the beginning of a cycle
+
+
+class Interrupted(Exception):
+    """Training stopped early, with its state saved.
+
+    Attributes:
+        reason: "interrupt" (Ctrl-C or SIGTERM) or "time" (the hours given are over).
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def rate_factor(progress: float, milestones: tuple[float, ...]) -> float:
+    """Return what multiplies the learning rate after a part ``progress`` of a stage.
+
+    With milestones it is divided by 5 at each of them (the papers'); without, one cycle: a linear rise over
+    the first quarter, then half a cosine down to 0 (Smith, Topin 2018).
+    """
+    if milestones:
+        return 0.2 ** sum(progress >= part for part in milestones)
+    if progress < _WARM_UP:
+        return _FIRST_RATE + (1 - _FIRST_RATE) * progress / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
+
+
+@torch.no_grad()
+def predict(
+    network: LayeredNetwork,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    observer: SpikeCounter | None = None,
+) -> Tensor:
+    """Return the class of each image, ``(N,)``.
+
+    Args:
+        network: put into evaluation mode.
+        images: uint8 ``(N, C, H, W)``.
+        mean: of the channels, on the scale 0 to 1.
+        std: likewise.
+        observer: counts spikes.
+    """
+    network.eval()
+    found = []
+    device = next(network.parameters()).device
+    for part in torch.split(images, _EVALUATED):
+        inputs = normalise(part.to(device), mean, std).unsqueeze(0)
+        with _autocast(device):
+            logits, _ = network(inputs, observer=observer)
+        found.append(logits[0].argmax(1).cpu())
+    return torch.cat(found)
+
+
+def _autocast(device: torch.device) -> Any:
+    """Return bfloat16 arithmetic where it is fast and safe: on a GPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+class Trainer:
+    """One classification run on disk, from its first batch or from where it was left.
+
+    Args:
+        config: checked settings.
+        folder: the run folder; it exists and is held by this process.
+        images: the data set.
+        device: to train on.
+        hours: stop, with everything saved, after so many hours of this session.
+        note: told a line of text per epoch.
+    """
+
+    def __init__(
+        self,
+        config: ClassifyConfig,
+        folder: RunFolder,
+        images: Dataset,
+        device: torch.device,
+        hours: float | None = None,
+        note: Any = None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.images = images
+        self.device = device
+        self.deadline = None if hours is None else time.monotonic() + 3600 * hours
+        self.note = note or (lambda text: None)
+        self.pruning = self._new_pruning()
+        self.spiking = not config.ann_epochs
+        self.batches = 0  # of this stage
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the epoch under way
+        self.best: float | None = None  # of the ReLU network
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        self._saved = time.monotonic()
+        self.stop_requested = False
+        torch.manual_seed(config.seed)
+        self.train_images = images.train_images.to(device)
+        self.train_labels = images.train_labels.to(device)
+        self.mean, self.std = images.mean, images.std
+        self._begin(build(config, images, spiking=self.spiking))
+        if self.spiking:
+            set_thresholds(self.network, config, self._some_inputs())
+
+    # -- stages ----------------------------------------------------------------------------------
+
+    def _begin(self, network: LayeredNetwork) -> None:
+        """Take a network for the stage that begins, with a fresh optimiser."""
+        config = self.config
+        self.network = network.to(self.device)
+        for neuron in network.neurons:
+            if isinstance(neuron, LIF):
+                neuron.threshold.requires_grad_(config.train_threshold)
+                neuron.leak.requires_grad_(config.train_leak)
+        decayed = [p for p in network.parameters() if p.requires_grad and p.dim() > 1]
+        others = [p for p in network.parameters() if p.requires_grad and p.dim() <= 1]
+        name, rate, decay = (
+            (config.optimizer, config.learning_rate, config.weight_decay)
+            if self.spiking
+            else (config.ann_optimizer, config.ann_learning_rate, config.ann_weight_decay)
+        )
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        self.highest_rate = rate
+        self.optimizer: torch.optim.Optimizer
+        if name == "sgd":
+            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+        else:
+            self.optimizer = torch.optim.Adam(groups, lr=rate, amsgrad=True)
+        clamp_after_step(self.optimizer, network)
+        self.batches = 0
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage and of its best checkpoint: ``relu``, or ``T5``."""
+        return self.pruning.checkpoint if self.spiking else "relu"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train; without ``epochs`` that is so after the ReLU network."""
+        if self.spiking or self.config.epochs:
+            return self.pruning.finished
+        return self.batches >= self.epochs * self.batches_per_epoch
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the stage under way."""
+        return int(self.pruning.budget) if self.spiking else self.config.ann_epochs
+
+    @property
+    def batch_size(self) -> int:
+        """Images per update in the stage under way."""
+        return self.config.batch_size if self.spiking else self.config.ann_batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Updates per epoch; the last, smaller batch is left out."""
+        return max(1, len(self.train_labels) // self.batch_size)
+
+    def run(self) -> None:
+        """Train until temporal pruning is done.
+
+        Raises:
+            Interrupted: stopped early; the state is saved.
+            OSError: the disk is full or gone; what was saved stays.
+        """
+        threads = torch.get_num_threads()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        self._started = time.monotonic()
+        self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=len(self.rows))
+        try:
+            with self._stopping_on_signals():
+                while not self.finished:
+                    self._epoch()
+        finally:
+            self.board.close()
+            torch.set_num_threads(threads)
+            self.seconds = self._seconds_so_far()
+            self._started = time.monotonic()
+
+    def _epoch(self) -> None:
+        """Train to the end of the epoch under way, score, and move on where the stage is over."""
+        epoch = self.batches // self.batches_per_epoch
+        order = torch.randperm(len(self.train_labels), generator=self._generator(epoch)).to(self.device)
+        for batch in range(self.batches % self.batches_per_epoch, self.batches_per_epoch):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            self.loss_sum += self._update(rows, self._generator(epoch, batch))
+            self.batches += 1
+            if batch + 1 < self.batches_per_epoch:  # an epoch is over with its score
+                self._save_where_due()
+        score, rates = self._score()
+        mean_loss = float(self.loss_sum) / self.batches_per_epoch
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        if not math.isfinite(mean_loss):
+            name = "learning_rate" if self.spiking else "ann_learning_rate"
+            raise UserError(name, self.highest_rate, "is too high: the loss is no longer a number; lower it")
+        self._write(epoch + 1, score, mean_loss, rates)
+        if self.spiking:
+            self._report(score, epoch + 1)
+        else:
+            if self.best is None or score >= self.best:
+                self.best = score
+                self._keep("relu", score)
+            if epoch + 1 == self.epochs:
+                self._keep("relu-end", score)
+                if self.config.epochs:
+                    self._convert()
+        self.save()
+        if not self.finished:
+            self._save_where_due()
+
+    def _report(self, score: float, epochs: int) -> None:
+        name = self.stage
+        decision = self.pruning.report(score, epochs)
+        if decision.improved:
+            self._keep(name, score)
+        if isinstance(decision, Stay):
+            return
+        self._keep(f"{name}-end", score)
+        if isinstance(decision, Next):
+            self._next(decision)
+
+    def _convert(self) -> None:
+        """Go on with spikes, from the ReLU network's best weights."""
+        folder = self.folder.checkpoints / "relu"
+        load_into(self.network, load_checkpoint(folder).tensors, folder)
+        inputs = self._some_inputs()
+        self.spiking = True
+        self._begin(convert(self.network, self.config, self.images, inputs))
+
+    def _new_pruning(self) -> TemporalPruning:
+        config = self.config
+        return TemporalPruning(config.timesteps, config.prune_to, max(1, config.epochs), config.prune_epochs)
+
+    def convert(self, timesteps: int, prune_to: int, epochs: int) -> None:
+        """Let a run that ended with its ReLU network go on with spikes.
+
+        Raises:
+            UserError: the run is not there, or beyond it, or a number is out of range.
+        """
+        if self.spiking:
+            raise UserError("run", str(self.folder.path), "has spikes already; lower its T with classify prune")
+        if not self.finished:
+            raise UserError("run", str(self.folder.path), "has not finished its ReLU network; go on with --resume")
+        config = dataclasses.replace(self.config, timesteps=timesteps, prune_to=prune_to, epochs=epochs)
+        config.check()
+        self.config = config
+        self.pruning = self._new_pruning()
+        self._convert()
+        self.save()
+
+    def extend(self, to: int, epochs: int | None) -> None:
+        """Lower T further in a finished run.
+
+        Args:
+            to: timesteps to end with.
+            epochs: of each stage; None: as the run has it.
+
+        Raises:
+            UserError: the run is not finished, has no spikes, or is at ``to`` already.
+        """
+        if not self.spiking:
+            raise UserError("run", str(self.folder.path), "holds a ReLU network alone; see classify convert")
+        if not self.finished:
+            raise UserError("run", str(self.folder.path), "has not finished training; continue it with train --resume")
+        if epochs is not None:
+            if epochs < 1:
+                raise UserError("epochs", epochs, "must be at least 1")
+            self.config.prune_epochs = epochs
+            self.pruning.stage_budget = epochs
+        self._next(self.pruning.extend(to))
+        self.config.prune_to = to
+        self.save()
+
+    def _next(self, decision: Next) -> None:
+        """Begin a stage from the best checkpoint of the one above."""
+        folder = self.folder.checkpoints / decision.checkpoint
+        load_into(self.network, load_checkpoint(folder).tensors, folder)
+        self.network.set_timesteps(decision.timesteps)
+        self._begin(self.network)
+
+    def _some_inputs(self) -> Tensor:
+        """Return the inputs on which thresholds are set."""
+        chosen = torch.randperm(len(self.train_labels), generator=self._generator(-1))[:_BALANCED].to(self.device)
+        return normalise(self.train_images[chosen], self.mean, self.std)
+
+    def _generator(self, *path: int) -> torch.Generator:
+        """Return the random generator of a place in the run, the same whenever it is reached."""
+        stage = self.pruning.timesteps if self.spiking else 0
+        mixed = self.config.seed
+        for number in (stage, *path):
+            mixed = (mixed * 1_000_003 + number + 1) % 2**63
+        return torch.Generator().manual_seed(mixed)
+
+    # -- one batch -------------------------------------------------------------------------------
+
+    def _update(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Make one update on the training images of these rows; return the loss."""
+        config = self.config
+        self.network.train()
+        progress = self.batches / (self.epochs * self.batches_per_epoch)
+        milestones = config.milestones if self.spiking else config.ann_milestones
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.highest_rate * rate_factor(progress, milestones)
+        self.optimizer.zero_grad()
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout draws from it
+        total = torch.zeros((), device=self.device)
+        for part in rows.chunk(config.accumulate):
+            images = augment(
+                self.train_images[part], crop=config.crop, flip=config.flip, cutout=config.cutout, generator=generator
+            )
+            with _autocast(self.device):
+                logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0))
+                loss = functional.cross_entropy(
+                    logits[0].float(), self.train_labels[part], label_smoothing=config.label_smoothing
+                )
+            share = len(part) / len(rows)
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * share
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        return total
+
+    def _score(self) -> tuple[float, dict[str, float]]:
+        """Return the accuracy on the validation images in percent, and the spike rates."""
+        counter = SpikeCounter() if self.spiking else None
+        found = predict(self.network, self.images.val_images, self.mean, self.std, counter)
+        score = 100 * float((found == self.images.val_labels).float().mean())
+        return score, {} if counter is None else counter.rates
+
+    # -- what is kept ----------------------------------------------------------------------------
+
+    def _keep(self, name: str, score: float) -> None:
+        config = self.config
+        about = {
+            "kind": "classifier",
+            "network": config.network,
+            "dataset": config.dataset,
+            "timesteps": self.network.timesteps if self.spiking else None,
+            "val_accuracy": score,
+            "mean": list(self.images.mean),
+            "std": list(self.images.std),
+            "classes": list(self.images.classes),
+            "seed": config.seed,
+        }
+        save_checkpoint(self.folder.checkpoints / name, self.network.state_dict(), about)
+
+    def _write(self, epoch: int, score: float, loss: float, rates: dict[str, float]) -> None:
+        row = {
+            "epoch": epoch,
+            "seconds": round(self._seconds_so_far(), 3),
+            "timesteps": self.network.timesteps if self.spiking else None,
+            "score": score,
+            "loss": loss,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "spike_rate": sum(rates.values()) / len(rates) if rates else None,
+        }
+        self.rows.append(row)
+        self.folder.write_progress(self.rows)
+        spikes = "" if row["spike_rate"] is None else f" spikes={row['spike_rate']:.3f}"
+        name = f"T={row['timesteps']}" if self.spiking else "ReLU"
+        self.note(f"{name} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
+        for warning in odd_layers(rates):
+            self.note(f"warning: {warning}; see --percentile, --threshold-scale and --learning-rate")
+        step = len(self.rows)
+        scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
+        scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
+        for i, neuron in enumerate(self.network.neurons):
+            if isinstance(neuron, LIF):
+                scalars[f"threshold/layer{i + 1}"] = float(neuron.threshold.detach().mean())
+                scalars[f"leak/layer{i + 1}"] = float(neuron.leak.detach().mean())
+        for tag, value in scalars.items():
+            self.board.add_scalar(tag, value, step)
+
+    def _seconds_so_far(self) -> float:
+        return self.seconds + time.monotonic() - self._started
+
+    def _save_where_due(self) -> None:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if self.stop_requested or late or time.monotonic() - self._saved > 60 * self.config.save_every:
+            self.save()
+        if self.stop_requested or late:
+            raise Interrupted("interrupt" if self.stop_requested else "time")
+
+    def save(self) -> None:
+        """Save everything that continuing needs, atomically."""
+        optimiser, scalars = pack_optimiser(self.optimizer)
+        network = {f"network.{name}": t.cpu().contiguous() for name, t in self.network.state_dict().items()}
+        with replace_folder(self.folder.resume) as partial:
+            (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**network, **optimiser}))
+            state = {
+                "pruning": self.pruning.state_dict(),
+                "spiking": self.spiking,
+                "batches": self.batches,
+                "best": self.best,
+                "loss_sum": float(self.loss_sum),
+                "rows": self.rows,
+                "seconds": self._seconds_so_far(),
+                "optimiser": scalars,
+                "generators": generators(),
+                "sha256": hashes_of(partial),
+            }
+            (partial / "state.json").write_text(json.dumps(state))
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Go back to the last saved state; a run that died before its first save starts again.
+
+        Raises:
+            UserError: the state is damaged, or of another network.
+        """
+        folder = self.folder.resume
+        recover_folder(folder)
+        if not (folder / "state.json").is_file():
+            return
+        state = read_json(folder / "state.json", "resume")
+        try:
+            verify(folder, state["sha256"])
+            tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
+            self.pruning = TemporalPruning.from_state_dict(state["pruning"])
+            if state["spiking"] and not self.spiking:
+                self.network = build(self.config, self.images, spiking=True)
+            self.spiking = bool(state["spiking"])
+            self.network.set_timesteps(self.pruning.timesteps if self.spiking else 1)
+            self._begin(self.network)
+            own = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
+            load_into(self.network, own, folder)
+            unpack_optimiser(self.optimizer, tensors, state["optimiser"])
+            self.batches, self.best = int(state["batches"]), state["best"]
+            self.loss_sum.fill_(float(state["loss_sum"]))
+            self.rows, self.seconds = list(state["rows"]), float(state["seconds"])
+            restore_generators(state["generators"])
+        except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError("resume", str(folder), f"cannot be continued ({reason}); {REMEDY}") from None
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into a stop at the next batch; the second one kills."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request(number: int, frame: FrameType | None) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.note("stopping: saving the run (again to stop at once)")
+
+        old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

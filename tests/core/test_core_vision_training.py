@@ -1,0 +1,235 @@
+"""The trainer of classifiers: it learns, resumes bit for bit, and goes from ReLU to one timestep."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spiking_rl import UserError, load_checkpoint
+from spiking_rl.neurons import LIF
+from spiking_rl.runs import RunFolder
+from spiking_rl.vision.building import build
+from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
+from spiking_rl.vision.data import Dataset
+from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
+from spiking_rl.vision.training import Interrupted, Trainer, rate_factor
+
+SMALL = ClassifyConfig(
+    network="vgg6",
+    width=1 / 32,
+    timesteps=2,
+    ann_epochs=2,
+    epochs=2,
+    prune_epochs=1,
+    ann_batch_size=32,
+    batch_size=32,
+    firing_rate=0.2,
+    surrogate_gamma=1.0,
+    learning_rate=3e-3,
+)
+CPU = torch.device("cpu")
+
+
+def stripes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return noisy images ``(count, 3, 32, 32)`` of horizontal, vertical or diagonal stripes, and which they are."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(3, size=count)
+    y, x = np.mgrid[:32, :32]
+    phases = random.integers(8, size=(count, 1, 1))
+    places = np.stack([y, x, x + y])[labels] + phases
+    images = np.where(places % 8 < 4, 60, 190)[:, None] + random.normal(0, 25, (count, 3, 32, 32))
+    return torch.as_tensor(images.clip(0, 255).astype(np.uint8)), torch.as_tensor(labels)
+
+
+def dataset() -> Dataset:
+    parts = [stripes(count, seed) for seed, count in enumerate((512, 128, 128))]
+    flat = [tensor for part in parts for tensor in part]
+    return Dataset(*flat, ["horizontal", "vertical", "diagonal"], (0.49,) * 3, (0.27,) * 3)
+
+
+def new_run(path: Path, config: ClassifyConfig = SMALL) -> Trainer:
+    folder = RunFolder(path)
+    folder.create()
+    save_config(folder.config, config, {})
+    return Trainer(config, folder, dataset(), CPU)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """Train one run from nothing to T=1; tests only read it."""
+    trainer = new_run(tmp_path_factory.mktemp("runs") / "whole")
+    trainer.run()
+    return trainer
+
+
+def test_a_classifier_learns_and_keeps_what_it_can_at_every_t(whole: Trainer) -> None:
+    config = load_config(whole.folder.config)
+    assert config == SMALL
+    for timesteps in (None, 2, 1):
+        row = evaluate(whole.folder, config, dataset(), timesteps, CPU)
+        assert row["top1"] > 85, f"chance is 33 at T={timesteps}"
+        assert row["timesteps"] == timesteps
+        if timesteps is None:
+            assert row["energy_ratio"] == 1
+        else:
+            assert all(0 < rate < 1 for rate in row["spike_rate"].values())
+    stages = [(row["timesteps"], row["epoch"]) for row in whole.folder.read_progress()]
+    assert stages == [(None, 1), (None, 2), (2, 1), (2, 2), (1, 1)]
+    assert {p.name for p in whole.folder.checkpoints.iterdir()} == {"relu", "relu-end", "T2", "T2-end", "T1", "T1-end"}
+
+
+@pytest.mark.parametrize("stop_at", [5, 16, 20, 40, 70])
+def test_a_stopped_run_goes_on_bit_for_bit(whole: Trainer, tmp_path: Path, stop_at: int) -> None:
+    """In the first epoch and at its end, later in the ReLU network, with spikes, and at the lower T."""
+    trainer = new_run(tmp_path / "run")
+    updates = 0
+    update = trainer._update
+
+    def counted(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        nonlocal updates
+        updates += 1
+        trainer.stop_requested = updates == stop_at
+        return update(rows, generator)
+
+    trainer._update = counted  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.run()
+    torch.manual_seed(stop_at)  # what others draw meanwhile does not matter
+    again = Trainer(load_config(trainer.folder.config), trainer.folder, dataset(), CPU)
+    again.restore()
+    again.run()
+    for kept in ("relu", "T2", "T1-end"):
+        mine, theirs = (load_checkpoint(t.folder.checkpoints / kept).tensors for t in (whole, again))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), kept
+    scores = [[(row["score"], row["loss"]) for row in t.folder.read_progress()] for t in (whole, again)]
+    assert scores[0] == scores[1]
+
+
+def test_step_by_step_gives_what_one_command_gives(whole: Trainer, tmp_path: Path) -> None:
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, epochs=0))
+    trainer.run()
+    assert trainer.folder.checkpoint_timesteps() == [None]
+    with pytest.raises(UserError, match="see classify convert"):
+        trainer.extend(1, None)
+    trainer.convert(2, 2, SMALL.epochs)
+    trainer.run()
+    assert trainer.folder.checkpoint_timesteps() == [2, None]
+    with pytest.raises(UserError, match="has spikes already"):
+        trainer.convert(2, 2, 1)
+    trainer.extend(1, None)
+    trainer.run()
+    tensors = [load_checkpoint(t.folder.checkpoint(1)).tensors for t in (whole, trainer)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@pytest.mark.parametrize("changes", [{"fold_first": True, "firing_rate": None}, {"batch_norm": False}])
+def test_the_papers_ways_of_starting_train_too(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = dataclasses.replace(SMALL, **changes, ann_learning_rate=0.05, prune_to=2, calibration_timesteps=5)  # type: ignore[arg-type]
+    trainer = new_run(tmp_path / "run", config)
+    trainer.run()
+    scores = [row["score"] for row in trainer.folder.read_progress() if row["timesteps"] == 2]
+    assert max(scores) > 60, "chance is 33"
+
+
+def test_thresholds_and_leaks_stay_where_they_are_not_trained(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, ann_epochs=0, epochs=1, prune_to=2, train_threshold=False, train_leak=False)
+    trainer = new_run(tmp_path / "run", config)
+    before = [n.threshold.detach().clone() for n in trainer.network.neurons if isinstance(n, LIF)]
+    weight = next(p for p in trainer.network.parameters() if p.dim() == 4).detach().clone()
+    trainer.run()
+    neurons = [n for n in trainer.network.neurons if isinstance(n, LIF)]
+    assert all(torch.equal(old, n.threshold) for old, n in zip(before, neurons, strict=True))
+    assert all(bool((n.leak == 1).all()) for n in neurons)
+    assert not torch.equal(weight, next(p for p in trainer.network.parameters() if p.dim() == 4))
+
+
+def test_parts_of_a_batch_add_up_to_it(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, crop=0, flip=False, batch_norm=False, ann_epochs=0)
+    grads = []
+    for accumulate in (1, 4):
+        trainer = new_run(tmp_path / str(accumulate), dataclasses.replace(config, accumulate=accumulate))
+        trainer._update(torch.arange(32), torch.Generator().manual_seed(0))
+        grads.append([p.grad for p in trainer.network.parameters() if p.grad is not None])
+    for one, parts in zip(*grads, strict=True):
+        torch.testing.assert_close(one, parts, rtol=1e-3, atol=1e-6)
+
+
+def test_the_learning_rate_follows_one_cycle_or_the_papers_milestones() -> None:
+    assert rate_factor(0.0, ()) == pytest.approx(0.1)
+    assert rate_factor(0.25, ()) == pytest.approx(1.0)
+    assert rate_factor(1.0, ()) == pytest.approx(0.0, abs=1e-9)
+    rising = [rate_factor(p, ()) for p in np.linspace(0, 0.25, 9)]
+    falling = [rate_factor(p, ()) for p in np.linspace(0.25, 1, 9)]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    steps = [rate_factor(p, (0.6, 0.8, 0.9)) for p in (0, 0.59, 0.6, 0.85, 0.95)]
+    assert steps == pytest.approx([1, 1, 0.2, 0.04, 0.008])
+
+
+def test_a_predictions_file_is_counted_again(whole: Trainer, tmp_path: Path) -> None:
+    images = dataset()
+    row = evaluate(whole.folder, SMALL, images, 1, CPU)
+    path = tmp_path / "predictions.json"
+    save_predictions(path, [row], seed=0)
+    (checked,) = check_predictions(path, images, "cifar10")
+    assert checked["top1"] == row["top1"]
+    for change, words in (
+        ({"top1": row["top1"] + 1}, "claims"),
+        ({"predicted": row["predicted"][1:]}, "has 127 classes for 128 images"),
+        ({"predicted": [3, *row["predicted"][1:]]}, "outside 0 to 2"),
+    ):
+        save_predictions(path, [{**row, **change}], seed=0)
+        with pytest.raises(UserError, match=words):
+            check_predictions(path, images, "cifar10")
+    with pytest.raises(UserError, match="is not that of"):
+        check_predictions(path, images, "cifar100")
+
+
+def test_a_damaged_state_is_refused(whole: Trainer, tmp_path: Path) -> None:
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, epochs=0))
+    trainer.run()
+    weights = trainer.folder.resume / "tensors.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated or altered"):
+        trainer.restore()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_learning_rate=1e38, batch_norm=False))
+    with pytest.raises(UserError, match="ann_learning_rate = 1e"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_can_be_built(name: str) -> None:
+    config = load_recipe(name)
+    config.check()
+    small = dataclasses.replace(config, network="vgg6", width=1 / 32)
+    for spiking in (False, True):
+        network = build(small, dataset(), spiking=spiking)
+        assert network.spiking == spiking
+        assert network.timesteps == (config.timesteps if spiking else 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 0, "ann_epochs": 0}, "nothing to train"),
+        ({"fold_first": True, "batch_norm": False}, "nothing to fold"),
+        ({"milestones": (1.5,)}, "milestones"),
+        ({"percentile": 0.0}, "percentile"),
+        ({"firing_rate": 1.0}, "firing_rate"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"prune_to": 6}, "prune_to"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(change: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(SMALL, **change).check()  # type: ignore[arg-type]
