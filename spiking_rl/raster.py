@@ -12,8 +12,9 @@ Picture = NDArray[np.uint8]
 _PAPER, _INK, _FAINT = (250, 250, 250), (45, 55, 72), (226, 232, 240)
 _COLOURS = [(43, 108, 176), (221, 107, 32), (47, 133, 90), (128, 90, 213)]
 _DOT = 3  # pixels per spike, in both directions: single pixels vanish in a compressed video
-_LINE = 22
 _MARGIN = 12
+_LABEL, _GAP = 18, 8  # above and below the dots of a layer
+_HEAD = 48  # the captions
 
 
 class SpikeRaster:
@@ -30,7 +31,7 @@ class SpikeRaster:
     def __init__(self, layers: Mapping[str, int], height: int, width: int = 360) -> None:
         self.size = (height, width)
         self.columns = (width - 2 * _MARGIN) // _DOT
-        room = (height - 2 * _LINE - _MARGIN) // max(1, len(layers)) - _LINE
+        room = (height - _HEAD) // max(1, len(layers)) - _LABEL - _GAP
         self._history: dict[str, NDArray[np.bool_]] = {}
         self._shown: dict[str, NDArray[np.int64]] = {}
         self._rates: dict[str, float] = {}
@@ -53,17 +54,17 @@ class SpikeRaster:
         large, small = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
         for i, caption in enumerate(captions[:2]):
             draw.text((_MARGIN, 6 + i * 20), caption, fill=_INK, font=large if i == 0 else small)
-        top = 2 * _LINE + 4
+        top = _HEAD
         for i, (name, history) in enumerate(self._history.items()):
             colour = _COLOURS[i % len(_COLOURS)]
             label = f"{name}: {self._rates.get(name, 0.0):.2f} spikes per neuron per timestep"
             draw.text((_MARGIN, top), label, fill=_INK, font=small)
-            top += _LINE - 4
+            top += _LABEL
             dots = np.full((*history.shape, 3), 255, dtype=np.uint8)
             dots[history] = colour
             grown = Image.fromarray(dots.repeat(_DOT, axis=0).repeat(_DOT, axis=1))
             image.paste(grown, (_MARGIN, top))
             box = (_MARGIN - 1, top - 1, _MARGIN + grown.width, top + grown.height)
             draw.rectangle(box, outline=_FAINT)
-            top += grown.height + 8
+            top += grown.height + _GAP
         return np.asarray(image)

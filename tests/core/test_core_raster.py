@@ -97,6 +97,18 @@ def test_any_layers_and_height_can_be_drawn(neurons: int, layers: int, height: i
     assert raster.draw(["one", "two", "three is left out"]).shape == (height, 360, 3)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 4, 6])
+@pytest.mark.parametrize("height", [400, 420])
+def test_the_last_layer_ends_above_the_edge(layers: int, height: int) -> None:
+    names = [f"layer{i}" for i in range(layers)]
+    raster = SpikeRaster(dict.fromkeys(names, 500), height)
+    for name in names:
+        raster.push(name, np.ones((1, 500)))
+    picture = raster.draw()
+    assert (picture[-4:] == picture[0, 0]).all(), "nothing but paper"
+    assert dots(raster)[:, 0].max() > height - 40, "and not much of it"
+
+
 def test_captions_are_written_above() -> None:
     raster = SpikeRaster({"layer1": 4}, height=200)
     changed = np.argwhere((raster.draw(["return 12", "decision 3"]) != raster.draw()).any(-1))
