@@ -16,6 +16,8 @@ def check(path: str) -> None:
         "spiking_rl/agents/recipes/default.yaml",
         "spiking_rl/agents/pretrained/cartpole-masked/model.safetensors",
         "spiking_rl/agents/pretrained/cartpole-masked/config.json",
+        "spiking_rl/agents/pretrained/pong/model.safetensors",
+        "spiking_rl/agents/pretrained/pong-stateful/model.safetensors",
         "spiking_rl/agents/zoo/dqn.yml",
         "spiking_rl/vision/backbones.py",
         "spiking_rl/vision/data/datasets.py",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spiking_rl import UserError
-from spiking_rl.agents import SpikingDQN, SpikingPQN
+from spiking_rl.agents import SpikingDQN, SpikingPQN, evaluate, load_agent
 from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
@@ -163,3 +163,18 @@ def test_a_resumed_dqn_on_images_updates_every_weight_alike(tmp_path: Path) -> N
     for old, a, b in zip(before, step(model), step(other), strict=True):
         assert not torch.equal(old, a)
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("pong", 4), ("pong-stateful", 1)])
+def test_the_pretrained_agents_win_at_pong_with_one_timestep(name: str, frames: int) -> None:
+    agent = load_agent(name, device="cpu")
+    assert agent.model.policy.timesteps == 1
+    assert agent.model.observation_space.shape == (frames, 84, 84)
+    assert agent.model.stateful == (frames == 1)
+    assert evaluate(agent.model, agent.environment, episodes=2, measure_latency=False).mean_return >= 15
+
+
+def test_the_agent_of_single_frames_wins_by_its_memory() -> None:
+    agent = load_agent("pong-stateful", device="cpu")
+    agent.model.policy.q_net.stateful = False
+    assert evaluate(agent.model, agent.environment, episodes=2, measure_latency=False).mean_return < 15
