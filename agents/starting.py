@@ -29,8 +29,8 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
 
     A ReLU network is converted on observations of its own play (:func:`spiking_rl.conversion.convert`).
     A spiking network is taken over with its thresholds and leaks, whatever its T; a stateful one's
-    leaks follow T where the learner's ``rescale_leak`` says so. A stateful learner that sees single frames
-    can start from a ReLU network that sees several stacked, from what it makes of a game that stands still.
+    leaks follow T where the learner's ``rescale_leak`` says so. A learner that sees single frames can start
+    from a ReLU network that sees several stacked, from what it makes of a game that stands still.
 
     Args:
         model: a learner that has not been trained.
@@ -50,7 +50,11 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     network = ours.network
     to_memory = ours.stateful and not theirs.network.spiking
     frames = _frames(source.observation_space, model.observation_space)
-    if frames == 0 or (frames > 1 and not to_memory) or source.action_space != model.action_space:
+    if (
+        frames == 0
+        or (frames > 1 and theirs.network.spiking == network.spiking)
+        or source.action_space != model.action_space
+    ):
         raise UserError("start_from", agent, f"was trained on other spaces than those of {env}")
     if theirs.network.spiking and not network.spiking:
         raise UserError("start_from", agent, "is a spiking network; a ReLU network cannot start from it")
@@ -65,17 +69,18 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     else:
         if ours.norm is not None and theirs.norm is not None:
             ours.norm.load_state_dict(theirs.norm.state_dict())
-        seen, starts = _played(source, loaded.environment if to_memory else env, seed)
+        seen, starts = _played(source, env if frames == 1 else loaded.environment, seed)
+        newest = seen[:, :, -(seen.shape[2] // frames) :]
         with torch.no_grad():
-            if to_memory:
-                seen, starts = seen[-_INPUTS // _ENVIRONMENTS :], starts[-_INPUTS // _ENVIRONMENTS :]
-                newest = seen[:, :, -(seen.shape[2] // frames) :]
+            if ours.stateful:
+                newest, starts = newest[-_INPUTS // _ENVIRONMENTS :], starts[-_INPUTS // _ENVIRONMENTS :]
                 inputs = ours.features(newest.flatten(0, 1))
                 inputs = inputs.reshape(*starts.shape, *inputs.shape[1:])
                 convert(theirs.network, network, inputs, model.firing_rate, starts)
             else:
                 every = len(seen) * _ENVIRONMENTS // _INPUTS
-                convert(theirs.network, network, ours.features(seen[::every].flatten(0, 1)))
+                inputs = ours.features(newest[::every].flatten(0, 1))
+                convert(theirs.network, network, inputs, None if frames == 1 else model.firing_rate)
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(ours.state_dict())
     model.calibrated = True
@@ -90,7 +95,8 @@ def imitate(model: SpikingPQN | SpikingDQN, agent: str, part: float) -> None:
     Args:
         model: the learner.
         agent: a run, a checkpoint or the name of a pretrained agent, stateless, with the same actions. Its
-            observations are the learner's, or several of them stacked for a stateful learner.
+            observations are the learner's, or several of them stacked (for SpikingDQN only with a memory: it
+            replays single observations otherwise).
         part: of each stage, from 0 to 1.
 
     Raises:
@@ -107,8 +113,8 @@ def imitate(model: SpikingPQN | SpikingDQN, agent: str, part: float) -> None:
     frames = _frames(theirs, ours)
     if not frames:
         raise UserError("teacher", agent, f"was trained on observations {theirs}, which {ours} cannot make up")
-    if frames > 1 and not model.stateful:
-        raise UserError("teacher", agent, f"sees {frames} frames; a stateless agent of one cannot know what it knows")
+    if frames > 1 and not model.stateful and isinstance(model, SpikingDQN):
+        raise UserError("teacher", agent, f"sees {frames} frames, and SpikingDQN replays single ones; add --stateful")
     if source.action_space != model.action_space:
         raise UserError("teacher", agent, f"was trained on {source.action_space}, not on {model.action_space}")
     model.teacher, model.imitation = Teacher(source.policy.q_net, frames), part

@@ -64,10 +64,10 @@ def convert(
     the more timesteps it takes to tell values apart. Where currents are normalised, every timestep is
     normalised for itself: the approximation keeps an error then, whatever T, and is a place to train on from.
 
-    A stateful network (``starts``) may see single frames where the ReLU network sees several stacked, the
+    With a ``rate`` the spiking network may see single frames where the ReLU network sees several stacked, the
     oldest first: its first kernels are the sums over the frames, which answer alike to what stands still. What
-    moves it has to learn. The currents of its channels are scaled by ``1 - leak``, so that membranes that sum
-    up a constant current come to as much.
+    moves it has to learn. The currents of a stateful network's channels (``starts``) are scaled by ``1 - leak``,
+    so that membranes that sum up a constant current come to as much.
 
     Args:
         relu: trained, neuron ``"relu"``; it stays as it is.
@@ -92,9 +92,9 @@ def convert(
         raise UserError("relu", "the two networks", "must be a ReLU network and a spiking one, in this order")
     weights = {name: t for name, t in spiking.state_dict().items() if not name.startswith("neurons.")}
     source = relu.state_dict()
-    if starts is not None:
-        if rate is None:
-            raise UserError("rate", rate, "must be given to convert a stateful network")
+    if starts is not None and rate is None:
+        raise UserError("rate", rate, "must be given to convert a stateful network")
+    if rate is not None:
         _sum_frames(source, weights)
     _check_same_layers(source, weights)
     if spiking.sources:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spiking_rl import UserError
+from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents import SpikingPQN, evaluate, train
 from spiking_rl.agents.imitation import Teacher, imitation_loss
 from spiking_rl.agents.policies import SpikingQNetwork
@@ -147,18 +147,26 @@ def test_dqn_imitates_on_what_it_replays(stateful: bool) -> None:
     assert evaluate(student, "CartPole-v1", episodes=10).mean_return > 150
 
 
-def test_a_stateless_agent_of_single_frames_cannot_learn_from_one_of_several(tmp_path: Path) -> None:
+def test_an_agent_of_single_frames_starts_from_one_of_several(tmp_path: Path) -> None:
     stacked, single = (PONG.format(k) for k in (4, 1))
-    hardly: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 1, "num_envs": 2, "n_steps": 2}
-    hardly |= {"eval_episodes": 1, "report_episodes": 0, "video_episodes": 0, "n_minibatches": 1, "ann_steps": 0}
+    hardly: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 1, "num_envs": 2, "ann_steps": 0}
+    hardly |= {"eval_episodes": 1, "report_episodes": 0, "video_episodes": 0}
+    once = {"n_steps": 2, "n_minibatches": 1}
     relu = tmp_path / "relu"
-    train(stacked, neuron="relu", run=relu, **hardly, imitation=0.0)
-    with pytest.raises(UserError, match="a stateless agent of one cannot know"):
-        train(single, stateful=False, teacher=str(relu), imitation=1.0, run=tmp_path / "run", **hardly)
+    train(stacked, neuron="relu", run=relu, **hardly, **once, imitation=0.0)
+    kernels = load_checkpoint(relu / "checkpoints" / "relu").tensors["network.maps.0.0.weight"]
+    for stateful in (True, False):
+        taught = {"stateful": stateful, "start_from": str(relu), "imitation": 1.0, "learning_rate": 1e-12}
+        student = train(single, **taught, **hardly, **once, average_decay=0.0)
+        assert student.stateful == stateful
+        torch.testing.assert_close(
+            student.policy.q_net.state_dict()["network.maps.0.0.weight"],
+            kernels.sum(1, keepdim=True),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+    with pytest.raises(UserError, match="replays single ones"):
+        replay = {"learning_starts": 2, "buffer_size": 100, "agent_steps": 3}
+        train(single, algo="dqn", stateful=False, teacher=str(relu), imitation=1.0, **{**hardly, **replay})
     with pytest.raises(UserError, match="other spaces"):
-        train(single, stateful=False, start_from=str(relu), imitation=0.0, run=tmp_path / "run", **hardly)
-    assert not (tmp_path / "run").exists()
-    student = train(single, stateful=True, start_from=str(relu), imitation=1.0, run=tmp_path / "run", **hardly)
-    assert student.stateful
-    kernels = student.policy.q_net.network.maps[0][0].weight  # type: ignore[index, union-attr]
-    assert kernels.shape[1] == 1
+        train(single, stateful=False, neuron="relu", start_from=str(relu), **hardly, **once, imitation=0.0)
