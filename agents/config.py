@@ -128,8 +128,10 @@ class TrainConfig(MainSettings):
     def of_ann(self) -> TrainConfig:
         """Return the settings of the ReLU network that is trained first: it needs stacked frames to see motion."""
         atari = parse_atari(self.env)
-        env = str(replace(atari, frame_stack=ANN_FRAMES)) if self.stateful and atari is not None else self.env
-        return replace(self, neuron="relu", stateful=False, env=env, agent_steps=self.ann_steps)
+        own: dict[str, Any] = {"imitation": 0.0, "teacher": None, "agent_steps": self.ann_steps}
+        if self.stateful and atari is not None:
+            own |= {"env": str(replace(atari, frame_stack=ANN_FRAMES)), "report_also": None}
+        return replace(self, neuron="relu", stateful=False, **own)
 
     def also_reported(self) -> tuple[str, ...]:
         """Return the further environments of the final table."""
@@ -165,10 +167,18 @@ class TrainConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
-        if self.trains_ann and self.stateful and parse_atari(self.env) is None:
-            raise UserError(
-                "ann_steps", self.ann_steps, "a ReLU network has no memory to hand on; with stateful leave it 0"
-            )
+        if self.trains_ann and self.stateful:
+            atari = parse_atari(self.env)
+            if atari is None:
+                raise UserError(
+                    "ann_steps", self.ann_steps, "a ReLU network has no memory to hand on; with stateful leave it 0"
+                )
+            if atari.frame_stack != 1:
+                raise UserError(
+                    "frame_stack", atari.frame_stack, "a stateful agent starts from a ReLU network with frame_stack=1"
+                )
+        if self.teacher is not None and self.neuron == "relu":
+            raise UserError("teacher", self.teacher, "is for spiking agents; a ReLU network learns from returns")
         if self.imitation and self.neuron == "lif" and not self.starts_trained and self.teacher is None:
             raise UserError("imitation", self.imitation, "needs a teacher, ann_steps or start_from: whom to imitate")
         if self.teacher is not None and not self.imitation:

@@ -43,7 +43,9 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
             if not _same_weights(agent.model, last.model):
                 score = evaluate(last.model, last.environment, episodes=episodes, measure_latency=False)
                 row["end_return"] = score.mean_return
-        also = [_score(agent.model, env, episodes) for env in config.also_reported()]
+        # The ReLU network of a stateful run sees stacked frames: its games are others.
+        played = config.of_ann() if timesteps is None and config.trains_ann else config
+        also = [_score(agent.model, env, episodes) for env in played.also_reported()]
         rows.append({**row, "also": also} if also else row)
     results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
     results |= {**facts, "rows": rows}

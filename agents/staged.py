@@ -209,6 +209,8 @@ class StagedAlgorithm(BaseAlgorithm):
     def begin_stage(self, timesteps: int) -> None:
         """Go on at another number of timesteps: fresh optimiser, exploration at its final value."""
         self.average = None
+        if self.teacher is not None:
+            self.teacher.forget()
         if self.stateful and self.rescale_leak:
             rescale_leaks(self.policy.q_net.network, timesteps / self.policy.timesteps)
         self.policy.set_timesteps(timesteps)

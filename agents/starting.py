@@ -14,6 +14,7 @@ from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.checkpoint import load_into
 from spiking_rl.conversion import convert
+from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.errors import UserError
 from spiking_rl.networks import rescale_leaks
@@ -115,6 +116,9 @@ def imitate(model: SpikingPQN | SpikingDQN, agent: str, part: float) -> None:
         raise UserError("teacher", agent, f"was trained on observations {theirs}, which {ours} cannot make up")
     if frames > 1 and not model.stateful and isinstance(model, SpikingDQN):
         raise UserError("teacher", agent, f"sees {frames} frames, and SpikingDQN replays single ones; add --stateful")
+    if frames > 1 and not isinstance(model.env, AtariVecEnv):
+        # A save of Atari games cuts them; elsewhere the frames to look back on would be missing after a resume.
+        raise UserError("teacher", agent, f"sees {frames} frames, which are stacked for it in Atari games only")
     if source.action_space != model.action_space:
         raise UserError("teacher", agent, f"was trained on {source.action_space}, not on {model.action_space}")
     model.teacher, model.imitation = Teacher(source.policy.q_net, frames), part
@@ -144,6 +148,8 @@ def _frames(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> int:
     if len(theirs.shape) != 3 or len(ours.shape) != 3 or theirs.dtype != ours.dtype:
         return 0
     frames = theirs.shape[0] // ours.shape[0]
+    if frames > 1 and ours.shape[0] != 1:
+        return 0  # stacks that overlap make no stack
     return frames if theirs.shape == (frames * ours.shape[0], *ours.shape[1:]) else 0
 
 

@@ -53,6 +53,14 @@ def start_run(
             raise UserError(
                 "report_also", other, f"has other spaces than {config.env}; name environments with the same"
             )
+    if config.trains_ann:
+        try:
+            config.of_ann().check()
+        except UserError as error:
+            field = "ann_steps" if error.field == "agent_steps" else error.field
+            raise UserError(
+                field, error.value, f"for the ReLU network that is trained first, {error.problem}"
+            ) from None
     resolve_device(device)
     model = _new_model(config, device)  # before anything is written: the replay may be too large
     folder.create()
@@ -97,8 +105,9 @@ def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
     model = build_model(config, device)
     if config.start_from is not None:
         start_from(model, config.start_from, config.env, config.seed)
-    if config.teacher is not None and config.neuron == "lif":
-        imitate(model, config.teacher, config.imitation)
+    teacher = config.teacher or config.start_from
+    if teacher is not None and config.imitation and config.neuron == "lif":
+        imitate(model, teacher, config.imitation)
     return model
 
 
@@ -207,6 +216,8 @@ def prune(
     shared = ("hidden", "neuron", "layer_norm", "first_layer_norm", "per_channel", "leak", "time_constants")
     own |= {name: network[name] for name in shared if name in network}
     own["stateful"] = model.stateful
+    # A recipe's way to its first stage is behind the model.
+    own |= {"ann_steps": 0, "start_from": None, "imitation": 0.0, "teacher": None}
     own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "num_envs": model.n_envs}
     config = replace_settings(config, {**own, **settings})
     config.check()
@@ -216,6 +227,8 @@ def prune(
         raise UserError("num_envs", config.num_envs, f"the model has {model.n_envs}; load it with as many environments")
     if check_environment(env) != (model.observation_space, model.action_space):
         raise UserError("env", env, "has other spaces than the model")
+    if config.imitation and config.teacher is not None:
+        imitate(model, config.teacher, config.imitation)
     with _run_folder(run) as folder:
         folder.create()
         save_config(folder.config, config, provenance())

@@ -126,8 +126,10 @@ def _train(args: list[str]) -> dict[str, Any]:
     folder = RunFolder(options.run or Path("runs") / f"{config.network}-{config.dataset}-seed{config.seed}")
     command = shlex.join(["spiking-rl", "classify", "train", *args])
     if options.resume:
-        return _go_on(folder, options, command, config)
+        return _go_on(folder, options, command, config, rest)
     config.check()
+    if options.hours is not None and not options.hours > 0:
+        raise UserError("hours", options.hours, "must be positive")
     folder.require_free()
     images, device = load_dataset(config.dataset, options.data), resolve_device(options.device)
     trainer = Trainer(config, folder, images, device, options.hours, print)  # a network that cannot be is refused here
@@ -149,7 +151,6 @@ def _recipe(args: list[str]) -> str:
 
 def _open(folder: RunFolder, where: Where) -> Trainer:
     """Return the trainer of a run, where it was left."""
-    folder.require()
     config = load_config(folder.config)
     images = load_dataset(config.dataset, where.data)
     trainer = Trainer(config, folder, images, resolve_device(where.device), where.hours, print)
@@ -157,12 +158,16 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
     return trainer
 
 
-def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig) -> dict[str, Any]:
+def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
     saved = load_config(folder.config)
-    for name in ("network", "dataset"):
-        if getattr(asked, name) != getattr(saved, name):
-            raise UserError(name, getattr(asked, name), f"the run in {folder.path} has {getattr(saved, name)!r}")
+    flags = {arg.split("=")[0].removeprefix("--").removeprefix("no-") for arg in args if arg.startswith("--")}
+    for field in dataclasses.fields(ClassifyConfig):
+        given = field.name.replace("_", "-") in flags or field.name in ("network", "dataset")
+        value, own = getattr(asked, field.name), getattr(saved, field.name)
+        if given and value != own:
+            remedy = "keep to that to go on with it, or start another run"
+            raise UserError(field.name, value, f"the run in {folder.path} was started with {own!r}; {remedy}")
     with folder.locked():
         return _finish(_open(folder, where), command)
 
@@ -171,6 +176,7 @@ def _convert(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
     options = parse(ConvertOptions, "classify convert RUN", rest, "Go on from a run's ReLU network with spikes.")
     folder = RunFolder(Path(str(name)))
+    folder.require()
     with folder.locked():
         trainer = _open(folder, options)
         trainer.convert(options.timesteps, options.prune_to, options.epochs)
@@ -182,6 +188,7 @@ def _prune(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
     options = parse(PruneOptions, "classify prune RUN", rest, "Lower the timesteps of a finished run.")
     folder = RunFolder(Path(str(name)))
+    folder.require()
     with folder.locked():
         trainer = _open(folder, options)
         trainer.extend(options.to, options.epochs)

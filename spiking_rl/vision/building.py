@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.conversion import calibrate_thresholds, take_weights
 from spiking_rl.folding import fold_batch_norm
-from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import Dataset
 
@@ -27,8 +28,9 @@ def build(config: ClassifyConfig, images: Dataset, *, spiking: bool) -> LayeredN
     folded = spiking and config.fold_first
     options: dict[str, Any] = {"batch_norm": config.batch_norm and not folded, "bias": folded}
     options |= {"dropout": config.dropout, "width": config.width}
-    if config.dense_dropout:
-        options["dense_dropout"] = config.dense_dropout  # networks with one dense layer have none
+    builder = NETWORKS.get(config.network)
+    if builder is not None and "dense_dropout" in inspect.signature(builder).parameters:
+        options["dense_dropout"] = config.dense_dropout  # a ResNet's readout is its only dense layer
     if spiking:
         options |= {"neuron": "lif", "timesteps": config.timesteps, "gamma": config.surrogate_gamma}
     else:
@@ -79,8 +81,10 @@ def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tens
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean of what is seen
-    network.train()
-    calibrate_thresholds(network, inputs, config.firing_rate)
+    with evaluating(network):
+        for norm in norms:
+            norm.train()
+        calibrate_thresholds(network, inputs, config.firing_rate)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

@@ -22,7 +22,7 @@ class ClassifyConfig:
     network: str = "vgg16"
     """A registered network; `spiking-rl list` names them."""
     dataset: str = "cifar10"
-    """cifar10, cifar100, tiny-imagenet-32, imagenet, or folder for images sorted into a folder per class."""
+    """cifar10, cifar100, tiny-imagenet-32, or folder for images sorted into a folder per class."""
     width: float = 1.0
     """Multiplies the channels of the network."""
     timesteps: int = 5
@@ -130,6 +130,14 @@ class ClassifyConfig:
                 raise UserError(name, getattr(self, name), "must be parts of the training, each between 0 and 1")
         if not self.ann_epochs + self.epochs:
             raise UserError("epochs", 0, "leaves nothing to train beside ann_epochs = 0")
+        if self.seed >= 10_000_000:
+            raise UserError("seed", self.seed, "must be below 10000000")
+        if self.threads > 1024:
+            raise UserError("threads", self.threads, "must be at most 1024")
+        if self.width > 16:
+            raise UserError("width", self.width, "must be at most 16")
+        if self.fold_first and self.firing_rate is not None:
+            raise UserError("firing_rate", self.firing_rate, "sets no thresholds with fold_first; use the percentile")
         if self.fold_first and not (self.batch_norm and self.ann_epochs):
             raise UserError("fold_first", True, "has nothing to fold without batch_norm and ann_epochs")
 

@@ -87,19 +87,23 @@ def check_predictions(path: Path, images: Dataset, dataset: str) -> list[dict[st
     loaded = read_json(path, "predictions")
     if loaded.get("format") != "spiking-rl predictions":
         raise UserError("predictions", str(path), "is no file of predicted classes; classify evaluate writes them")
-    checked = []
-    for row in loaded["rows"]:
-        if row["dataset"] != dataset:
-            raise UserError("dataset", dataset, f"is not that of {path}, which is {row['dataset']}")
-        predicted = torch.tensor(row["predicted"])
-        if len(predicted) != len(images.test_labels):
-            raise UserError(
-                "predictions", str(path), f"has {len(predicted)} classes for {len(images.test_labels)} images"
-            )
-        if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(images.classes):
-            raise UserError("predictions", str(path), f"names a class outside 0 to {len(images.classes) - 1}")
-        top1 = 100 * float((predicted == images.test_labels).float().mean())
-        if abs(top1 - row["top1"]) > 1e-6:
-            raise UserError("predictions", str(path), f"claims {row['top1']:.2f} % where {top1:.2f} % are right")
-        checked.append({"timesteps": row["timesteps"], "top1": top1, "claimed": row["top1"]})
-    return checked
+    try:
+        return [_checked(path, row, images, dataset) for row in loaded["rows"]]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError("predictions", str(path), f"is damaged ({type(error).__name__}: {error})") from None
+
+
+def _checked(path: Path, row: dict[str, Any], images: Dataset, dataset: str) -> dict[str, Any]:
+    if row["dataset"] != dataset:
+        raise UserError("dataset", dataset, f"is not that of {path}, which is {row['dataset']}")
+    predicted = torch.tensor(row["predicted"])
+    if len(predicted) != len(images.test_labels):
+        raise UserError("predictions", str(path), f"has {len(predicted)} classes for {len(images.test_labels)} images")
+    if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(images.classes):
+        raise UserError("predictions", str(path), f"names a class outside 0 to {len(images.classes) - 1}")
+    top1 = 100 * float((predicted == images.test_labels).float().mean())
+    if abs(top1 - row["top1"]) > 1e-6:
+        raise UserError("predictions", str(path), f"claims {row['top1']:.2f} % where {top1:.2f} % are right")
+    return {"timesteps": row["timesteps"], "top1": top1, "claimed": row["top1"]}

@@ -137,6 +137,10 @@ class Trainer:
         self._started = time.monotonic()
         self._saved = time.monotonic()
         self.stop_requested = False
+        side = min(images.train_images.shape[2:])
+        if config.crop >= side or config.cutout > side:
+            field = "crop" if config.crop >= side else "cutout"
+            raise UserError(field, getattr(config, field), f"is too large for images of {side} pixels")
         torch.manual_seed(config.seed)
         self.train_images = images.train_images.to(device)
         self.train_labels = images.train_labels.to(device)
@@ -210,11 +214,13 @@ class Trainer:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
-        self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=len(self.rows))
+        self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=len(self.rows) + 1)
         try:
             with self._stopping_on_signals():
                 while not self.finished:
                     self._epoch()
+                if self.stop_requested:
+                    raise Interrupted("interrupt")
         finally:
             self.board.close()
             torch.set_num_threads(threads)
@@ -285,6 +291,8 @@ class Trainer:
             raise UserError("run", str(self.folder.path), "has spikes already; lower its T with classify prune")
         if not self.finished:
             raise UserError("run", str(self.folder.path), "has not finished its ReLU network; go on with --resume")
+        if epochs < 1:
+            raise UserError("epochs", epochs, "must be at least 1")
         config = dataclasses.replace(self.config, timesteps=timesteps, prune_to=prune_to, epochs=epochs)
         config.check()
         self.config = config
@@ -404,7 +412,8 @@ class Trainer:
         name = f"T={row['timesteps']}" if self.spiking else "ReLU"
         self.note(f"{name} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
         for warning in odd_layers(rates):
-            self.note(f"warning: {warning}; see --percentile, --threshold-scale and --learning-rate")
+            setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
+            self.note(f"warning: {warning}; see {setting}, and --learning-rate")
         step = len(self.rows)
         scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
         scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}

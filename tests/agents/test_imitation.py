@@ -8,9 +8,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from conftest import Cli, as_flags, last_json
 
 from spiking_rl import UserError, load_checkpoint
-from spiking_rl.agents import SpikingPQN, evaluate, train
+from spiking_rl.agents import SpikingPQN, evaluate, prune, train
 from spiking_rl.agents.imitation import Teacher, imitation_loss
 from spiking_rl.agents.policies import SpikingQNetwork
 from spiking_rl.agents.starting import imitate
@@ -170,3 +171,48 @@ def test_an_agent_of_single_frames_starts_from_one_of_several(tmp_path: Path) ->
         train(single, algo="dqn", stateful=False, teacher=str(relu), imitation=1.0, **{**hardly, **replay})
     with pytest.raises(UserError, match="other spaces"):
         train(single, stateful=False, neuron="relu", start_from=str(relu), **hardly, **once, imitation=0.0)
+
+
+TINY: dict[str, Any] = {"timesteps": 2, "prune_to": 1, "agent_steps": 8, "prune_steps": 8, "num_envs": 2, "n_steps": 4}
+TINY |= {"n_minibatches": 1, "eval_episodes": 1, "video_episodes": 0, "eval_every": 8}
+
+
+def test_one_command_takes_single_frame_pong_from_its_relu_network_to_the_table(cli: Cli, tmp_path: Path) -> None:
+    """The ReLU network sees four frames, its games are others, and the table has them too."""
+    settings = {**TINY, "timesteps": 1, "ann_steps": 8, "report_episodes": 1, "threads": 1}
+    run = tmp_path / "run"
+    done = cli("train", "pong-stateful", *as_flags(settings), "--run", run, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["timesteps"]: row for row in last_json(done.stdout)["rows"]}  # type: ignore[attr-defined]
+    assert rows[None]["environment"] == PONG.format(4)
+    assert rows[None]["also"][0]["environment"] == "ALE/Pong-v5?sticky_actions=0.25&frame_stack=4"
+    assert rows[1]["also"][0]["environment"] == "ALE/Pong-v5?sticky_actions=0.25&frame_stack=1"
+
+
+def test_a_model_can_be_pruned_in_python_on_a_game_whose_recipe_imitates() -> None:
+    model = train(PONG.format(4), ann_steps=0, imitation=0.0, report_episodes=0, **{**TINY, "prune_to": 2})
+    quick = {name: TINY[name] for name in ("n_steps", "n_minibatches", "eval_episodes", "video_episodes", "eval_every")}
+    pruned = prune(model, PONG.format(4), to=1, agent_steps=8, report_episodes=0, **quick)
+    assert pruned.policy.timesteps == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "settings", "words"),
+    [
+        (
+            "cartpole-masked",
+            {"start_from": "cartpole-masked", "imitation": 1.0},
+            "teacher = 'cartpole-masked': is stateful",
+        ),
+        ("cartpole", {"algo": "dqn", "ann_steps": 500}, "ann_steps = 500: .*for the ReLU network"),
+        ("ALE/Pong-v5?frame_stack=3", {"stateful": True, "ann_steps": 500, "algo": "pqn"}, "frame_stack = 3"),
+        ("ALE/Pong-v5?frame_stack=2", {"teacher": "pong", "imitation": 1.0, "ann_steps": 0}, "cannot make up"),
+        ("cartpole", {"neuron": "relu", "teacher": "cartpole", "imitation": 1.0}, "is for spiking agents"),
+    ],
+)
+def test_a_way_that_cannot_be_gone_is_refused_at_its_beginning(
+    tmp_path: Path, env: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        train(env, run=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()

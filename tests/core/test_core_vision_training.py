@@ -187,6 +187,10 @@ def test_a_predictions_file_is_counted_again(whole: Trainer, tmp_path: Path) -> 
         save_predictions(path, [{**row, **change}], seed=0)
         with pytest.raises(UserError, match=words):
             check_predictions(path, images, "cifar10")
+    path.write_text('{"format": "spiking-rl predictions"}')
+    with pytest.raises(UserError, match="is damaged"):
+        check_predictions(path, images, "cifar10")
+    save_predictions(path, [row], seed=0)
     with pytest.raises(UserError, match="is not that of"):
         check_predictions(path, images, "cifar100")
 
@@ -206,22 +210,24 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(tmp_path: Path) -> 
         trainer.run()
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_can_be_built(name: str) -> None:
-    config = load_recipe(name)
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_every_recipe_can_be_built(recipe: str) -> None:
+    config = load_recipe(recipe)
     config.check()
-    small = dataclasses.replace(config, network="vgg6", width=1 / 32)
-    for spiking in (False, True):
-        network = build(small, dataset(), spiking=spiking)
-        assert network.spiking == spiking
-        assert network.timesteps == (config.timesteps if spiking else 1)
+    for name in ("vgg6", "resnet12"):
+        small = dataclasses.replace(config, network=name, width=1 / 32)
+        for spiking in (False, True):
+            network = build(small, dataset(), spiking=spiking)
+            assert network.spiking == spiking
+            assert network.timesteps == (config.timesteps if spiking else 1)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"epochs": 0, "ann_epochs": 0}, "nothing to train"),
-        ({"fold_first": True, "batch_norm": False}, "nothing to fold"),
+        ({"fold_first": True, "batch_norm": False, "firing_rate": None}, "nothing to fold"),
+        ({"fold_first": True}, "firing_rate"),
         ({"milestones": (1.5,)}, "milestones"),
         ({"percentile": 0.0}, "percentile"),
         ({"firing_rate": 1.0}, "firing_rate"),

@@ -107,7 +107,10 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     assert "add --resume" in again.stderr
     other = cli("classify", "train", "vgg9", "folder", "--data", data, "--run", run, "--resume")
     assert other.returncode == 2
-    assert "has 'vgg6'" in other.stderr
+    assert "was started with 'vgg6'" in other.stderr
+    changed = cli(*own, "--resume", "--weight-decay", 0.1)
+    assert changed.returncode == 2
+    assert "weight_decay = 0.1" in changed.stderr
     assert cli(*own, "--resume").returncode == 0
     assert (run / "results.json").is_file()
 
@@ -120,6 +123,10 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
         (("train", "vgg6"), "dataset"),
         (("train", "vgg6", "folder", "--recipe", "slow"), "recipe = 'slow'"),
         (("train", "vgg6", "folder", "--dropout", "2"), "dropout = 2.0"),
+        (("train", "vgg6", "folder", "--crop", "32"), "crop = 32"),
+        (("train", "vgg6", "folder", "--hours", "0"), "hours = 0.0"),
+        (("train", "vgg6", "folder", "--fold-first"), "firing_rate = 0.15"),
+        (("prune", "nowhere"), "holds no run"),
         (("learn",), "choose one of train, convert, prune, evaluate"),
         (("evaluate", "nowhere"), "holds no run"),
     ],
@@ -132,7 +139,7 @@ def test_a_mistake_is_told_in_one_line(
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Path) -> None:
