@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,18 +26,7 @@ from spiking_rl.files import replace_folder
 from spiking_rl.neurons import LIF
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
-
-
-class Interrupted(Exception):
-    """Training stopped early, with its state saved.
-
-    Attributes:
-        reason: "interrupt" (Ctrl-C or SIGTERM) or "time" (the hours given are over).
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+from spiking_rl.stopping import Interrupted, stopping_on_signals
 
 
 class _StageOver(Exception):
@@ -165,7 +149,7 @@ class TrainingSession:
         self.model.set_logger(Logger(None, [board]))
         self.progress = Progress(self._last_step(), self.model.num_timesteps, self.shown)
         try:
-            with self._stopping_on_signals():
+            with stopping_on_signals(self._request_stop):
                 while not self.pruning.finished:
                     self._stage()
                 if self.stop_requested:
@@ -304,22 +288,6 @@ class TrainingSession:
                 self.warned.append(layer)
                 self.progress.note(f"warning: {warning} at T={row['timesteps']}; see --firing-rate, --learning-rate")
 
-    @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a stop at the next rollout; the second one kills."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
-            self.progress.note("stopping: saving the run (again to stop at once)")
-
-        old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    def _request_stop(self) -> None:
+        self.stop_requested = True
+        self.progress.note("stopping: saving the run (again to stop at once)")

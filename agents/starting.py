@@ -70,17 +70,16 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     else:
         if ours.norm is not None and theirs.norm is not None:
             ours.norm.load_state_dict(theirs.norm.state_dict())
-        seen, starts = _played(source, env if frames == 1 else loaded.environment, seed)
+        length = _INPUTS // _ENVIRONMENTS
+        wanted = range(_STEPS - length, _STEPS) if ours.stateful else range(0, _STEPS, _STEPS // length)
+        seen, starts = _played(source, env if frames == 1 else loaded.environment, seed, wanted)
         newest = seen[:, :, -(seen.shape[2] // frames) :]
         with torch.no_grad():
+            inputs = ours.features(newest.flatten(0, 1))
             if ours.stateful:
-                newest, starts = newest[-_INPUTS // _ENVIRONMENTS :], starts[-_INPUTS // _ENVIRONMENTS :]
-                inputs = ours.features(newest.flatten(0, 1))
                 inputs = inputs.reshape(*starts.shape, *inputs.shape[1:])
                 convert(theirs.network, network, inputs, model.firing_rate, starts)
             else:
-                every = len(seen) * _ENVIRONMENTS // _INPUTS
-                inputs = ours.features(newest[::every].flatten(0, 1))
                 convert(theirs.network, network, inputs, None if frames == 1 else model.firing_rate)
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(ours.state_dict())
@@ -153,18 +152,22 @@ def _frames(theirs: spaces.Space[Any], ours: spaces.Space[Any]) -> int:
     return frames if theirs.shape == (frames * ours.shape[0], *ours.shape[1:]) else 0
 
 
-def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return observations ``(_STEPS, _ENVIRONMENTS, *obs)`` of some play of a stateless agent, and where games open."""
+def _played(source: SpikingPQN | SpikingDQN, env: str, seed: int, wanted: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the observations of some play of a stateless agent at the wanted steps, and where games open.
+
+    Shapes are ``(len(wanted), _ENVIRONMENTS, *obs)`` and ``(len(wanted), _ENVIRONMENTS)``.
+    """
     random = np.random.default_rng(seed)
     venv = make_vectorised(env, _ENVIRONMENTS, seed)
     kept, opened = [], []
     starts = np.ones(_ENVIRONMENTS, dtype=bool)
     try:
         observations = venv.reset()
-        for _ in range(_STEPS):
+        for step in range(_STEPS):
             assert isinstance(observations, np.ndarray)
-            kept.append(observations.copy())
-            opened.append(starts)
+            if step in wanted:
+                kept.append(observations.copy())
+                opened.append(starts)
             greedy, _ = source.predict(observations, deterministic=True)
             noise = random.integers(source.action_space.n, size=_ENVIRONMENTS)  # type: ignore[attr-defined]
             actions = np.where(random.random(_ENVIRONMENTS) < _EPSILON, noise, greedy)

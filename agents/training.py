@@ -26,6 +26,7 @@ from spiking_rl.provenance import provenance
 from spiking_rl.pruning import TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.settings import settings_from_dict
+from spiking_rl.stopping import check_hours
 
 
 def start_run(
@@ -37,7 +38,7 @@ def start_run(
         UserError: before anything is written, where an input cannot work.
     """
     config.check()
-    _check_hours(hours)
+    check_hours(hours)
     folder.require_free()  # before a start is loaded and played
     observations, actions = check_environment(config.env)
     check_spaces(observations, actions, "nature_cnn" if is_image_space(observations) else "mlp")
@@ -77,7 +78,7 @@ def resume_run(
     Raises:
         UserError: no run there, or one that cannot be continued.
     """
-    _check_hours(hours)
+    check_hours(hours)
     folder.require()
     config = load_config(folder.config)
     config.check()
@@ -109,11 +110,6 @@ def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
     if teacher is not None and config.imitation and config.neuron == "lif":
         imitate(model, teacher, config.imitation)
     return model
-
-
-def _check_hours(hours: float | None) -> None:
-    if hours is not None and not hours > 0:
-        raise UserError("hours", hours, "must be positive")
 
 
 def extend_run(

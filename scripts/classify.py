@@ -15,11 +15,12 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.options import first_argument, parse, refuse_changes
+from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.data import Dataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
-from spiking_rl.vision.training import Interrupted, Trainer
+from spiking_rl.vision.training import Trainer
 
 USAGE = """usage: spiking-rl classify COMMAND ...
 
@@ -128,8 +129,7 @@ def _train(args: list[str]) -> dict[str, Any]:
     if options.resume:
         return _go_on(folder, options, command, config, rest)
     config.check()
-    if options.hours is not None and not options.hours > 0:
-        raise UserError("hours", options.hours, "must be positive")
+    check_hours(options.hours)
     folder.require_free()
     images, device = load_dataset(config.dataset, options.data), resolve_device(options.device)
     trainer = Trainer(config, folder, images, device, options.hours, print)  # a network that cannot be is refused here
@@ -160,14 +160,7 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
 
 def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
-    saved = load_config(folder.config)
-    flags = {arg.split("=")[0].removeprefix("--").removeprefix("no-") for arg in args if arg.startswith("--")}
-    for field in dataclasses.fields(ClassifyConfig):
-        given = field.name.replace("_", "-") in flags or field.name in ("network", "dataset")
-        value, own = getattr(asked, field.name), getattr(saved, field.name)
-        if given and value != own:
-            remedy = "keep to that to go on with it, or start another run"
-            raise UserError(field.name, value, f"the run in {folder.path} was started with {own!r}; {remedy}")
+    refuse_changes(folder, load_config(folder.config), asked, args, ("network", "dataset"))
     with folder.locked():
         return _finish(_open(folder, where), command)
 

@@ -16,9 +16,8 @@ import tyro
 from spiking_rl.agents.config import load_config
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import learning_curves, save_figure
-from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import write_results
+from spiking_rl.scripts.published import published_runs, write_results
 
 DESCRIPTION = """Gather what runs scored while they learned: greedy episodes on the selection seeds.
 
@@ -38,13 +37,8 @@ class Options:
 def main() -> None:
     """Write the curves and the figure."""
     options = parse(Options, "curves", sys.argv[1:], DESCRIPTION)
-    if not options.runs:
-        raise UserError("runs", None, "name at least one run folder")
-    if options.output.suffix != ".json":
-        raise UserError("output", str(options.output), "must end with .json")
     rows: list[dict[str, Any]] = []
-    for folder in map(RunFolder, options.runs):
-        folder.require()
+    for folder in published_runs(options.runs, options.output):
         # With all its settings a curve has the recipe that made it.
         config = load_config(folder.config)
         settings = {"algo": config.algo, **dataclasses.asdict(config)}

@@ -14,9 +14,8 @@ import tyro
 
 from spiking_rl.checkpoint import read_json
 from spiking_rl.errors import UserError
-from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import write_results
+from spiking_rl.scripts.published import published_runs, write_results
 
 DESCRIPTION = """Gather the final tables of runs that were trained one by one.
 
@@ -38,13 +37,8 @@ class Options:
 def main() -> None:
     """Write the rows of all runs."""
     options = parse(Options, "gather", sys.argv[1:], DESCRIPTION)
-    if not options.runs:
-        raise UserError("runs", None, "name at least one run folder")
-    if options.output.suffix != ".json":
-        raise UserError("output", str(options.output), "must end with .json")
     rows: list[dict[str, Any]] = []
-    for folder in map(RunFolder, options.runs):
-        folder.require()
+    for folder in published_runs(options.runs, options.output):
         if not folder.results.is_file():
             raise UserError("runs", str(folder.path), "has no final table yet; go on with train --resume")
         results = read_json(folder.results, "results")

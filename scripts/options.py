@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
 from spiking_rl.errors import UserError
+from spiking_rl.runs import RunFolder
 
 T = TypeVar("T")
 
@@ -43,6 +45,28 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     words = [line for line in lines[1:] if line]
     return words[0].rstrip(".") if words else "cannot be understood"
+
+
+def refuse_changes(folder: RunFolder, saved: Any, asked: Any, args: list[str], always: Sequence[str]) -> None:
+    """A resumed run keeps its settings: refuse a flag that says otherwise.
+
+    Args:
+        folder: of the run.
+        saved: its settings, a dataclass.
+        asked: the settings of the same kind that the command line comes to.
+        args: of the command line: what stands there counts.
+        always: names of settings that count wherever they stand.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    flags = {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
+    given = {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+    for field in dataclasses.fields(asked):
+        value, own = getattr(asked, field.name), getattr(saved, field.name)
+        if field.name in given.union(always) and value != own:
+            remedy = "keep to that to go on with it, or start another run"
+            raise UserError(field.name, value, f"the run in {folder.path} was started with {own!r}; {remedy}")
 
 
 def script(main: Callable[[], None]) -> None:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.provenance import commit, machine, today
+from spiking_rl.runs import RunFolder
+
+
+def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
+    """Yield the runs that a script gathers into a JSON file.
+
+    Raises:
+        UserError: there are none, one is no run, or the file is no JSON.
+    """
+    if not runs:
+        raise UserError("runs", None, "name at least one run folder")
+    if output.suffix != ".json":
+        raise UserError("output", str(output), "must end with .json")
+    for folder in map(RunFolder, runs):
+        folder.require()
+        yield folder
 
 
 def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]]) -> None:

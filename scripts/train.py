@@ -19,14 +19,15 @@ from spiking_rl.agents.config import (
 from spiking_rl.agents.filming import film
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.report import evaluate_run, format_table
-from spiking_rl.agents.session import Interrupted, TrainingSession
+from spiking_rl.agents.session import TrainingSession
 from spiking_rl.agents.training import resume_run, start_run
 from spiking_rl.errors import UserError
 from spiking_rl.provenance import peak_rss_mb
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.options import first_argument, parse, refuse_changes
 from spiking_rl.scripts.plot import draw_run
+from spiking_rl.stopping import Interrupted
 
 DESCRIPTION = """Train a spiking Q-network, prune it to one timestep, score it, film it.
 
@@ -91,7 +92,11 @@ def run(args: list[str]) -> dict[str, Any]:
     where: dict[str, Any] = {"device": options.device, "hours": options.hours, "progress": True}
     if options.resume:
         folder.require()
-        _refuse_changes(folder, config, _given(rest))
+        saved = load_config(folder.config)
+        if type(saved) is not type(config):
+            remedy = f"the run in {folder.path} uses {saved.algo}; leave --algo out or match it"
+            raise UserError("algo", config.algo, remedy)
+        refuse_changes(folder, saved, config, rest, ("env",))
         with folder.locked():
             return finish(resume_run(folder, **where), _command(args))
     session = start_run(config, folder, **where)
@@ -135,32 +140,6 @@ def _without(args: list[str], name: str) -> list[str]:
         elif not arg.startswith(name + "="):
             kept.append(arg)
     return kept
-
-
-def _given(args: list[str]) -> set[str]:
-    """Return the names of the options that stand on the command line."""
-    flags = {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
-    return {flag.removeprefix("no-").replace("-", "_") for flag in flags}
-
-
-def _refuse_changes(folder: RunFolder, asked: TrainConfig, given: set[str]) -> None:
-    """A resumed run keeps its settings: refuse a flag that says otherwise.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    saved = load_config(folder.config)
-    if type(saved) is not type(asked):
-        raise UserError("algo", asked.algo, f"the run in {folder.path} uses {saved.algo}; leave --algo out or match it")
-    for field in dataclasses.fields(asked):
-        value = getattr(asked, field.name)
-        if field.name in given | {"env"} and value != getattr(saved, field.name):
-            raise UserError(
-                field.name,
-                value,
-                f"the run in {folder.path} was started with {getattr(saved, field.name)!r}; "
-                "keep to that to go on with it, or start another run",
-            )
 
 
 def finish(session: TrainingSession, command: str) -> dict[str, Any]:

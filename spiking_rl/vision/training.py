@@ -9,12 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from types import FrameType
+from contextlib import nullcontext
 from typing import Any
 
 import safetensors.torch
@@ -32,6 +28,7 @@ from spiking_rl.neurons import LIF, clamp_after_step
 from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
+from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
 from spiking_rl.vision.building import build, convert, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import Dataset, augment, normalise
@@ -40,18 +37,6 @@ _EVALUATED = 500  # images per forward pass
 _BALANCED = 512  # that set the thresholds: the papers' number
 _WARM_UP = 0.25  # part of one cycle in which the learning rate rises
 _FIRST_RATE = 0.1  # of the highest learning rate, at the beginning of a cycle
-
-
-class Interrupted(Exception):
-    """Training stopped early, with its state saved.
-
-    Attributes:
-        reason: "interrupt" (Ctrl-C or SIGTERM) or "time" (the hours given are over).
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 def rate_factor(progress: float, milestones: tuple[float, ...]) -> float:
@@ -121,6 +106,7 @@ class Trainer:
         hours: float | None = None,
         note: Any = None,
     ) -> None:
+        check_hours(hours)
         self.config = config
         self.folder = folder
         self.images = images
@@ -216,7 +202,7 @@ class Trainer:
         self._started = time.monotonic()
         self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=len(self.rows) + 1)
         try:
-            with self._stopping_on_signals():
+            with stopping_on_signals(self._request_stop):
                 while not self.finished:
                     self._epoch()
                 if self.stop_requested:
@@ -488,22 +474,6 @@ class Trainer:
             reason = " ".join(str(error).split())[:200]
             raise UserError("resume", str(folder), f"cannot be continued ({reason}); {REMEDY}") from None
 
-    @contextmanager
-    def _stopping_on_signals(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a stop at the next batch; the second one kills."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested:
-                raise KeyboardInterrupt
-            self.stop_requested = True
-            self.note("stopping: saving the run (again to stop at once)")
-
-        old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    def _request_stop(self) -> None:
+        self.stop_requested = True
+        self.note("stopping: saving the run (again to stop at once)")

@@ -19,9 +19,10 @@ from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.resume import load_training_state, save_training_state
-from spiking_rl.agents.session import Interrupted, TrainingSession
+from spiking_rl.agents.session import TrainingSession
 from spiking_rl.agents.training import replace_settings, resume_run, start_run
 from spiking_rl.runs import RunFolder
+from spiking_rl.stopping import Interrupted
 
 DQN = {"learning_starts": 512, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
 

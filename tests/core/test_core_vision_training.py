@@ -13,11 +13,12 @@ import torch
 from spiking_rl import UserError, load_checkpoint
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
+from spiking_rl.stopping import Interrupted
 from spiking_rl.vision.building import build
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.data import Dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
-from spiking_rl.vision.training import Interrupted, Trainer, rate_factor
+from spiking_rl.vision.training import Trainer, rate_factor
 
 SMALL = ClassifyConfig(
     network="vgg6",
