@@ -97,6 +97,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
     model.prune_lr_factor = config.prune_lr_factor
     model.average_decay = config.average_decay
     model.rescale_leak = config.rescale_leak
+    model.precision = config.precision
     return model
 
 

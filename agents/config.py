@@ -16,6 +16,7 @@ from spiking_rl.pruning import check_pruning
 from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
 
 Neuron = Literal["lif", "relu"]
+Precision = Literal["float32", "bfloat16"]
 
 ANN_FRAMES = 4
 """Frames of a game that the ReLU network sees from which a stateful agent starts."""
@@ -110,6 +111,9 @@ class TrainConfig(MainSettings):
     """Episodes on the final video; 0 leaves it out."""
     save_every: int = 20_000
     """Agent steps between saves to resume from."""
+    precision: Precision = "float32"
+    """Arithmetic in which a ReLU network is trained; bfloat16 is faster where the processor has it. Spikes are
+    always trained in float32: rounding flips them."""
     threads: int = 1
     """Torch threads; small networks gain nothing from more."""
 

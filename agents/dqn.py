@@ -246,7 +246,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
             alone = torch.ones(1, len(batch.observations), dtype=torch.bool, device=self.device)
             taught = teacher.values(batch.observations.unsqueeze(0), alone)[0]
             return imitation_loss(self.q_net(batch.observations), taught)
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic():
             targets = double_q_targets(
                 batch.rewards * self.reward_scale,
                 batch.dones,
@@ -254,7 +254,8 @@ class SpikingDQN(StagedAlgorithm, DQN):
                 self.q_net(batch.next_observations),
                 self.q_net_target(batch.next_observations),
             )
-        q = self.q_net(batch.observations).gather(1, batch.actions.long())
+        with self.arithmetic():
+            q = self.q_net(batch.observations).gather(1, batch.actions.long()).float()
         return F.smooth_l1_loss(q, targets)
 
     def _sequence_loss(self, replay: SequenceReplay, batch_size: int) -> torch.Tensor:

@@ -340,7 +340,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             # Stateless decisions are shuffled one by one, stateful ones stay in their episodes.
             for rows in torch.randperm(self.n_envs if before else targets.size).chunk(self.n_minibatches):
                 if before is None:
-                    values = self.policy.q_net(flat_obs[rows])
+                    with self.arithmetic():
+                        values = self.policy.q_net(flat_obs[rows]).float()
                     wanted = all_targets.flatten()[rows] if taught is None else taught.flatten(0, 1)[rows]
                     played = all_actions.flatten(0, 1)[rows]
                 else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
+from spiking_rl.agents.config import Precision
 from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.imitation import Teacher
 from spiking_rl.agents.policies import SpikingMlpPolicy
@@ -67,6 +68,7 @@ class StagedAlgorithm(BaseAlgorithm):
         last_loss: mean loss of the latest training, None before it.
         algo: short name of the algorithm.
         hyperparameters: constructor arguments that a checkpoint keeps.
+        precision: arithmetic in which a ReLU network is trained; spikes always are in float32.
         average_decay: decay of the weight average per training; 0 keeps none.
         average: averaged weights and buffers of the Q-network by name, None before the first training.
         prune_lr_factor: multiplies the learning rate in every stage after the first.
@@ -93,6 +95,7 @@ class StagedAlgorithm(BaseAlgorithm):
     teacher: Teacher | None = None
     imitation = 0.0
     rescale_leak = True
+    precision: Precision = "float32"
     average_decay = 0.0
     average: dict[str, torch.Tensor] | None = None
     membranes: NetworkState | None = None
@@ -109,6 +112,12 @@ class StagedAlgorithm(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher"]
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Return the context of a training pass."""
+        if self.precision == "bfloat16" and not self.policy.q_net.network.spiking:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def act_values(self, observations: NDArray[Any]) -> NDArray[np.float32]:
         """Return Q-values ``(n_envs, A)`` of the training environments' observations.

@@ -13,6 +13,7 @@ from spiking_rl.pruning import check_pruning
 from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
 
 Optimizer = Literal["adam", "sgd"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,8 @@ class ClassifyConfig:
     """Of the cross-entropy."""
     max_grad_norm: float = 5.0
     """Gradient clipping."""
+    precision: Precision = "auto"
+    """Arithmetic of training, auto: bfloat16 on a GPU. Scores are always counted in float32."""
     batch_norm: bool = True
     """Train with batch normalisation, which costs nothing in the end: it folds into the weights."""
     fold_first: bool = False

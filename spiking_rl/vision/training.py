@@ -74,15 +74,16 @@ def predict(
     device = next(network.parameters()).device
     for part in torch.split(images, _EVALUATED):
         inputs = normalise(part.to(device), mean, std).unsqueeze(0)
-        with _autocast(device):
-            logits, _ = network(inputs, observer=observer)
+        logits, _ = network(inputs, observer=observer)
         found.append(logits[0].argmax(1).cpu())
     return torch.cat(found)
 
 
-def _autocast(device: torch.device) -> Any:
-    """Return bfloat16 arithmetic where it is fast and safe: on a GPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def _autocast(device: torch.device, precision: str) -> Any:
+    """Return the context of a forward pass in training."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
 class Trainer:
@@ -346,7 +347,7 @@ class Trainer:
             images = augment(
                 self.train_images[part], crop=config.crop, flip=config.flip, cutout=config.cutout, generator=generator
             )
-            with _autocast(self.device):
+            with _autocast(self.device, config.precision):
                 logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0))
                 loss = functional.cross_entropy(
                     logits[0].float(), self.train_labels[part], label_smoothing=config.label_smoothing
