@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from spiking_rl.agents.config import load_config
+from spiking_rl.agents.config import TrainConfig, load_config
 from spiking_rl.agents.evaluation import evaluate
 from spiking_rl.agents.loading import load_agent
+from spiking_rl.checkpoint import read_json
+from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, today
 from spiking_rl.runs import RunFolder, checkpoint_name
+from spiking_rl.state import hashes_of
 
 
 def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> dict[str, Any]:
@@ -26,31 +29,54 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
 
     Returns:
         ``{"command", "commit", "date", "machine", ..., "rows"}``, one row per T, highest first, with the
-        fields of :class:`spiking_rl.agents.Evaluation` and ``algo, seed, agent_steps, end_return``, and
-        under ``also`` the scores in the environments of the run's ``report_also``.
+        fields of :class:`spiking_rl.agents.Evaluation` and ``algo, seed, agent_steps, end_return,
+        weights_sha256``, and under ``also`` the scores in the environments of the run's ``report_also``.
     """
     config = load_config(run.config)
-    rows = []
-    for timesteps in run.checkpoint_timesteps():
-        agent = load_agent(run.checkpoint(timesteps), device="cpu")
-        row = evaluate(agent.model, agent.environment, episodes=episodes).as_row()
-        row |= {"algo": config.algo, "seed": config.seed, "agent_steps": agent.model.num_timesteps}
-        end = run.checkpoints / f"{checkpoint_name(timesteps)}-end"
-        row["end_return"] = None
-        if end.is_dir():
-            last = load_agent(end, device="cpu")
-            row["end_return"] = row["mean_return"]
-            if not _same_weights(agent.model, last.model):
-                score = evaluate(last.model, last.environment, episodes=episodes, measure_latency=False)
-                row["end_return"] = score.mean_return
-        # The ReLU network of a stateful run sees stacked frames: its games are others.
-        played = config.of_ann() if timesteps is None and config.trains_ann else config
-        also = [_score(agent.model, env, episodes) for env in played.also_reported()]
-        rows.append({**row, "also": also} if also else row)
     results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}
+    # Hundreds of Atari games take an hour: what was measured before a stop with the same code is not played again.
+    same = {**{key: results[key] for key in ("commit", "date", "machine")}, "episodes": episodes}
+    rows = _measured(run, same)
+    for timesteps in run.checkpoint_timesteps():
+        weights = hashes_of(run.checkpoint(timesteps))["model.safetensors"]
+        if any(row["weights_sha256"] == weights and row["timesteps"] == timesteps for row in rows):
+            continue
+        rows.append({**_row(run, config, timesteps, episodes), "weights_sha256": weights})
+        run.write_report({**same, "rows": rows})
+    rows.sort(key=lambda row: -(row["timesteps"] or 0))
     results |= {**facts, "rows": rows}
     run.write_results(results)
+    run.report.unlink(missing_ok=True)
     return results
+
+
+def _measured(run: RunFolder, same: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a report that was cut short, where it was made alike."""
+    try:
+        begun = read_json(run.report, "report")
+    except UserError:
+        return []
+    rows = begun.pop("rows", None)
+    return rows if begun == same and isinstance(rows, list) else []
+
+
+def _row(run: RunFolder, config: TrainConfig, timesteps: int | None, episodes: int) -> dict[str, Any]:
+    """Score the kept best at T and, where it is another network, the end of its stage."""
+    agent = load_agent(run.checkpoint(timesteps), device="cpu")
+    row = evaluate(agent.model, agent.environment, episodes=episodes).as_row()
+    row |= {"algo": config.algo, "seed": config.seed, "agent_steps": agent.model.num_timesteps}
+    end = run.checkpoints / f"{checkpoint_name(timesteps)}-end"
+    row["end_return"] = None
+    if end.is_dir():
+        last = load_agent(end, device="cpu")
+        row["end_return"] = row["mean_return"]
+        if not _same_weights(agent.model, last.model):
+            score = evaluate(last.model, last.environment, episodes=episodes, measure_latency=False)
+            row["end_return"] = score.mean_return
+    # The ReLU network of a stateful run sees stacked frames: its games are others.
+    played = config.of_ann() if timesteps is None and config.trains_ann else config
+    also = [_score(agent.model, env, episodes) for env in played.also_reported()]
+    return {**row, "also": also} if also else row
 
 
 def _same_weights(one: BaseAlgorithm, other: BaseAlgorithm) -> bool:

@@ -38,6 +38,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.resume = self.path / "resume"
         self.results = self.path / "results.json"
+        self.report = self.path / "report.json"
         self.figures = self.path / "figures"
         self.videos = self.path / "videos"
 
@@ -130,6 +131,10 @@ class RunFolder:
             ]
         except (OSError, ValueError, TypeError) as error:
             raise UserError("run", str(self.progress), f"cannot be read ({error}); wait for an evaluation") from None
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Replace report.json: results under way."""
+        write_atomically(self.report, json.dumps(report, indent=2, allow_nan=False) + os.linesep)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Replace results.json."""

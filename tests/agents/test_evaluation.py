@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 from spiking_rl import UserError
-from spiking_rl.agents import SpikingPQN, evaluate, load_agent, prune, record
+from spiking_rl.agents import SpikingPQN, evaluate, load_agent, prune, record, report
 from spiking_rl.agents.evaluation import REPORT_SEED, SELECTION_SEED
 from spiking_rl.envs import make_vectorised
+from spiking_rl.runs import RunFolder
 
 
 def test_scores_are_those_of_playing_each_seed_alone(small_run: Path) -> None:
@@ -186,3 +188,33 @@ def test_a_bad_seed_or_another_environment_is_named(small_run: Path) -> None:
         evaluate(model, "CartPole-v1", seed=-1)
     with pytest.raises(UserError, match=r"Acrobot-v1.*other spaces"):
         evaluate(model, "Acrobot-v1")
+
+
+def test_a_report_that_was_cut_short_plays_on_where_it_was(small_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(small_run, run.path)
+    played: list[int | None] = []
+    score = report.evaluate
+
+    def counted(model: Any, env: str, **options: Any) -> Any:
+        played.append(model.policy.q_net.network.timesteps)
+        if stops and len(set(played)) > 1:
+            raise KeyboardInterrupt
+        return score(model, env, **options)
+
+    monkeypatch.setattr(report, "evaluate", counted)
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        report.evaluate_run(run, 3, "command")
+    assert not run.results.exists()
+    first, *_ = run.checkpoint_timesteps()
+    stops, played = False, []
+    rows = report.evaluate_run(run, 3, "command")["rows"]
+    assert first not in played
+    assert [row["timesteps"] for row in rows] == run.checkpoint_timesteps()
+    assert not run.report.exists()
+    # With other episodes, or other weights, nothing is taken over.
+    run.write_report({"commit": None, "episodes": 3, "rows": [{"timesteps": first, "mean_return": 1e9}]})
+    played = []
+    assert report.evaluate_run(run, 2, "command")["rows"][0]["mean_return"] < 1e9
+    assert first in played

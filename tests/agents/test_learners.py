@@ -315,3 +315,25 @@ def test_a_stateless_agent_cannot_be_the_start_of_a_stateful_one(tmp_path: Path)
         train("CartPole-v1", stateful=True, start_from="cartpole", run=tmp_path / "run")
     with pytest.raises(UserError, match="a ReLU network cannot start from it"):
         train("CartPole-v1", neuron="relu", start_from="cartpole", run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+@pytest.mark.parametrize("neuron", ["relu", "lif"])
+def test_bfloat16_trains_relu_networks_and_leaves_spikes_alone(algo: str, neuron: str) -> None:
+    def trained(precision: str) -> torch.Tensor:
+        model = learner(algo, neuron=neuron)
+        model.precision = precision  # type: ignore[assignment]
+        model.learn(2_000)
+        weights = torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters()).detach()
+        assert weights.dtype == torch.float32
+        return weights
+
+    same = torch.equal(trained("bfloat16"), trained("float32"))
+    assert same == (neuron == "lif")
+
+
+def test_a_relu_network_learns_in_bfloat16() -> None:
+    model = learner("pqn", neuron="relu")
+    model.precision = "bfloat16"
+    model.learn(12_000)
+    assert evaluate(model, "Match-v0", episodes=20, measure_latency=False).mean_return > 7

@@ -240,3 +240,16 @@ def test_every_recipe_can_be_built(recipe: str) -> None:
 def test_a_setting_that_cannot_work_is_named(change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         dataclasses.replace(SMALL, **change).check()  # type: ignore[arg-type]
+
+
+def test_bfloat16_trains_and_is_scored_in_float32(tmp_path: Path) -> None:
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, precision="bfloat16"))
+    trainer.run()
+    row = evaluate(trainer.folder, trainer.config, dataset(), 1, CPU)
+    assert row["top1"] > 60
+    kept = load_checkpoint(trainer.folder.checkpoints / "T1")
+    assert {tensor.dtype for tensor in kept.tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    exact = new_run(tmp_path / "exact")
+    exact.run()
+    assert trainer.rows[0]["loss"] != exact.rows[0]["loss"]
+    assert trainer.rows[0]["loss"] == pytest.approx(exact.rows[0]["loss"], rel=0.1)
