@@ -16,6 +16,7 @@ from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, toda
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
 from spiking_rl.scripts.options import first_argument, parse, refuse_changes
+from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.data import Dataset, load_dataset
@@ -246,4 +247,6 @@ def _finish(trainer: Trainer, command: str) -> dict[str, Any]:
     results |= {"train_seconds": round(trainer.seconds, 1), "peak_rss_mb": peak_rss_mb()}
     results |= {"rows": [{"seed": config.seed, **_without_classes(row)} for row in rows]}
     folder.write_results(results)
+    for figure in draw_run(folder):
+        print(f"figure: {figure}")
     return {"run": str(folder.path), **results}

@@ -7,6 +7,8 @@ from typing import Any
 from spiking_rl.agents.config import recipes
 from spiking_rl.agents.loading import pretrained
 from spiking_rl.networks import NETWORKS
+from spiking_rl.vision import config as vision
+from spiking_rl.vision.data import DATASETS
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -26,4 +28,13 @@ def run(args: list[str]) -> dict[str, Any]:
     print("  ...                 any other Gymnasium id")
     print(f"pretrained agents (spiking-rl render NAME): {', '.join(agents)}")
     print(f"networks: {', '.join(networks)}")
-    return {"recipes": found, "pretrained": agents, "networks": networks}
+    images = sorted(vision.recipes())
+    print(f"image recipes (spiking-rl classify train NETWORK DATASET --recipe NAME): {', '.join(images)}")
+    print(f"data sets: {', '.join(DATASETS)}")
+    return {
+        "recipes": found,
+        "pretrained": agents,
+        "networks": networks,
+        "image_recipes": images,
+        "datasets": list(DATASETS),
+    }

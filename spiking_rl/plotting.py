@@ -79,7 +79,7 @@ def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure
             if trained:
                 ax.plot(*zip(*trained, strict=True), color=_ORANGE, alpha=0.8, label="training episodes")
             if rows:
-                _mark_stages(ax, rows)
+                _mark_stages(ax, steps, [r["timesteps"] for r in rows])
     ax.set_xlim(left=0)
     ax.set_xlabel("agent steps")
     ax.set_ylabel("return per episode")
@@ -90,18 +90,44 @@ def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure
     return figure
 
 
-def _mark_stages(ax: Axes, rows: Sequence[Row]) -> None:
-    """Draw a line where T changes and write T above each stage."""
-    edges = [0] + [a["agent_steps"] for a, b in pairwise(rows) if a["timesteps"] != b["timesteps"]]
-    stages = list(dict.fromkeys(r["timesteps"] for r in rows))
+def accuracy_curve(rows: Sequence[Row], title: str = "") -> Figure:
+    """Draw a classifier's validation accuracy against its epochs, with the stages marked.
+
+    Args:
+        rows: rows of ``progress.csv``; keys ``timesteps`` (None: the ReLU network) and ``score``, in percent.
+        title: drawn above.
+    """
+    figure, (ax,) = _figure(1, 8, 4)
+    epochs = list(range(1, 1 + len(rows)))
+    ax.plot(epochs, [r["score"] for r in rows], color=_BLUE, marker="o", markersize=3)
+    if rows:
+        _mark_stages(ax, epochs, [r["timesteps"] for r in rows])
+    ax.set_xlim(left=0)
+    ax.set_xlabel("epochs")
+    ax.set_ylabel("validation accuracy (%)")
+    if title:
+        ax.set_title(title, loc="left", pad=18)
+    return figure
+
+
+def _mark_stages(ax: Axes, places: Sequence[float], timesteps: Sequence[int | None]) -> None:
+    """Draw a line where T changes and write T above each stage.
+
+    Args:
+        ax: to draw on.
+        places: of the measurements on the horizontal axis.
+        timesteps: T of each measurement; None: the ReLU network.
+    """
+    edges = [0.0] + [place for place, (a, b) in zip(places, pairwise(timesteps), strict=False) if a != b]
+    stages = list(dict.fromkeys(timesteps))
     if stages == [None]:
         return
-    ends = [*edges[1:], rows[-1]["agent_steps"]]
+    ends = [*edges[1:], places[-1]]
     for edge in edges[1:]:
         ax.axvline(edge, color=_GREY, linestyle="--", linewidth=0.8)
-    for left, right, timesteps in zip(edges, ends, stages, strict=False):
+    for left, right, stage in zip(edges, ends, stages, strict=False):
         ax.annotate(
-            "ReLU" if timesteps is None else f"T={timesteps}",
+            "ReLU" if stage is None else f"T={stage}",
             ((left + right) / 2, 1.01),
             xycoords=("data", "axes fraction"),
             ha="center",
@@ -115,20 +141,21 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     """Draw score, spike rate and energy against T, one point per row and the mean over seeds.
 
     Args:
-        rows: result rows with ``timesteps``, ``mean_return``, ``ci95``, ``spike_rate`` (by layer) and
-            ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are a dashed line, those
-            of a ``method`` with one T only crosses.
+        rows: result rows with ``timesteps``, ``mean_return`` and ``ci95`` (of classifiers ``top1`` instead),
+            ``spike_rate`` (by layer) and ``energy_ratio``; rows with ``timesteps`` None (the ReLU control) are
+            a dashed line, those of a ``method`` with one T only crosses.
         title: drawn above.
     """
     figure, axes = _figure(3, 11, 3.6)
     spiking = [r for r in rows if r["timesteps"] is not None]
-    control = [r["mean_return"] for r in rows if r["timesteps"] is None]
+    score, meaning = ("top1", "test accuracy (%)") if "top1" in rows[0] else ("mean_return", "return per episode")
+    control = [r[score] for r in rows if r["timesteps"] is None]
     order = sorted({r["timesteps"] for r in spiking}, reverse=True)
     methods = list(dict.fromkeys(r.get("method", "pruned") for r in spiking))
     # Lines stand on the ticks, single points beside them.
     methods.sort(key=lambda m: -len({r["timesteps"] for r in spiking if r.get("method", "pruned") == m}))
     series: dict[str, Callable[[Row], float]] = {
-        "return per episode": lambda r: float(r["mean_return"]),
+        meaning: lambda r: float(r[score]),
         "spikes per neuron per timestep": lambda r: _mean(list(r["spike_rate"].values())),
         "energy: ANN / SNN": lambda r: float(r["energy_ratio"]),
     }
@@ -152,7 +179,10 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
         ax.set_xticks(range(len(order)), [str(t) for t in order])
         ax.set_xlabel("timesteps T")
         ax.set_ylabel(label)
-        if min(value(r) for r in spiking) >= 0:
+        if label == "test accuracy (%)":  # points matter, not the distance from 0
+            low = min([value(r) for r in spiking] + control)
+            ax.set_ylim(max(0.0, low - 5), min(100.0, max([value(r) for r in spiking] + control) + 2))
+        elif min(value(r) for r in spiking) >= 0:
             ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
     if control:
         axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spiking_rl.plotting import continuum, learning_curve, save_figure
+from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, save_figure
 
 
 def progress(
@@ -46,6 +46,9 @@ FIGURES = {
     "seven runs": lambda: learning_curve({f"seed{i}": CURVE for i in range(7)}),
     "relu run": lambda: learning_curve({"relu": [progress(1000, None, 20.0), progress(2000, None, 30.0)]}),
     "run of no rows": lambda: learning_curve({"seed0": []}),
+    "classifier": lambda: accuracy_curve([progress(0, None, 80.0), progress(0, 2, 79.0), progress(0, 1, 78.0)]),
+    "classifier of no rows": lambda: accuracy_curve([]),
+    "accuracies": lambda: continuum([{**result(t, 0.0), "top1": 90.0 - t} for t in (3, 2, 1)]),
     "continuum": lambda: continuum(RESULTS, "CartPole-v1"),
     "with control": lambda: continuum([*RESULTS, result(None, 450.0)]),
     "two seeds": lambda: continuum([*RESULTS, *RESULTS]),
@@ -117,3 +120,16 @@ def test_every_point_lies_inside_the_axes(means: list[float]) -> None:
     low, high = axes.get_ylim()
     assert low < high, "higher is better must read upwards"
     assert all(low <= m <= high for m in means)
+
+
+def test_accuracies_are_drawn_as_such() -> None:
+    rows = [{**result(t, 0.0), "top1": top1} for t, top1 in ((2, 88.0), (1, 87.0), (None, 90.0))]
+    axes = continuum(rows).axes[0]
+    assert axes.get_ylabel() == "test accuracy (%)"
+    assert axes.lines[0].get_ydata().tolist() == [88.0, 87.0]  # type: ignore[union-attr]
+    low, high = axes.get_ylim()
+    assert 80 < low < 87
+    assert 90 < high <= 100
+    curve = accuracy_curve([progress(0, None, 80.0), progress(0, None, 81.0), progress(0, 2, 79.0)]).axes[0]
+    assert texts(curve) == ["ReLU", "T=2"]
+    assert curve.lines[0].get_ydata().tolist() == [80.0, 81.0, 79.0]  # type: ignore[union-attr]

@@ -56,7 +56,14 @@ def test_one_command_trains_prunes_and_scores(finished: tuple[Path, dict[str, ob
     assert all(row["top1"] > 90 for row in results["rows"]), "dark and light"
     assert set(results["rows"][0]) >= {"dataset", "network", "timesteps", "top1", "spike_rate", "energy_ratio"}
     assert results["rows"][0]["images"] == 40
-    for name in ("config.yaml", "progress.csv", "resume/state.json", "checkpoints/T1/model.safetensors"):
+    for name in (
+        "config.yaml",
+        "progress.csv",
+        "figures/learning_curve.png",
+        "figures/timesteps.png",
+        "resume/state.json",
+        "checkpoints/T1/model.safetensors",
+    ):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").glob("events*"))
 
