@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.conversion import calibrate_thresholds, take_weights
+from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
-from spiking_rl.vision.config import ClassifyConfig
+from spiking_rl.runs import RunFolder
+from spiking_rl.vision.config import ClassifyConfig, load_config
 from spiking_rl.vision.data import Dataset
 
 
@@ -62,6 +64,32 @@ def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Dataset, input
     take_weights(relu, spiking)
     set_thresholds(spiking, config, inputs)
     return spiking
+
+
+def load_relu(run: str, config: ClassifyConfig, images: Dataset) -> LayeredNetwork:
+    """Return the trained ReLU network of another run, for a spiking one to start from.
+
+    Args:
+        run: the other run's folder.
+        config: settings of the run that starts from it.
+        images: its data set, with as many classes.
+
+    Raises:
+        UserError: no such run, without a ReLU network, or with another network.
+    """
+    try:
+        folder = RunFolder(run)
+        folder.require()
+        theirs = load_config(folder.config)
+        for name in ("network", "width", "batch_norm"):
+            if getattr(theirs, name) != getattr(config, name):
+                raise UserError(name, getattr(config, name), f"is {getattr(theirs, name)} there; match it")
+        relu = build(theirs, images, spiking=False)
+        checkpoint = load_checkpoint(folder.checkpoint(None))
+        load_into(relu, checkpoint.tensors, folder.checkpoint(None))
+    except UserError as error:
+        raise UserError("start_from", run, f"cannot be started from: {error}") from None
+    return relu.eval()
 
 
 def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tensor) -> None:

@@ -38,6 +38,8 @@ class ClassifyConfig:
     """Epochs of the first spiking stage; 0: stop after the ReLU network."""
     prune_epochs: int = 8
     """Epochs of each later stage."""
+    start_from: str | None = None
+    """Run whose ReLU network the spiking one starts from, instead of training one."""
     ann_optimizer: Optimizer = "sgd"
     """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's."""
     ann_learning_rate: float = 0.05
@@ -100,6 +102,11 @@ class ClassifyConfig:
     """Torch threads; 0: torch's own choice."""
 
     @property
+    def trains_ann(self) -> bool:
+        """Whether a ReLU network is trained first."""
+        return self.ann_epochs > 0 and self.start_from is None
+
+    @property
     def stages(self) -> int:
         """Spiking stages."""
         return self.timesteps - self.prune_to + 1
@@ -131,8 +138,8 @@ class ClassifyConfig:
         for name in ("ann_milestones", "milestones"):
             if not all(0 < part < 1 for part in getattr(self, name)):
                 raise UserError(name, getattr(self, name), "must be parts of the training, each between 0 and 1")
-        if not self.ann_epochs + self.epochs:
-            raise UserError("epochs", 0, "leaves nothing to train beside ann_epochs = 0")
+        if not self.trains_ann and not self.epochs:
+            raise UserError("epochs", 0, "leaves nothing to train without a ReLU network to train")
         if self.seed >= 10_000_000:
             raise UserError("seed", self.seed, "must be below 10000000")
         if self.threads > 1024:
@@ -141,8 +148,8 @@ class ClassifyConfig:
             raise UserError("width", self.width, "must be at most 16")
         if self.fold_first and self.firing_rate is not None:
             raise UserError("firing_rate", self.firing_rate, "sets no thresholds with fold_first; use the percentile")
-        if self.fold_first and not (self.batch_norm and self.ann_epochs):
-            raise UserError("fold_first", True, "has nothing to fold without batch_norm and ann_epochs")
+        if self.fold_first and not (self.batch_norm and (self.trains_ann or self.start_from)):
+            raise UserError("fold_first", True, "has nothing to fold without batch_norm and a trained ReLU network")
 
 
 def recipes() -> dict[str, dict[str, Any]]:

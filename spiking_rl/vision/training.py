@@ -29,7 +29,7 @@ from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
-from spiking_rl.vision.building import build, convert, set_thresholds
+from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import Dataset, augment, normalise
 
@@ -115,7 +115,7 @@ class Trainer:
         self.deadline = None if hours is None else time.monotonic() + 3600 * hours
         self.note = note or (lambda text: None)
         self.pruning = self._new_pruning()
-        self.spiking = not config.ann_epochs
+        self.spiking = not config.trains_ann
         self.batches = 0  # of this stage
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the epoch under way
         self.best: float | None = None  # of the ReLU network
@@ -132,8 +132,13 @@ class Trainer:
         self.train_images = images.train_images.to(device)
         self.train_labels = images.train_labels.to(device)
         self.mean, self.std = images.mean, images.std
+        begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
+        if config.start_from is not None and not begun:
+            relu = load_relu(config.start_from, config, images).to(device)
+            self._begin(convert(relu, config, images, self._some_inputs()))
+            return
         self._begin(build(config, images, spiking=self.spiking))
-        if self.spiking:
+        if self.spiking and not begun:
             set_thresholds(self.network, config, self._some_inputs())
 
     # -- stages ----------------------------------------------------------------------------------

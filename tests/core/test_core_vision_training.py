@@ -253,3 +253,33 @@ def test_bfloat16_trains_and_is_scored_in_float32(tmp_path: Path) -> None:
     exact.run()
     assert trainer.rows[0]["loss"] != exact.rows[0]["loss"]
     assert trainer.rows[0]["loss"] == pytest.approx(exact.rows[0]["loss"], rel=0.1)
+
+
+def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
+    source = str(whole.folder.path)
+    config = dataclasses.replace(SMALL, timesteps=1, prune_to=1, epochs=1, start_from=source, train_threshold=False)
+    trainer = new_run(tmp_path / "run", config)
+    relu = load_checkpoint(whole.folder.checkpoints / "relu").tensors
+    own = trainer.network.state_dict()
+    kernels = [name for name in own if own[name].dim() == 4]
+    assert kernels
+    for name in kernels:
+        torch.testing.assert_close(own[name], relu[name], rtol=0, atol=0)
+    thresholds = [n.threshold.detach().clone() for n in trainer.network.neurons if isinstance(n, LIF)]
+    trainer.run()
+    assert trainer.folder.checkpoint_timesteps() == [1]
+    assert [row["timesteps"] for row in trainer.rows] == [1]
+    after = [n.threshold.detach() for n in trainer.network.neurons if isinstance(n, LIF)]
+    assert all(torch.equal(a, b) for a, b in zip(thresholds, after, strict=True)), "they were not to be trained"
+    # Once begun it needs its source no more.
+    gone = dataclasses.replace(config, start_from=str(tmp_path / "gone"))
+    again = Trainer(gone, trainer.folder, dataset(), CPU)
+    again.restore()
+    assert again.finished
+    with pytest.raises(UserError, match=r"start_from = .*holds no run"):
+        new_run(tmp_path / "none", gone)
+    with pytest.raises(UserError, match=r"start_from = .*width = 0.0625: is 0.03125 there"):
+        new_run(tmp_path / "wide", dataclasses.replace(config, width=1 / 16))
+    spikes_only = dataclasses.replace(config, start_from=str(trainer.folder.path))
+    with pytest.raises(UserError, match="start_from = "):
+        new_run(tmp_path / "no-relu", spikes_only)
