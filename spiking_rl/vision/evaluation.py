@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from spiking_rl.checkpoint import WEIGHTS, load_checkpoint, read_json
-from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs, spikes_per_input
+from spiking_rl.energy import (
+    INT32,
+    SpikeCounter,
+    energy_ratio,
+    macs_per_layer,
+    membrane_traffic,
+    normalisation_macs,
+    spikes_per_input,
+)
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.building import load_classifier
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import Dataset
 from spiking_rl.vision.training import predict
+
+_TIMED, _WARM_UP = 50, 5  # images whose time is measured one by one, and as many before them
 
 
 def evaluate(
@@ -32,9 +46,12 @@ def evaluate(
         device: to run on.
 
     Returns:
-        ``dataset, network, timesteps, images, top1, spike_rate, energy_ratio, sha256, predicted``: accuracy in
-        percent, spikes per neuron and timestep by layer (None for a ReLU network), the checkpoint's weights by
-        their hash, and the class of every test image in its order.
+        ``dataset, network, timesteps, images, top1, spike_rate, energy_ratio, energy_ratio_int32,
+        accumulates_per_mac, membrane_traffic, image_ms, sha256, predicted``: accuracy in percent; spikes per
+        neuron and timestep by layer (None for a ReLU network); energy with both sets of constants; additions per
+        multiply-accumulate of the ReLU network behind the first layer, over all timesteps; reads and writes of
+        membranes per image; the median time of one image alone; the checkpoint's weights by their hash; and the
+        class of every test image in its order.
 
     Raises:
         UserError: no such checkpoint, or a damaged one.
@@ -44,23 +61,41 @@ def evaluate(
     counter = SpikeCounter()
     found = predict(network, images.test_images, images.mean, images.std, counter)
     rates = counter.rates if network.spiking else None
+    macs, norms = macs_per_layer(network), normalisation_macs(network)
+    spikes = spikes_per_input(network, rates) if rates else None
     return {
         "dataset": config.dataset,
         "network": config.network,
+        "width": config.width,
         "timesteps": timesteps,
         "images": len(found),
         "top1": 100 * float((found == images.test_labels).float().mean()),
         "spike_rate": rates,
-        "energy_ratio": energy_ratio(
-            macs_per_layer(network),
-            spikes_per_input(network, rates) if rates else None,
-            network.timesteps,
-            normalisation_macs(network),
-        ),
+        "energy_ratio": energy_ratio(macs, spikes, network.timesteps, norms),
+        "energy_ratio_int32": energy_ratio(macs, spikes, network.timesteps, norms, INT32),
+        "macs": sum(macs),
+        "accumulates_per_mac": None if spikes is None else _weighted(spikes, macs[1:]) * network.timesteps,
+        "membrane_traffic": membrane_traffic(network),
+        "image_ms": _image_ms(network, images),
         "sha256": load_checkpoint(folder).config["sha256"],
         "weights": f"{folder.name}/{WEIGHTS}",
         "predicted": found.tolist(),
     }
+
+
+def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+@torch.no_grad()
+def _image_ms(network: LayeredNetwork, images: Dataset) -> float:
+    """Return the median time of one image, in milliseconds, its way to the network's device included."""
+    times = []
+    for k in range(_TIMED + _WARM_UP):
+        start = time.perf_counter()
+        predict(network, images.test_images[k % len(images.test_images)].unsqueeze(0), images.mean, images.std)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[_WARM_UP:])
 
 
 def save_predictions(path: Path, rows: list[dict[str, Any]], seed: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spiking_rl import UserError, load_checkpoint
+from spiking_rl.energy import macs_per_layer
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
 from spiking_rl.stopping import Interrupted
@@ -283,3 +284,21 @@ def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
     spikes_only = dataclasses.replace(config, start_from=str(trainer.folder.path))
     with pytest.raises(UserError, match="start_from = "):
         new_run(tmp_path / "no-relu", spikes_only)
+
+
+def test_a_score_comes_with_its_cost(whole: Trainer) -> None:
+    relu, two, one = (evaluate(whole.folder, whole.config, dataset(), t, CPU) for t in (None, 2, 1))
+    assert relu["energy_ratio"] == relu["energy_ratio_int32"] == 1
+    assert relu["accumulates_per_mac"] is None
+    assert relu["membrane_traffic"] == one["membrane_traffic"] == 0
+    neurons = sum(math.prod(shape) for shape in whole.network.neuron_shapes())
+    assert two["membrane_traffic"] == 2 * 2 * neurons
+    for row in (two, one):
+        # All of the first layer, and of the others one addition per spike: the energy told by hand.
+        network = build(whole.config, dataset(), spiking=True)
+        first, *later = macs_per_layer(network)
+        for mac, accumulate, name in ((4.6, 0.9, "energy_ratio"), (3.2, 0.1, "energy_ratio_int32")):
+            spikes = row["accumulates_per_mac"] * sum(later)
+            assert row[name] == pytest.approx((first + sum(later)) * mac / (first * mac + spikes * accumulate))
+        assert row["macs"] == first + sum(later)
+    assert 0 < one["image_ms"] < 1000
