@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from typing import Any
 
@@ -167,6 +168,8 @@ class TrainingSession:
         for name in ("relu-end", "relu"):
             with replace_folder(self.folder.checkpoints / name) as partial:
                 shutil.copytree(ann.folder.checkpoints / name, partial, dirs_exist_ok=True)
+        if self.shown:
+            print("converting: thresholds are set on the network's own play ...", file=sys.stderr, flush=True)
         start_from(self.model, str(self.folder.checkpoints / "relu"), self.config.env, self.config.seed)
         # One account of samples, time and scores.
         self.model.num_timesteps = self.model.stage_start = ann.model.num_timesteps

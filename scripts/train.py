@@ -145,7 +145,7 @@ def _without(args: list[str], name: str) -> list[str]:
 def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     """Run a session to its end, then make the table, the figures and the video."""
     folder, config = session.folder, session.config
-    print(f"run folder: {folder.path}")
+    print(f"run folder: {folder.path}\n{_plan(config)}")
     try:
         session.run()
     except Interrupted as stop:
@@ -157,6 +157,20 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     except KeyboardInterrupt:
         text = f"training is done and saved; the rest was left out.\nGo on with: {_go_on(folder, config)}"
         raise Stopped(text, 130) from None
+
+
+def _plan(config: TrainConfig) -> str:
+    """Say what is to come: some recipes take hours."""
+    parts = [f"{config.ann_steps:,} of a ReLU network"] if config.trains_ann else []
+    if config.neuron == "relu":
+        parts.append(f"{config.agent_steps:,} of a ReLU network")
+    else:
+        parts.append(f"{config.agent_steps:,} at T={config.timesteps}")
+    later = config.timesteps - config.prune_to
+    if config.neuron == "lif" and later:
+        each = f"T={config.prune_to}" if later == 1 else f"each of T={config.timesteps - 1} to {config.prune_to}"
+        parts.append(f"{config.prune_steps:,} at {each}")
+    return f"agent steps, at most: {', '.join(parts)}; Ctrl-C saves, --resume goes on"
 
 
 def _present(session: TrainingSession, command: str) -> dict[str, Any]:

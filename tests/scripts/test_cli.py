@@ -32,6 +32,15 @@ def whole_job(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return run, last_json(done.stdout)
 
 
+def test_train_says_what_is_to_come(cli: Cli, tmp_path: Path) -> None:
+    flags = as_flags({**SMALL, "ann_steps": 1024, "report_episodes": 0, "video_episodes": 0})
+    done = cli("train", "cartpole", *flags, "--run", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    budget, later = SMALL["agent_steps"], SMALL["prune_steps"]
+    assert f"at most: 1,024 of a ReLU network, {budget:,} at T=3, {later:,} at T=2; Ctrl-C" in done.stdout
+    assert "converting" in done.stderr
+
+
 def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, object]]) -> None:
     run, printed = whole_job
     for name in (
