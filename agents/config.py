@@ -327,6 +327,6 @@ def load_config(path: Path) -> TrainConfig:
     """
     values = load_settings(path)
     algo = values.pop("algo", None)
-    if algo not in CONFIGS:
+    if not isinstance(algo, str) or algo not in CONFIGS:
         raise UserError("algo", algo, f"in {path} must be one of {', '.join(CONFIGS)}")
     return settings_from_dict(CONFIGS[algo], values, str(path))

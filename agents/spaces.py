@@ -32,7 +32,7 @@ def space_from_json(described: dict[str, Any]) -> spaces.Space[Any]:
     """Rebuild :func:`space_to_json`.
 
     Raises:
-        KeyError, TypeError: not such a description.
+        KeyError, TypeError, ValueError, ArithmeticError: not such a description.
     """
     if described["type"] == "Discrete":
         return spaces.Discrete(int(described["n"]), start=int(described["start"]))
@@ -43,9 +43,10 @@ def space_from_json(described: dict[str, Any]) -> spaces.Space[Any]:
     if dtype.kind not in "fiub" or len(shape) > 4 or np.prod(shape) > 2**26:
         raise TypeError(f"observation of shape {shape}, dtype {dtype} is not one an agent could have")
     low, high = (np.asarray(described[name], dtype=np.float64) for name in ("low", "high"))
-    return spaces.Box(
-        low=np.broadcast_to(low.reshape(shape if low.ndim else ()), shape).astype(dtype),
-        high=np.broadcast_to(high.reshape(shape if high.ndim else ()), shape).astype(dtype),
-        shape=shape,
-        dtype=dtype.type,
-    )
+    with np.errstate(all="raise"):  # a bound that its dtype cannot hold is none
+        return spaces.Box(
+            low=np.broadcast_to(low.reshape(shape if low.ndim else ()), shape).astype(dtype),
+            high=np.broadcast_to(high.reshape(shape if high.ndim else ()), shape).astype(dtype),
+            shape=shape,
+            dtype=dtype.type,
+        )

@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 from spiking_rl.agents.config import Precision
 from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.imitation import Teacher
-from spiking_rl.agents.policies import SpikingMlpPolicy
+from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
@@ -46,6 +46,12 @@ def split_membranes(flat: torch.Tensor, shapes: list[tuple[int, ...]]) -> Networ
 
 
 _IMAGES = 512  # that set thresholds; the papers' number, and all currents of a layer must fit in memory
+
+# What building an agent from settings that make none can raise.
+_MISFITS = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, MemoryError)
+
+_SMALL = 100_000  # numbers that may be allocated unseen
+_DEEP = 1_000  # layers: building more takes seconds
 
 SelfStaged = TypeVar("SelfStaged", bound="StagedAlgorithm")
 
@@ -338,6 +344,8 @@ class StagedAlgorithm(BaseAlgorithm):
             action_space = space_from_json(config["action_space"])
             options = {k: v for k, v in config["hyperparameters"].items() if k in cls.hyperparameters}
             options |= {"policy_kwargs": dict(config["policy"]), "_init_setup_model": False}
+            numbers = sum(tensor.numel() for tensor in tensors.values())
+            _require_room(config["policy"], observation_space, action_space, numbers)
             model = cls(env=env, device=device, **options)
             if env is not None and (observation_space, action_space) != (model.observation_space, model.action_space):
                 raise UserError(
@@ -355,7 +363,7 @@ class StagedAlgorithm(BaseAlgorithm):
             model.num_timesteps = int(config["agent_steps"])
         except UserError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        except _MISFITS as error:
             reason = " ".join(repr(error).split())[:200]
             raise UserError("checkpoint", str(folder), f"its config.json makes no agent ({reason})") from None
         load_into(model.policy.q_net, tensors, folder)
@@ -376,3 +384,25 @@ def _some_images(
         return observations[some], starts[some]
     every = -(-length * envs // _IMAGES)
     return observations.flatten(0, 1)[::every].unsqueeze(0), starts.flatten()[::every].unsqueeze(0)
+
+
+def _require_room(policy: dict[str, Any], observations: spaces.Space[Any], actions: Any, numbers: int) -> None:
+    """Refuse settings of a network far larger than its weights, before memory is taken for it.
+
+    Args:
+        policy: the settings.
+        observations: observation space.
+        actions: action space.
+        numbers: in the weights.
+
+    Raises:
+        ValueError: the network would be larger.
+    """
+    kwargs = policy.get("network_kwargs") or {}
+    if len(kwargs.get("hidden") or []) <= _DEEP:
+        with torch.device("meta"):  # shapes without numbers
+            network = SpikingQNetwork(observations, actions, **policy)
+        wanted = sum(tensor.numel() for tensor in network.state_dict().values())
+        if wanted == numbers or wanted < _SMALL:
+            return
+    raise ValueError("its weights are not those of the network that its settings describe")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+_LONGEST_VALUE, _LONGEST_PROBLEM = 300, 1200  # characters: what a stranger put into a file must not fill the screen
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 20]} ... {text[-14:]}"
+
 
 class UserError(ValueError):
     """Input that cannot work, told as: the field, the value seen, the remedy.
@@ -14,7 +20,9 @@ class UserError(ValueError):
         self.field = field
         self.value = value
         self.problem = problem
-        super().__init__(f"{field} = {value!r}: {problem}")
+        super().__init__(
+            f"{field} = {_shortened(repr(value), _LONGEST_VALUE)}: {_shortened(problem, _LONGEST_PROBLEM)}"
+        )
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         """Let it travel between processes, as from a worker that reads data."""

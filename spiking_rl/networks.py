@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
-from spiking_rl.neurons import LIF, LIFState
+from spiking_rl.neurons import LIF, MAX_TIMESTEPS, LIFState
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire
 
 NetworkState = tuple[LIFState, ...]
@@ -103,10 +103,12 @@ class LayeredNetwork(nn.Module):
         """Change T; weights, thresholds and leaks stay.
 
         Raises:
-            UserError: timesteps is not a whole number >= 1.
+            UserError: timesteps is not a whole number from 1 to :data:`spiking_rl.neurons.MAX_TIMESTEPS`.
         """
         if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
             raise UserError("timesteps", timesteps, "must be a whole number of at least 1")
+        if timesteps > MAX_TIMESTEPS:
+            raise UserError("timesteps", timesteps, f"must be at most {MAX_TIMESTEPS}")
         self._timesteps = timesteps
 
     @property

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spiking_rl.errors import UserError
+from spiking_rl.neurons import MAX_TIMESTEPS
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def check_pruning(start: int, stop: int) -> None:
     for field, value in (("timesteps", start), ("prune_to", stop)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(field, value, "must be a whole number of at least 1")
+        if value > MAX_TIMESTEPS:
+            raise UserError(field, value, f"must be at most {MAX_TIMESTEPS}")
     if stop > start:
         raise UserError("prune_to", stop, f"is above timesteps = {start}; pruning only lowers T, choose 1 to {start}")
 

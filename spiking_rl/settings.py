@@ -43,16 +43,20 @@ def _typed(name: str, value: Any, hint: Any, origin: str) -> Any:
         return None if value is None else _typed(name, value, get_args(hint)[0], origin)
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
-        allowed = (int, float) if kind is float else (kind,)
-        if isinstance(value, (list, tuple)) and all(type(v) in allowed for v in value):
+        if isinstance(value, (list, tuple)) and all(type(v) is kind or (kind is float and _is_whole(v)) for v in value):
             return tuple(kind(v) for v in value)
         what = {float: "numbers", int: "whole numbers", str: "names"}[kind]
         raise UserError(name, value, f"must be a list of {what} in {origin}")
-    if hint is float and type(value) is int:
+    if hint is float and _is_whole(value):
         return float(value)
     if type(value) is hint:
         return value
     raise UserError(name, value, f"must be of type {hint.__name__} in {origin}")
+
+
+def _is_whole(value: Any) -> bool:
+    """Tell whether this is an integer that a float can hold."""
+    return type(value) is int and abs(value) < 2**1000
 
 
 def read_yaml(text: str, origin: str) -> dict[str, Any]:
