@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import time
@@ -101,7 +102,8 @@ def with_hash(folder: Path, blob: bytes, config: dict[str, Any]) -> None:
     (folder / CONFIG).write_text(json.dumps({**config, "sha256": hashlib.sha256(blob).hexdigest()}))
 
 
-few = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+few = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @few
