@@ -80,6 +80,12 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for a trainer that might be replacing the checkpoint: there is none."""
+    monkeypatch.setattr("spiking_rl.checkpoint.time.sleep", lambda seconds: None)
+
+
 def attempt(folder: Path) -> bool:
     """Load and play one decision; tell whether it came so far. Anything but a UserError is a failure."""
     with bounded():
