@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand."""
+"""The README's Python examples run as they stand, and those of the docs, page by page."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+BLOCKS = examples(ROOT / "README.md")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -17,5 +24,16 @@ def test_an_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(BLOCKS[number], f"README example {number + 1}", "exec"), {})
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    found = examples(page)
+    assert found
+    for number, block in enumerate(found):
+        exec(compile(block, f"{page.name} example {number + 1}", "exec"), names)
+
+
 def test_there_are_examples() -> None:
     assert len(BLOCKS) >= 3
+    assert len(PAGES) >= 4
