@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COMMAND, SMALL, as_flags, environment, last_json
+from PIL import Image
 
 from spiking_rl import load_checkpoint
 
@@ -26,41 +29,67 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("algo", ["pqn", "dqn"])
-def test_killed_at_random_moments_again_and_again(algo: str, tmp_path: Path) -> None:
-    """Kill each run up to five times at random moments, resuming in between; ten runs."""
-    settings = {**SMALL, "agent_steps": 8192, "prune_steps": 4096, "eval_every": 2048, "save_every": 1024}
-    if algo == "dqn":
-        settings |= {"learning_starts": 1000, "gradient_steps": 4}
+def ends_alike_whenever_it_is_killed(command: Sequence[str], tmp_path: Path, seconds: tuple[float, float]) -> None:
+    """Kill each of ten runs up to five times at random moments, resuming in between.
 
-    def command(run: Path) -> list[str]:
-        return [*COMMAND, "train", "cartpole", "--algo", algo, *as_flags(settings), "--run", str(run)]
+    Args:
+        command: the arguments of the command line but for ``--run`` and ``--resume``.
+        tmp_path: an empty folder.
+        seconds: between which a run is killed after its start; starting alone takes about three.
+    """
 
-    subprocess.run(command(tmp_path / "whole"), env=environment(), check=True, capture_output=True)
+    def started(run: Path) -> list[str]:
+        resume = ["--resume"] if (run / "config.yaml").is_file() else []
+        return [*COMMAND, *command, "--run", str(run), *resume]
+
+    subprocess.run(started(tmp_path / "whole"), env=environment(), check=True, capture_output=True)
     expected = final_tensors(tmp_path / "whole")
+    assert expected
     rng = random.Random(0)
     kills = 0
     for trial in range(10):
         run = tmp_path / f"killed{trial}"
         for _ in range(5):
-            resume = ["--resume"] if (run / "config.yaml").is_file() else []
             process = subprocess.Popen(
-                [*command(run), *resume], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                started(run), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-            time.sleep(rng.uniform(3, 8))  # starting alone takes about three seconds
+            time.sleep(rng.uniform(*seconds))
             if process.poll() is not None:
                 break
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        resume = ["--resume"] if (run / "config.yaml").is_file() else []
-        done = subprocess.run([*command(run), *resume], env=environment(), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        if not (run / "results.json").is_file():
+            done = subprocess.run(started(run), env=environment(), capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
         got = final_tensors(run)
         assert got.keys() == expected.keys()
         assert all(torch.equal(got[k], v) for k, v in expected.items()), f"trial {trial} ended differently"
-    print(f"{algo}: {kills} kills")
+    print(f"{kills} kills")
     assert kills >= 10
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_an_agent_killed_at_random_moments(algo: str, tmp_path: Path) -> None:
+    settings = {**SMALL, "agent_steps": 8192, "prune_steps": 4096, "eval_every": 2048, "save_every": 1024}
+    if algo == "dqn":
+        settings |= {"learning_starts": 1000, "gradient_steps": 4}
+    command = ["train", "cartpole", "--algo", algo, *as_flags(settings)]
+    ends_alike_whenever_it_is_killed(command, tmp_path, (3, 8))
+
+
+def test_a_classifier_killed_at_random_moments(tmp_path: Path) -> None:
+    random_pixels = np.random.default_rng(0)
+    for split, count in {"train": 160, "test": 20}.items():
+        for name, level in {"dark": 40, "light": 170}.items():
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = level + random_pixels.integers(0, 40, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / split / name / f"{k}.png")
+    settings = {"width": 1 / 16, "timesteps": 3, "ann_epochs": 4, "epochs": 4, "prune_epochs": 4, "threads": 1}
+    settings |= {"ann_batch_size": 16, "batch_size": 16, "save_every": 0.005}
+    command = ["classify", "train", "vgg6", "folder", "--data", str(tmp_path / "images"), *as_flags(settings)]
+    ends_alike_whenever_it_is_killed(command, tmp_path, (4, 10))
 
 
 def train_with_the_defaults(env: str, run: Path) -> list[dict[str, float]]:
