@@ -19,8 +19,9 @@ from spiking_rl.scripts.options import first_argument, parse, refuse_changes
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
-from spiking_rl.vision.data import Dataset, load_dataset
+from spiking_rl.vision.data import StreamedDataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
+from spiking_rl.vision.feeding import Images
 from spiking_rl.vision.training import Trainer
 
 USAGE = """usage: spiking-rl classify COMMAND ...
@@ -132,12 +133,19 @@ def _train(args: list[str]) -> dict[str, Any]:
     config.check()
     check_hours(options.hours)
     folder.require_free()
-    images, device = load_dataset(config.dataset, options.data), resolve_device(options.device)
+    images, device = _images(config, options.data), resolve_device(options.device)
     trainer = Trainer(config, folder, images, device, options.hours, print)  # a network that cannot be is refused here
     folder.create()
     save_config(folder.config, config, provenance())
     with folder.locked():
         return _finish(trainer, command)
+
+
+def _images(config: ClassifyConfig, data: Path | None) -> Images:
+    """Open the data set of a run."""
+    if config.dataset == "imagenet":
+        return StreamedDataset(data, size=config.image_size or 224, seed=config.seed)
+    return load_dataset(config.dataset, data, size=config.image_size or 32)
 
 
 def _recipe(args: list[str]) -> str:
@@ -153,7 +161,7 @@ def _recipe(args: list[str]) -> str:
 def _open(folder: RunFolder, where: Where) -> Trainer:
     """Return the trainer of a run, where it was left."""
     config = load_config(folder.config)
-    images = load_dataset(config.dataset, where.data)
+    images = _images(config, where.data)
     trainer = Trainer(config, folder, images, resolve_device(where.device), where.hours, print)
     trainer.restore()
     return trainer
@@ -195,19 +203,20 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
     options = parse(EvaluateOptions, "classify evaluate RUN", rest, "Score a classifier on the test images.")
     path = Path(str(name))
     if path.suffix == ".json":
-        checked = check_predictions(path, load_dataset(options.dataset, options.data), options.dataset)
+        images = _images(ClassifyConfig(dataset=options.dataset), options.data)
+        checked = check_predictions(path, images, options.dataset)
         for row in checked:
             print(f"T={row['timesteps'] or 'ReLU'}: {row['top1']:.2f} %, as claimed")
         return {"dataset": options.dataset, "rows": checked}
     folder = RunFolder(path)
     folder.require()
     config = load_config(folder.config)
-    rows = _rows(folder, config, load_dataset(config.dataset, options.data), resolve_device(options.device), options)
+    rows = _rows(folder, config, _images(config, options.data), resolve_device(options.device), options)
     return {"rows": [_without_classes(row) for row in rows]}
 
 
 def _rows(
-    folder: RunFolder, config: ClassifyConfig, images: Dataset, device: torch.device, options: EvaluateOptions
+    folder: RunFolder, config: ClassifyConfig, images: Images, device: torch.device, options: EvaluateOptions
 ) -> list[dict[str, Any]]:
     kept = folder.checkpoint_timesteps()
     if options.timesteps is not None and options.timesteps not in kept:

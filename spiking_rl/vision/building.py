@@ -16,10 +16,10 @@ from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.config import ClassifyConfig, load_config
-from spiking_rl.vision.data import Dataset
+from spiking_rl.vision.feeding import Images
 
 
-def build(config: ClassifyConfig, images: Dataset, *, spiking: bool) -> LayeredNetwork:
+def build(config: ClassifyConfig, images: Images, *, spiking: bool) -> LayeredNetwork:
     """Return a fresh network of a run.
 
     Args:
@@ -37,11 +37,10 @@ def build(config: ClassifyConfig, images: Dataset, *, spiking: bool) -> LayeredN
         options |= {"neuron": "lif", "timesteps": config.timesteps, "gamma": config.surrogate_gamma}
     else:
         options["neuron"] = "relu"
-    shape = tuple(images.train_images.shape[1:])
-    return build_network(config.network, shape, len(images.classes), **options)
+    return build_network(config.network, images.input_shape, len(images.classes), **options)
 
 
-def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Dataset, inputs: Tensor) -> LayeredNetwork:
+def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Images, inputs: Tensor) -> LayeredNetwork:
     """Return the spiking network that starts from a trained ReLU network.
 
     Args:
@@ -66,7 +65,7 @@ def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Dataset, input
     return spiking
 
 
-def load_relu(run: str, config: ClassifyConfig, images: Dataset) -> LayeredNetwork:
+def load_relu(run: str, config: ClassifyConfig, images: Images) -> LayeredNetwork:
     """Return the trained ReLU network of another run, for a spiking one to start from.
 
     Args:
@@ -117,7 +116,7 @@ def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tens
         norm.momentum = momentum
 
 
-def load_classifier(folder: Path, config: ClassifyConfig, images: Dataset) -> LayeredNetwork:
+def load_classifier(folder: Path, config: ClassifyConfig, images: Images) -> LayeredNetwork:
     """Return the network of a checkpoint of a run.
 
     Raises:

@@ -23,7 +23,12 @@ class ClassifyConfig:
     network: str = "vgg16"
     """A registered network; `spiking-rl list` names them."""
     dataset: str = "cifar10"
-    """cifar10, cifar100, tiny-imagenet-32, or folder for images sorted into a folder per class."""
+    """cifar10, cifar100, tiny-imagenet-32, imagenet (read from disk while it trains), or folder for images sorted into
+    a folder per class."""
+    image_size: int = 0
+    """Side in pixels to which images of imagenet or a folder are brought; 0: 224, and 32 for a folder."""
+    workers: int = 2
+    """Processes that decode the images of imagenet; 0: this one."""
     width: float = 1.0
     """Multiplies the channels of the network."""
     timesteps: int = 5
@@ -121,9 +126,16 @@ class ClassifyConfig:
         for name in ("prune_epochs", "ann_batch_size", "batch_size", "accumulate", "calibration_timesteps"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        for name in ("seed", "ann_epochs", "epochs", "crop", "cutout", "threads", "ann_weight_decay", "weight_decay"):
+        for name in ("seed", "ann_epochs", "epochs", "crop", "cutout", "threads", "image_size", "workers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
+        for name in ("ann_weight_decay", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
+        if self.image_size and self.dataset not in ("imagenet", "folder"):
+            raise UserError("image_size", self.image_size, f"cannot be chosen for {self.dataset}; leave it 0")
+        if self.workers > 256:
+            raise UserError("workers", self.workers, "must be at most 256")
         positive = ("width", "ann_learning_rate", "learning_rate", "max_grad_norm", "threshold_scale", "save_every")
         for name in (*positive, "surrogate_gamma"):
             if not 0 < getattr(self, name) < float("inf"):

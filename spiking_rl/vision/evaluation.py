@@ -27,14 +27,14 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.building import load_classifier
 from spiking_rl.vision.config import ClassifyConfig
-from spiking_rl.vision.data import Dataset
+from spiking_rl.vision.feeding import Images
 from spiking_rl.vision.training import predict
 
 _TIMED, _WARM_UP = 50, 5  # images whose time is measured one by one, and as many before them
 
 
 def evaluate(
-    run: RunFolder, config: ClassifyConfig, images: Dataset, timesteps: int | None, device: torch.device
+    run: RunFolder, config: ClassifyConfig, images: Images, timesteps: int | None, device: torch.device
 ) -> dict[str, Any]:
     """Score the kept best of a stage on the test images.
 
@@ -59,7 +59,8 @@ def evaluate(
     folder = run.checkpoint(timesteps)
     network = load_classifier(folder, config, images).to(device)
     counter = SpikeCounter()
-    found = predict(network, images.test_images, images.mean, images.std, counter)
+    parts = (predict(network, part, images.mean, images.std, counter) for part, _ in images.test())
+    found = torch.cat(list(parts))
     rates = counter.rates if network.spiking else None
     macs, norms = macs_per_layer(network), normalisation_macs(network)
     spikes = spikes_per_input(network, rates) if rates else None
@@ -88,12 +89,13 @@ def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def _image_ms(network: LayeredNetwork, images: Dataset) -> float:
+def _image_ms(network: LayeredNetwork, images: Images) -> float:
     """Return the median time of one image, in milliseconds, its way to the network's device included."""
     times = []
+    some, _ = next(iter(images.test()))
     for k in range(_TIMED + _WARM_UP):
         start = time.perf_counter()
-        predict(network, images.test_images[k % len(images.test_images)].unsqueeze(0), images.mean, images.std)
+        predict(network, some[k % len(some)].unsqueeze(0), images.mean, images.std)
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[_WARM_UP:])
 
@@ -105,7 +107,7 @@ def save_predictions(path: Path, rows: list[dict[str, Any]], seed: int) -> None:
     write_atomically(path, json.dumps({"format": "spiking-rl predictions", "rows": kept}) + "\n")
 
 
-def check_predictions(path: Path, images: Dataset, dataset: str) -> list[dict[str, Any]]:
+def check_predictions(path: Path, images: Images, dataset: str) -> list[dict[str, Any]]:
     """Count again what a predictions file claims.
 
     Args:
@@ -130,7 +132,7 @@ def check_predictions(path: Path, images: Dataset, dataset: str) -> list[dict[st
         raise UserError("predictions", str(path), f"is damaged ({type(error).__name__}: {error})") from None
 
 
-def _checked(path: Path, row: dict[str, Any], images: Dataset, dataset: str) -> dict[str, Any]:
+def _checked(path: Path, row: dict[str, Any], images: Images, dataset: str) -> dict[str, Any]:
     if row["dataset"] != dataset:
         raise UserError("dataset", dataset, f"is not that of {path}, which is {row['dataset']}")
     predicted = torch.tensor(row["predicted"])

@@ -31,10 +31,12 @@ from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, rest
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
 from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
-from spiking_rl.vision.data import Dataset, augment, normalise
+from spiking_rl.vision.data import normalise
+from spiking_rl.vision.feeding import Batch, Images, feed_of
 
 _EVALUATED = 500  # images per forward pass
 _BALANCED = 512  # that set the thresholds: the papers' number
+_MOST_EPOCHS = 2**20  # of a stage
 _WARM_UP = 0.25  # part of one cycle in which the learning rate rises
 _FIRST_RATE = 0.1  # of the highest learning rate, at the beginning of a cycle
 
@@ -102,7 +104,7 @@ class Trainer:
         self,
         config: ClassifyConfig,
         folder: RunFolder,
-        images: Dataset,
+        images: Images,
         device: torch.device,
         hours: float | None = None,
         note: Any = None,
@@ -124,13 +126,8 @@ class Trainer:
         self._started = time.monotonic()
         self._saved = time.monotonic()
         self.stop_requested = False
-        side = min(images.train_images.shape[2:])
-        if config.crop >= side or config.cutout > side:
-            field = "crop" if config.crop >= side else "cutout"
-            raise UserError(field, getattr(config, field), f"is too large for images of {side} pixels")
         torch.manual_seed(config.seed)
-        self.train_images = images.train_images.to(device)
-        self.train_labels = images.train_labels.to(device)
+        self.feed = feed_of(images, config, device)
         self.mean, self.std = images.mean, images.std
         begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
         if config.start_from is not None and not begun:
@@ -193,7 +190,7 @@ class Trainer:
     @property
     def batches_per_epoch(self) -> int:
         """Updates per epoch; the last, smaller batch is left out."""
-        return max(1, len(self.train_labels) // self.batch_size)
+        return max(1, self.feed.count // self.batch_size)
 
     def run(self) -> None:
         """Train until temporal pruning is done.
@@ -222,15 +219,19 @@ class Trainer:
     def _epoch(self) -> None:
         """Train to the end of the epoch under way, score, and move on where the stage is over."""
         epoch = self.batches // self.batches_per_epoch
-        order = torch.randperm(len(self.train_labels), generator=self._generator(epoch)).to(self.device)
-        for batch in range(self.batches % self.batches_per_epoch, self.batches_per_epoch):
-            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            self.loss_sum += self._update(rows, self._generator(epoch, batch))
-            self.batches += 1
-            if batch + 1 < self.batches_per_epoch:  # an epoch is over with its score
+        first, trained = self.batches % self.batches_per_epoch, 0
+        ending = (epoch + 1) * self.batches_per_epoch
+        stage = self.pruning.timesteps if self.spiking else 0
+        number = stage * _MOST_EPOCHS + epoch  # a stream draws another order from every number
+        for batch in self.feed.batches(number, self._generator(epoch), self.batch_size, first):
+            self.loss_sum += self._update(batch, self._generator(epoch, first + trained))
+            self.batches, trained = self.batches + 1, trained + 1
+            if self.batches < ending:  # an epoch is over with its score
                 self._save_where_due()
+        trained += first
+        self.batches = ending  # workers may leave out a batch
         score, rates = self._score()
-        mean_loss = float(self.loss_sum) / self.batches_per_epoch
+        mean_loss = float(self.loss_sum) / max(1, trained)
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if not math.isfinite(mean_loss):
             name = "learning_rate" if self.spiking else "ann_learning_rate"
@@ -324,8 +325,7 @@ class Trainer:
 
     def _some_inputs(self) -> Tensor:
         """Return the inputs on which thresholds are set."""
-        chosen = torch.randperm(len(self.train_labels), generator=self._generator(-1))[:_BALANCED].to(self.device)
-        return normalise(self.train_images[chosen], self.mean, self.std)
+        return normalise(self.feed.some(_BALANCED, self._generator(-1)), self.mean, self.std)
 
     def _generator(self, *path: int) -> torch.Generator:
         """Return the random generator of a place in the run, the same whenever it is reached."""
@@ -337,8 +337,8 @@ class Trainer:
 
     # -- one batch -------------------------------------------------------------------------------
 
-    def _update(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Make one update on the training images of these rows; return the loss."""
+    def _update(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Make one update on a batch of training images; return the loss."""
         config = self.config
         self.network.train()
         progress = self.batches / (self.epochs * self.batches_per_epoch)
@@ -348,16 +348,11 @@ class Trainer:
         self.optimizer.zero_grad()
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout draws from it
         total = torch.zeros((), device=self.device)
-        for part in rows.chunk(config.accumulate):
-            images = augment(
-                self.train_images[part], crop=config.crop, flip=config.flip, cutout=config.cutout, generator=generator
-            )
+        for images, labels in batch.parts(config.accumulate, generator):
             with _autocast(self.device, config.precision):
                 logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0))
-                loss = functional.cross_entropy(
-                    logits[0].float(), self.train_labels[part], label_smoothing=config.label_smoothing
-                )
-            share = len(part) / len(rows)
+                loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
+            share = len(labels) / len(batch)
             (loss * share).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * share
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
@@ -367,8 +362,11 @@ class Trainer:
     def _score(self) -> tuple[float, dict[str, float]]:
         """Return the accuracy on the validation images in percent, and the spike rates."""
         counter = SpikeCounter() if self.spiking else None
-        found = predict(self.network, self.images.val_images, self.mean, self.std, counter)
-        score = 100 * float((found == self.images.val_labels).float().mean())
+        right, count = 0, 0
+        for images, labels in self.images.validation():
+            found = predict(self.network, images, self.mean, self.std, counter)
+            right, count = right + int((found == labels.cpu()).sum()), count + len(labels)
+        score = 100 * right / count
         return score, {} if counter is None else counter.rates
 
     # -- what is kept ----------------------------------------------------------------------------

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Cli, as_flags, last_json
 from PIL import Image
+
+from spiking_rl import load_checkpoint
 
 SMALL = {
     "width": 0.03125,
@@ -53,7 +57,7 @@ def test_one_command_trains_prunes_and_scores(finished: tuple[Path, dict[str, ob
     results = json.loads((run / "results.json").read_text())
     assert printed["rows"] == results["rows"]
     assert [row["timesteps"] for row in results["rows"]] == [2, 1, None]
-    assert all(row["top1"] > 90 for row in results["rows"]), "dark and light"
+    assert all(row["top1"] > 90 for row in results["rows"]), rows
     assert set(results["rows"][0]) >= {"dataset", "network", "timesteps", "top1", "spike_rate", "energy_ratio"}
     assert results["rows"][0]["images"] == 40
     for name in (
@@ -153,4 +157,81 @@ def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Pat
     done = cli("classify", "train", "vgg6", "cifar10", "--data", tmp_path / "none", "--run", tmp_path / "run")
     assert done.returncode == 2
     assert str(tmp_path / "none") in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write JPEGs of several sizes as ImageNet lies on disk: train/<class>/ and val/<class>/."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    random = np.random.default_rng(0)
+    for split, count in {"train": 300, "val": 10}.items():
+        for name, level in {"n01440764": 40, "n01443537": 170}.items():
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = level + random.integers(0, 40, (40 + k % 7, 48, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k:04}.JPEG")
+    return folder
+
+
+STREAMED = {**SMALL, "image_size": 32, "workers": 1}
+
+
+def weights(run: Path) -> dict[str, object]:
+    return {t: load_checkpoint(run / "checkpoints" / t).tensors for t in ("relu", "T2", "T1")}
+
+
+def test_imagenet_is_read_from_disk_and_a_stopped_run_ends_alike(cli: Cli, imagenet: Path, tmp_path: Path) -> None:
+    command = ("classify", "train", "vgg6", "imagenet", "--data", imagenet, *as_flags(STREAMED))
+    done = cli(*command, "--run", tmp_path / "whole", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = last_json(done.stdout)["rows"]
+    assert isinstance(rows, list)
+    assert [row["timesteps"] for row in rows] == [2, 1, None]
+    assert {row["images"] for row in rows} == {20}, "the published validation images are the test"
+    assert min(row["top1"] for row in rows) > 90, rows
+    claimed = cli(
+        "classify", "evaluate", tmp_path / "whole/predictions.json", "--data", imagenet, "--dataset", "imagenet"
+    )
+    assert claimed.returncode == 0, claimed.stderr
+    stopped = cli(*command, "--run", tmp_path / "stopped", "--hours", 1e-9)
+    assert "everything is saved" in stopped.stderr
+    assert cli(*command, "--run", tmp_path / "stopped", "--resume").returncode == 0
+    torch.testing.assert_close(weights(tmp_path / "stopped"), weights(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_a_damaged_image_of_imagenet_is_named_and_the_run_goes_on_without_it(
+    cli: Cli, imagenet: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(imagenet, data)
+    bad = data / "train/n01443537/0007.JPEG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    flags = as_flags({**STREAMED, "ann_epochs": 1, "epochs": 0})
+    command = ("classify", "train", "vgg6", "imagenet", "--data", data, *flags, "--run", tmp_path / "run")
+    refused = cli(*command)
+    assert refused.returncode == 2
+    assert str(bad) in refused.stderr
+    assert "Traceback" not in refused.stderr
+    bad.write_bytes((data / "train/n01443537/0008.JPEG").read_bytes())
+    assert cli(*command, "--resume").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--batch-size", 4096), "batch_size = 4096: the 594 training images do not fill a batch"),
+        (("--workers", -1), "workers = -1"),
+        (("--image-size", 4), "input_shape"),
+    ],
+)
+def test_what_cannot_work_with_imagenet_is_told(
+    cli: Cli, imagenet: Path, tmp_path: Path, flags: tuple[object, ...], words: str
+) -> None:
+    given = as_flags(STREAMED)
+    refused = cli(
+        "classify", "train", "vgg11", "imagenet", "--data", imagenet, *given, *flags, "--run", tmp_path / "run"
+    )
+    assert refused.returncode == 2
+    assert words in refused.stderr
     assert not (tmp_path / "run").exists()

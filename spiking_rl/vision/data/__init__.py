@@ -2,7 +2,7 @@
 
 from spiking_rl.vision.data.augment import augment, batches, normalise
 from spiking_rl.vision.data.datasets import DATASETS, Dataset, channel_statistics, load_dataset
-from spiking_rl.vision.data.stream import IMAGENET_MEAN, IMAGENET_STD, ImageStream
+from spiking_rl.vision.data.stream import IMAGENET_MEAN, IMAGENET_STD, ImageStream, StreamedDataset
 
 __all__ = [
     "DATASETS",
@@ -10,6 +10,7 @@ __all__ = [
     "IMAGENET_STD",
     "Dataset",
     "ImageStream",
+    "StreamedDataset",
     "augment",
     "batches",
     "channel_statistics",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,19 @@ class Dataset(NamedTuple):
     classes: list[str]
     mean: Triple
     std: Triple
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an image, ``(3, H, W)``."""
+        return tuple(self.train_images.shape[1:])
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images that select, with their labels."""
+        yield self.val_images, self.val_labels
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test images, with their labels."""
+        yield self.test_images, self.test_labels
 
     def to(self, device: torch.device | str) -> Dataset:
         """Return the same data on a device."""

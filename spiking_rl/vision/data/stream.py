@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from spiking_rl.vision.data.sources import ImageSource, check_labels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Part = Literal["all", "kept", "held"]
+"""Of a split: everything, or what is left without the groups that are held back, or those."""
+_EVALUATED = 100  # images per batch of validation and test
+_HELD = 100  # one group in so many is held back for validation
 _GROUPS_MIXED = 10
 """Groups that are read together and mixed: about 1,000 images of the hub's ImageNet, 100 MB per worker."""
 
@@ -35,15 +39,26 @@ class ImageStream:
         split: ``"train"``, ``"val"`` or ``"test"``.
         size: side of the images that come out, in pixels.
         seed: of the order and the augmentation.
+        part: ``"held"`` is one file of a class folder, or one row group of a parquet shard, in a hundred (the last
+            of each hundred; of fewer the last), ``"kept"`` all others, ``"all"`` both.
 
     Attributes:
         classes: name of every class.
+        labels: class of every image, ``(N,)`` int64, in the order of batches that are not augmented.
 
     Raises:
         UserError: no such split, nothing understood there, labels that do not fit, pyarrow missing.
     """
 
-    def __init__(self, data: Path | str | None = None, split: str = "train", *, size: int = 224, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: Path | str | None = None,
+        split: str = "train",
+        *,
+        size: int = 224,
+        seed: int = 0,
+        part: Part = "all",
+    ) -> None:
         if split not in SPLITS:
             raise UserError("split", split, f"no such split; choose one of {', '.join(SPLITS)}")
         for field, value, least in (("size", size, 1), ("seed", seed, 0)):
@@ -59,10 +74,17 @@ class ImageStream:
         self._size = size
         self._seed = seed
         self.classes = source.classes
+        groups = np.arange(len(source.bounds) - 1)
+        held = (groups + 1) % min(_HELD, len(groups)) == 0
+        self._groups = groups if part == "all" else groups[held == (part == "held")]
+        if not len(self._groups):
+            raise UserError("data", str(root), f"has one group of {split} images, too few to hold some back; add more")
+        spans = [np.arange(source.bounds[g], source.bounds[g + 1]) for g in self._groups]
+        self.labels = torch.from_numpy(source.labels[np.concatenate(spans)])
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self._source.labels)
+        return len(self.labels)
 
     def batches(
         self, batch_size: int, *, augmented: bool, epoch: int = 0, workers: int = 0
@@ -93,7 +115,7 @@ class ImageStream:
         for field, value, least in (("batch_size", batch_size, 1), ("epoch", epoch, 0), ("workers", workers, 0)):
             if value < least:
                 raise UserError(field, value, f"must be at least {least}")
-        plan = _Round(self._source, self._size, batch_size, augmented, self._seed, epoch)
+        plan = _Round(self._source, self._groups, self._size, batch_size, augmented, self._seed, epoch)
         # A generator of its own: the loader would advance torch's global one.
         loader = DataLoader(_Batches(plan), None, num_workers=workers, generator=torch.Generator())
         return _raising(loader)
@@ -110,6 +132,7 @@ class _Round(NamedTuple):
     """One round through the images, as every worker gets it."""
 
     source: ImageSource
+    groups: NDArray[np.int64]
     size: int
     batch_size: int
     augmented: bool
@@ -119,7 +142,7 @@ class _Round(NamedTuple):
     def images(self, worker: int, workers: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """Yield a worker's share of the images, with labels."""
         source = self.source
-        order = np.arange(len(source.bounds) - 1)
+        order = self.groups
         if self.augmented:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
         order = order[worker::workers]
@@ -168,3 +191,52 @@ class _Batches(IterableDataset[Tensor]):
 
 def _stacked(batch: list[tuple[NDArray[np.uint8], int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack([image for image, _ in batch])), torch.tensor([label for _, label in batch])
+
+
+class StreamedDataset:
+    """A large data set as the trainer takes it: ImageNet.
+
+    One training image in a hundred is held back for validation (:class:`ImageStream`, ``part``); the
+    published validation images are the test, as everybody reports them.
+
+    Args:
+        data: folder that holds the splits, as for :class:`ImageStream`.
+        size: side of the images in pixels.
+        seed: of the order and the augmentation.
+
+    Attributes:
+        train: the training images.
+        classes: name of every class.
+        input_shape: ``(3, size, size)``.
+        mean: of the channels, on the scale 0 to 1; those of ImageNet.
+        std: likewise.
+
+    Raises:
+        UserError: as :class:`ImageStream`; or the splits have different classes.
+    """
+
+    mean = IMAGENET_MEAN
+    std = IMAGENET_STD
+
+    def __init__(self, data: Path | str | None = None, *, size: int = 224, seed: int = 0) -> None:
+        self.train = ImageStream(data, "train", size=size, seed=seed, part="kept")
+        self._held = ImageStream(data, "train", size=size, part="held")
+        self._test = ImageStream(data, "val", size=size)
+        self.classes = self.train.classes
+        if self._test.classes != self.classes:
+            counts = f"{len(self.classes)} classes for training and {len(self._test.classes)} for validation"
+            raise UserError("data", str(data), f"has {counts}, or others; both splits must have the same")
+        self.input_shape = (3, size, size)
+
+    @property
+    def test_labels(self) -> Tensor:
+        """Classes of the test images, ``(N,)``."""
+        return self._test.labels
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images ``(B, 3, H, W)`` that select, with their labels."""
+        return self._held.batches(_EVALUATED, augmented=False)
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test images in their order, with labels; decoded in this process, which keeps the order."""
+        return self._test.batches(_EVALUATED, augmented=False)
