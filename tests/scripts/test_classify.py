@@ -57,7 +57,7 @@ def test_one_command_trains_prunes_and_scores(finished: tuple[Path, dict[str, ob
     results = json.loads((run / "results.json").read_text())
     assert printed["rows"] == results["rows"]
     assert [row["timesteps"] for row in results["rows"]] == [2, 1, None]
-    assert all(row["top1"] > 90 for row in results["rows"]), rows
+    assert all(row["top1"] > 90 for row in results["rows"]), results
     assert set(results["rows"][0]) >= {"dataset", "network", "timesteps", "top1", "spike_rate", "energy_ratio"}
     assert results["rows"][0]["images"] == 40
     for name in (
