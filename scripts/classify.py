@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, r
 from spiking_rl.vision.data import StreamedDataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Images
+from spiking_rl.vision.parallel import join, leave
 from spiking_rl.vision.training import Trainer
 
 USAGE = """usage: spiking-rl classify COMMAND ...
@@ -110,7 +113,15 @@ def run(args: list[str]) -> dict[str, Any]:
         return {}
     if args[0] not in commands:
         raise UserError("command", args[0], f"unknown; choose one of {', '.join(commands)}")
-    return commands[args[0]](args[1:])
+    team = join()
+    try:
+        return commands[args[0]](args[1:])
+    except (UserError, Stopped) as error:
+        if team.leads:
+            raise
+        sys.exit(error.code if isinstance(error, Stopped) else 2)  # the first process says why
+    finally:
+        leave()
 
 
 def _train(args: list[str]) -> dict[str, Any]:
@@ -132,12 +143,16 @@ def _train(args: list[str]) -> dict[str, Any]:
         return _go_on(folder, options, command, config, rest)
     config.check()
     check_hours(options.hours)
-    folder.require_free()
+    team = join()
+    if team.leads:
+        folder.require_free()
     images, device = _images(config, options.data), resolve_device(options.device)
-    trainer = Trainer(config, folder, images, device, options.hours, print)  # a network that cannot be is refused here
-    folder.create()
-    save_config(folder.config, config, provenance())
-    with folder.locked():
+    # A network that cannot be is refused here.
+    trainer = Trainer(config, folder, images, device, options.hours, print, team)
+    if team.leads:
+        folder.create()
+        save_config(folder.config, config, provenance())
+    with _held(folder):
         return _finish(trainer, command)
 
 
@@ -162,7 +177,7 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
     """Return the trainer of a run, where it was left."""
     config = load_config(folder.config)
     images = _images(config, where.data)
-    trainer = Trainer(config, folder, images, resolve_device(where.device), where.hours, print)
+    trainer = Trainer(config, folder, images, resolve_device(where.device), where.hours, print, join())
     trainer.restore()
     return trainer
 
@@ -170,7 +185,7 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
 def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
     refuse_changes(folder, load_config(folder.config), asked, args, ("network", "dataset"))
-    with folder.locked():
+    with _held(folder):
         return _finish(_open(folder, where), command)
 
 
@@ -179,7 +194,7 @@ def _convert(args: list[str]) -> dict[str, Any]:
     options = parse(ConvertOptions, "classify convert RUN", rest, "Go on from a run's ReLU network with spikes.")
     folder = RunFolder(Path(str(name)))
     folder.require()
-    with folder.locked():
+    with _held(folder):
         trainer = _open(folder, options)
         trainer.convert(options.timesteps, options.prune_to, options.epochs)
         save_config(folder.config, trainer.config, provenance())
@@ -191,7 +206,7 @@ def _prune(args: list[str]) -> dict[str, Any]:
     options = parse(PruneOptions, "classify prune RUN", rest, "Lower the timesteps of a finished run.")
     folder = RunFolder(Path(str(name)))
     folder.require()
-    with folder.locked():
+    with _held(folder):
         trainer = _open(folder, options)
         trainer.extend(options.to, options.epochs)
         save_config(folder.config, trainer.config, provenance())
@@ -240,16 +255,23 @@ def _without_classes(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "predicted"}
 
 
+def _held(folder: RunFolder) -> AbstractContextManager[None]:
+    """Hold the run for these processes."""
+    return folder.locked() if join().leads else nullcontext()
+
+
 def _finish(trainer: Trainer, command: str) -> dict[str, Any]:
     """Train to the end, then score every T on the test images."""
     folder, config = trainer.folder, trainer.config
-    print(f"run folder: {folder.path}")
+    trainer.note(f"run folder: {folder.path}")
     try:
         trainer.run()
     except Interrupted as stop:
         again = f"spiking-rl classify train {config.network} {config.dataset} --run {shlex.quote(str(folder.path))}"
         text = f"stopped, everything is saved.\nGo on with: {again} --resume"
         raise Stopped(text, 130 if stop.reason == "interrupt" else 0) from None
+    if not trainer.team.leads:
+        return {}
     rows = _rows(folder, config, trainer.images, trainer.device, EvaluateOptions())
     save_predictions(folder.path / "predictions.json", rows, config.seed)
     results: dict[str, Any] = {"command": command, "commit": commit(), "date": today(), "machine": machine()}

@@ -11,10 +11,12 @@ from torch import Tensor
 from spiking_rl.errors import UserError
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import Dataset, ImageStream, StreamedDataset, augment
+from spiking_rl.vision.parallel import Team
 
 Images = Dataset | StreamedDataset
 """A data set: small ones in memory, large ones on disk."""
 
+_ALONE = Team()
 _SOME_EPOCH = 2**40  # of a stream, from which thresholds are set: no training reaches it
 
 
@@ -22,10 +24,10 @@ class Batch(Protocol):
     """A batch before it is augmented and moved to the device."""
 
     def __len__(self) -> int:
-        """Return the number of images."""
+        """Return the number of images, those of all processes together."""
 
     def parts(self, number: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield it in parts, augmented: uint8 images ``(B, C, H, W)`` and labels ``(B,)`` on the device."""
+        """Yield this process's share in parts, augmented: uint8 ``(B, C, H, W)`` and labels ``(B,)``, on the device."""
 
 
 class Feed(Protocol):
@@ -44,26 +46,26 @@ class Feed(Protocol):
         """Return at most so many training images, chosen at random, uint8 ``(B, C, H, W)``."""
 
 
-def feed_of(images: Images, config: ClassifyConfig, device: torch.device) -> Feed:
+def feed_of(images: Images, config: ClassifyConfig, device: torch.device, team: Team = _ALONE) -> Feed:
     """Return what feeds a run.
 
     Raises:
         UserError: a crop or a cutout that is too large for images in memory, or a batch that they do not fill.
     """
     if isinstance(images, StreamedDataset):
-        return _Streamed(images.train, config, device)
-    return _InMemory(images, config, device)
+        return _Streamed(images.train, config, device, team)
+    return _InMemory(images, config, device, team)
 
 
 class _InMemory:
     """A small set, on the device, augmented there."""
 
-    def __init__(self, images: Dataset, config: ClassifyConfig, device: torch.device) -> None:
+    def __init__(self, images: Dataset, config: ClassifyConfig, device: torch.device, team: Team) -> None:
         side = min(images.input_shape[1:])
         if config.crop >= side or config.cutout > side:
             field = "crop" if config.crop >= side else "cutout"
             raise UserError(field, getattr(config, field), f"is too large for images of {side} pixels")
-        self.config = config
+        self.config, self.team = config, team
         self.images = images.train_images.to(device)
         self.labels = images.train_labels.to(device)
         self.count = len(self.labels)
@@ -91,33 +93,38 @@ class _Rows:
         return len(self.rows)
 
     def parts(self, number: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Crop, flip and cut out."""
+        """Crop, flip and cut out the whole batch, so that every process draws alike; take one's share of it."""
         own = self.feed.config
         for rows in self.rows.chunk(number):
             images = augment(
                 self.feed.images[rows], crop=own.crop, flip=own.flip, cutout=own.cutout, generator=generator
             )
-            yield images, self.feed.labels[rows]
+            own_share = slice(self.feed.team.rank, None, self.feed.team.size)
+            yield images[own_share], self.feed.labels[rows][own_share]
 
 
 class _Streamed:
     """A large set, decoded and augmented by worker processes."""
 
-    def __init__(self, stream: ImageStream, config: ClassifyConfig, device: torch.device) -> None:
+    def __init__(self, stream: ImageStream, config: ClassifyConfig, device: torch.device, team: Team) -> None:
         for field in ("ann_batch_size", "batch_size"):
             size = getattr(config, field)
             if size * max(1, config.workers) > len(stream):
                 remedy = f"the {len(stream)} training images do not fill a batch of every worker; lower it, or workers"
                 raise UserError(field, size, remedy)
-        self.stream, self.config, self.device = stream, config, device
+            if size % team.size:
+                raise UserError(field, size, f"must be a multiple of the {team.size} processes, which share it")
+        self.stream, self.config, self.device, self.team = stream, config, device, team
         self.count = len(stream)
 
     def batches(self, epoch: int, generator: torch.Generator, batch_size: int, first: int) -> Iterator[Batch]:
         """Decode; what comes before ``first`` is decoded again after a resume, and dropped."""
-        read = self.stream.batches(batch_size, augmented=True, epoch=epoch, workers=self.config.workers)
+        share = (self.team.rank, self.team.size)
+        own = batch_size // self.team.size
+        read = self.stream.batches(own, augmented=True, epoch=epoch, workers=self.config.workers, share=share)
         for number, (images, labels) in enumerate(read):
             if number >= first:
-                yield _Decoded(images, labels, self.device)
+                yield _Decoded(images, labels, batch_size, self.device)
 
     def some(self, number: int, generator: torch.Generator) -> Tensor:
         """Return the first of a random order."""
@@ -128,12 +135,12 @@ class _Streamed:
 class _Decoded:
     """A batch as it came from the disk, augmented by the worker."""
 
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
-        self.images, self.labels, self.device = images, labels, device
+    def __init__(self, images: Tensor, labels: Tensor, size: int, device: torch.device) -> None:
+        self.images, self.labels, self.size, self.device = images, labels, size, device
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self.labels)
+        return self.size
 
     def parts(self, number: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Move to the device."""

@@ -33,9 +33,11 @@ from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
+from spiking_rl.vision.parallel import Team
 
 _EVALUATED = 500  # images per forward pass
 _BALANCED = 512  # that set the thresholds: the papers' number
+_ALONE = Team()
 _MOST_EPOCHS = 2**20  # of a stage
 _WARM_UP = 0.25  # part of one cycle in which the learning rate rises
 _FIRST_RATE = 0.1  # of the highest learning rate, at the beginning of a cycle
@@ -98,6 +100,7 @@ class Trainer:
         device: to train on.
         hours: stop, with everything saved, after so many hours of this session.
         note: told a line of text per epoch.
+        team: the processes that train together.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Trainer:
         device: torch.device,
         hours: float | None = None,
         note: Any = None,
+        team: Team = _ALONE,
     ) -> None:
         check_hours(hours)
         self.config = config
@@ -115,7 +119,8 @@ class Trainer:
         self.images = images
         self.device = device
         self.deadline = None if hours is None else time.monotonic() + 3600 * hours
-        self.note = note or (lambda text: None)
+        self.team = team
+        self.note = note if note and team.leads else (lambda text: None)
         self.pruning = self._new_pruning()
         self.spiking = not config.trains_ann
         self.batches = 0  # of this stage
@@ -126,8 +131,9 @@ class Trainer:
         self._started = time.monotonic()
         self._saved = time.monotonic()
         self.stop_requested = False
+        self._agreed = (False, False)  # on stopping, with the other processes: asked to, out of time
         torch.manual_seed(config.seed)
-        self.feed = feed_of(images, config, device)
+        self.feed = feed_of(images, config, device, team)
         self.mean, self.std = images.mean, images.std
         begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
         if config.start_from is not None and not begun:
@@ -203,15 +209,18 @@ class Trainer:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
-        self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=len(self.rows) + 1)
+        self.team.alike(self.network)
+        where = str(self.folder.tensorboard) if self.team.leads else None
+        self.board = SummaryWriter(where, purge_step=len(self.rows) + 1) if where else None
         try:
             with stopping_on_signals(self._request_stop):
                 while not self.finished:
                     self._epoch()
-                if self.stop_requested:
+                if self.stop_requested and self.team.size == 1:
                     raise Interrupted("interrupt")
         finally:
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
             torch.set_num_threads(threads)
             self.seconds = self._seconds_so_far()
             self._started = time.monotonic()
@@ -223,14 +232,17 @@ class Trainer:
         ending = (epoch + 1) * self.batches_per_epoch
         stage = self.pruning.timesteps if self.spiking else 0
         number = stage * _MOST_EPOCHS + epoch  # a stream draws another order from every number
-        for batch in self.feed.batches(number, self._generator(epoch), self.batch_size, first):
-            self.loss_sum += self._update(batch, self._generator(epoch, first + trained))
+        batches = iter(self.feed.batches(number, self._generator(epoch), self.batch_size, first))
+        while (loss := self._update(next(batches, None), self._generator(epoch, first + trained))) is not None:
+            self.loss_sum += loss
             self.batches, trained = self.batches + 1, trained + 1
             if self.batches < ending:  # an epoch is over with its score
                 self._save_where_due()
         trained += first
         self.batches = ending  # workers may leave out a batch
-        score, rates = self._score()
+        self.team.average_statistics(self.network)
+        score, rates = self._score() if self.team.leads else (None, {})
+        score = self.team.told(score)
         mean_loss = float(self.loss_sum) / max(1, trained)
         self.loss_sum = torch.zeros_like(self.loss_sum)
         if not math.isfinite(mean_loss):
@@ -265,10 +277,12 @@ class Trainer:
     def _convert(self) -> None:
         """Go on with spikes, from the ReLU network's best weights."""
         folder = self.folder.checkpoints / "relu"
+        self.team.told(None)  # the first process has written it
         load_into(self.network, load_checkpoint(folder).tensors, folder)
         inputs = self._some_inputs()
         self.spiking = True
         self._begin(convert(self.network, self.config, self.images, inputs))
+        self.team.alike(self.network)
 
     def _new_pruning(self) -> TemporalPruning:
         config = self.config
@@ -319,6 +333,7 @@ class Trainer:
     def _next(self, decision: Next) -> None:
         """Begin a stage from the best checkpoint of the one above."""
         folder = self.folder.checkpoints / decision.checkpoint
+        self.team.told(None)  # the first process has written it
         load_into(self.network, load_checkpoint(folder).tensors, folder)
         self.network.set_timesteps(decision.timesteps)
         self._begin(self.network)
@@ -337,8 +352,13 @@ class Trainer:
 
     # -- one batch -------------------------------------------------------------------------------
 
-    def _update(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Make one update on a batch of training images; return the loss."""
+    def _update(self, batch: Batch | None, generator: torch.Generator) -> Tensor | None:
+        """Make one update on a batch of training images; return the loss.
+
+        None where there is no batch any more, in this process or another: then nobody updates.
+        """
+        if batch is None and self.team.size == 1:
+            return None
         config = self.config
         self.network.train()
         progress = self.batches / (self.epochs * self.batches_per_epoch)
@@ -346,18 +366,37 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.highest_rate * rate_factor(progress, milestones)
         self.optimizer.zero_grad()
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))  # dropout draws from it
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        torch.manual_seed(seed + self.team.rank)  # dropout draws from it
         total = torch.zeros((), device=self.device)
-        for images, labels in batch.parts(config.accumulate, generator):
+        for images, labels in batch.parts(config.accumulate, generator) if batch else ():
             with _autocast(self.device, config.precision):
                 logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0))
                 loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
+            assert batch is not None
             share = len(labels) / len(batch)
             (loss * share).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * share
+        if self.team.size > 1 and not self._share(total, out=batch is None):
+            return None
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         self.optimizer.step()
         return total
+
+    def _share(self, loss: Tensor, *, out: bool) -> bool:
+        """Add up gradients and loss over the processes; tell whether all of them had a batch.
+
+        Who is asked to stop, or is out of time, tells the others here: they stop at the same batch.
+        """
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        late = self._late()
+        said = torch.tensor([float(out), float(self.stop_requested), float(late)], device=self.device)
+        self.team.sum([*(p.grad for p in trained if p.grad is not None), loss, said])
+        self._agreed = bool(said[1] > 0), bool(said[2] > 0)
+        return not said[0] > 0
 
     def _score(self) -> tuple[float, dict[str, float]]:
         """Return the accuracy on the validation images in percent, and the spike rates."""
@@ -372,6 +411,8 @@ class Trainer:
     # -- what is kept ----------------------------------------------------------------------------
 
     def _keep(self, name: str, score: float) -> None:
+        if not self.team.leads:
+            return
         config = self.config
         about = {
             "kind": "classifier",
@@ -387,6 +428,8 @@ class Trainer:
         save_checkpoint(self.folder.checkpoints / name, self.network.state_dict(), about)
 
     def _write(self, epoch: int, score: float, loss: float, rates: dict[str, float]) -> None:
+        if self.board is None:  # another process writes
+            return
         row = {
             "epoch": epoch,
             "seconds": round(self._seconds_so_far(), 3),
@@ -417,15 +460,21 @@ class Trainer:
     def _seconds_so_far(self) -> float:
         return self.seconds + time.monotonic() - self._started
 
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def _save_where_due(self) -> None:
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        if self.stop_requested or late or time.monotonic() - self._saved > 60 * self.config.save_every:
+        # Several processes stop at the batch on which they have agreed.
+        stop, late = (self.stop_requested, self._late()) if self.team.size == 1 else self._agreed
+        if stop or late or time.monotonic() - self._saved > 60 * self.config.save_every:
             self.save()
-        if self.stop_requested or late:
-            raise Interrupted("interrupt" if self.stop_requested else "time")
+        if stop or late:
+            raise Interrupted("interrupt" if stop else "time")
 
     def save(self) -> None:
         """Save everything that continuing needs, atomically."""
+        if not self.team.leads:
+            return
         optimiser, scalars = pack_optimiser(self.optimizer)
         network = {f"network.{name}": t.cpu().contiguous() for name, t in self.network.state_dict().items()}
         with replace_folder(self.folder.resume) as partial:
@@ -452,7 +501,9 @@ class Trainer:
             UserError: the state is damaged, or of another network.
         """
         folder = self.folder.resume
-        recover_folder(folder)
+        if self.team.leads:
+            recover_folder(folder)
+        self.team.told(None)
         if not (folder / "state.json").is_file():
             return
         state = read_json(folder / "state.json", "resume")

@@ -87,7 +87,7 @@ class ImageStream:
         return len(self.labels)
 
     def batches(
-        self, batch_size: int, *, augmented: bool, epoch: int = 0, workers: int = 0
+        self, batch_size: int, *, augmented: bool, epoch: int = 0, workers: int = 0, share: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go once through the images.
 
@@ -104,6 +104,8 @@ class ImageStream:
             augmented: for training.
             epoch: number of this round, from 0.
             workers: processes that decode; 0 decodes in this one.
+            share: number of a share of the images, from 0, and how many there are: for training in several
+                processes.
 
         Returns:
             An iterator of uint8 ``(B, 3, size, size)`` images and int64 ``(B,)`` labels.
@@ -115,7 +117,7 @@ class ImageStream:
         for field, value, least in (("batch_size", batch_size, 1), ("epoch", epoch, 0), ("workers", workers, 0)):
             if value < least:
                 raise UserError(field, value, f"must be at least {least}")
-        plan = _Round(self._source, self._groups, self._size, batch_size, augmented, self._seed, epoch)
+        plan = _Round(self._source, self._groups, self._size, batch_size, augmented, self._seed, epoch, share)
         # A generator of its own: the loader would advance torch's global one.
         loader = DataLoader(_Batches(plan), None, num_workers=workers, generator=torch.Generator())
         return _raising(loader)
@@ -138,6 +140,7 @@ class _Round(NamedTuple):
     augmented: bool
     seed: int
     epoch: int
+    share: tuple[int, int]
 
     def images(self, worker: int, workers: int) -> Iterator[tuple[NDArray[np.uint8], int]]:
         """Yield a worker's share of the images, with labels."""
@@ -145,6 +148,8 @@ class _Round(NamedTuple):
         order = self.groups
         if self.augmented:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        own, all_of_them = self.share
+        worker, workers = own * workers + worker, all_of_them * workers
         order = order[worker::workers]
         mixing = np.random.default_rng((self.seed, self.epoch, worker, workers))
         for start in range(0, len(order), _GROUPS_MIXED):

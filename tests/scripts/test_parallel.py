@@ -1,0 +1,141 @@
+"""Classifiers trained by two processes, started by torchrun as a person would."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import Cli, as_flags, environment
+from PIL import Image
+
+from spiking_rl import load_checkpoint
+from spiking_rl.runs import RunFolder
+
+SETTINGS = {
+    "width": 0.0625,
+    "timesteps": 2,
+    "ann_epochs": 2,
+    "epochs": 2,
+    "prune_epochs": 2,
+    "ann_batch_size": 16,
+    "batch_size": 16,
+    "learning_rate": 0.001,
+    "save_every": 0.0001,
+    "threads": 1,
+    "device": "cpu",
+}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for split, count in {"train": 80, "test": 10}.items():
+        for name, level in {"dark": 40, "light": 170}.items():
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = level + random.integers(0, 40, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k}.png")
+    return folder
+
+
+def command(data: Path, run: Path, *flags: object, dataset: str = "folder", **changes: object) -> list[str]:
+    train = ["classify", "train", "vgg6", dataset, "--data", data, *as_flags({**SETTINGS, **changes}), "--run", run]
+    train += ["--no-batch-norm"] if dataset == "folder" else []
+    return [str(word) for word in (*TORCHRUN, "spiking_rl.scripts", *train, *flags)]
+
+
+def together(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+def tensors(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run / "checkpoints" / name).tensors
+
+
+@pytest.fixture(scope="module")
+def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("pair") / "run"
+    done = together(command(data, run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("T=1 epoch 2/2") == 1, "one process speaks"
+    return run
+
+
+def test_two_processes_learn_what_one_learns(pair: Path, cli: Cli, data: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    flags = [*as_flags(SETTINGS), "--no-batch-norm"]
+    assert cli("classify", "train", "vgg6", "folder", "--data", data, *flags, "--run", alone).returncode == 0
+    # Sums in another order differ in the last bits, which training carries on; a threshold makes steps of them.
+    one, two = tensors(alone, "relu"), tensors(pair, "relu")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    first, second = (RunFolder(run).read_progress() for run in (alone, pair))
+    assert [row["timesteps"] for row in first] == [row["timesteps"] for row in second]
+    for mine, its in zip(first, second, strict=True):
+        assert mine["loss"] == pytest.approx(its["loss"], rel=0.1)
+    rows = json.loads((pair / "results.json").read_text())["rows"]
+    assert min(row["top1"] for row in rows) > 90
+
+
+def test_a_killed_process_is_told_and_the_run_goes_on(pair: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = subprocess.Popen(
+        command(data, run), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "resume" / "state.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [p for p in psutil.Process(started.pid).children(recursive=True) if "spiking_rl.scripts" in p.cmdline()]
+    assert len(workers) == 2
+    follower = next(p for p in workers if p.environ()["RANK"] == "1")
+    follower.send_signal(signal.SIGKILL)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert "spiking-rl: processes = 2: one of them died" in said or "SIGKILL" in said
+    assert not (run / "results.json").exists()
+    resumed = together(command(data, run, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("relu", "T2", "T1"):
+        torch.testing.assert_close(tensors(run, name), tensors(pair, name), rtol=0, atol=0)
+
+
+def test_running_out_of_time_stops_all_at_one_batch(pair: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped = together(command(data, run, "--hours", "1e-9"))
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stderr.count("everything is saved") == 1
+    assert together(command(data, run, "--resume")).returncode == 0
+    torch.testing.assert_close(tensors(run, "T1"), tensors(pair, "T1"), rtol=0, atol=0)
+
+
+def test_what_one_process_refuses_all_refuse_and_one_tells(pair: Path, data: Path) -> None:
+    refused = together(command(data, pair))
+    assert refused.returncode != 0
+    assert refused.stderr.count("is in use already") == 1
+
+
+def test_images_from_disk_are_shared_out(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train").symlink_to(data / "train")
+    (folder / "val").symlink_to(data / "test")
+    run = tmp_path / "run"
+    changes = {"image_size": 32, "workers": 0, "ann_epochs": 3, "epochs": 1, "prune_epochs": 1}
+    done = together(command(folder, run, dataset="imagenet", **changes))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["timesteps"] for row in rows] == [2, 1, None]
+    assert rows[-1]["top1"] > 90
+    odd = together(command(folder, tmp_path / "odd", dataset="imagenet", **{**changes, "batch_size": 15}))
+    assert odd.returncode != 0
+    assert odd.stderr.count("must be a multiple of the 2 processes") == 1
