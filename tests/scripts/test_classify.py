@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Cli, as_flags, last_json
+from conftest import Cli, as_flags, environment, last_json
 from PIL import Image
 
 from spiking_rl import load_checkpoint
@@ -235,3 +237,20 @@ def test_what_cannot_work_with_imagenet_is_told(
     assert refused.returncode == 2
     assert words in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_images_are_timed_against_the_training_that_they_feed(tmp_path: Path) -> None:
+    small = {"network": "vgg6", "width": 1 / 16, "large_network": "vgg6", "large_width": 1 / 16, "workers": 0}
+    small |= {"batch": 8, "large_batch": 1, "files": 20, "rounds": 1, "output": tmp_path / "speed.json"}
+    command = [sys.executable, "-m", "spiking_rl.scripts.benchmark_images", *as_flags(small)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    for row in rows:
+        assert row["images_per_second"] > 0
+        if "ratio_to_training" in row:
+            (fed,) = (r for r in rows if r["pass"] == "training, 32 x 32" and r["timesteps"] == row["timesteps"])
+            assert row["ratio_to_training"] == pytest.approx(row["images_per_second"] / fed["images_per_second"])
+        if "hours_per_epoch" in row:
+            assert row["hours_per_epoch"] == pytest.approx(1_281_167 / row["images_per_second"] / 3600)
+    assert len({row["pass"] for row in rows}) == 4
