@@ -148,7 +148,7 @@ def _train(args: list[str]) -> dict[str, Any]:
         folder.require_free()
     images, device = _images(config, options.data), resolve_device(options.device)
     # A network that cannot be is refused here.
-    trainer = Trainer(config, folder, images, device, options.hours, print, team)
+    trainer = Trainer(config, folder, images, device, options.hours, print, team, sys.stderr.isatty())
     if team.leads:
         folder.create()
         save_config(folder.config, config, provenance())
@@ -177,7 +177,9 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
     """Return the trainer of a run, where it was left."""
     config = load_config(folder.config)
     images = _images(config, where.data)
-    trainer = Trainer(config, folder, images, resolve_device(where.device), where.hours, print, join())
+    trainer = Trainer(
+        config, folder, images, resolve_device(where.device), where.hours, print, join(), sys.stderr.isatty()
+    )
     trainer.restore()
     return trainer
 

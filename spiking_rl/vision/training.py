@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from spiking_rl.checkpoint import load_checkpoint, load_into, read_json, save_checkpoint
 from spiking_rl.energy import SpikeCounter, odd_layers
@@ -101,6 +102,7 @@ class Trainer:
         hours: stop, with everything saved, after so many hours of this session.
         note: told a line of text per epoch.
         team: the processes that train together.
+        shown: show a progress bar of every epoch on standard error.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Trainer:
         hours: float | None = None,
         note: Any = None,
         team: Team = _ALONE,
+        shown: bool = False,
     ) -> None:
         check_hours(hours)
         self.config = config
@@ -120,6 +123,7 @@ class Trainer:
         self.device = device
         self.deadline = None if hours is None else time.monotonic() + 3600 * hours
         self.team = team
+        self.shown = shown and team.leads
         self.note = note if note and team.leads else (lambda text: None)
         self.pruning = self._new_pruning()
         self.spiking = not config.trains_ann
@@ -232,12 +236,23 @@ class Trainer:
         ending = (epoch + 1) * self.batches_per_epoch
         stage = self.pruning.timesteps if self.spiking else 0
         number = stage * _MOST_EPOCHS + epoch  # a stream draws another order from every number
+        name = f"T={self.pruning.timesteps}" if self.spiking else "ReLU"
+        bar = tqdm(
+            desc=f"{name} epoch {epoch + 1}/{self.epochs}",
+            total=self.batches_per_epoch,
+            initial=first,
+            unit="batch",
+            leave=False,
+            disable=not self.shown,
+        )
         batches = iter(self.feed.batches(number, self._generator(epoch), self.batch_size, first))
-        while (loss := self._update(next(batches, None), self._generator(epoch, first + trained))) is not None:
-            self.loss_sum += loss
-            self.batches, trained = self.batches + 1, trained + 1
-            if self.batches < ending:  # an epoch is over with its score
-                self._save_where_due()
+        with bar:
+            while (loss := self._update(next(batches, None), self._generator(epoch, first + trained))) is not None:
+                self.loss_sum += loss
+                self.batches, trained = self.batches + 1, trained + 1
+                bar.update()
+                if self.batches < ending:  # an epoch is over with its score
+                    self._save_where_due()
         trained += first
         self.batches = ending  # workers may leave out a batch
         self.team.average_statistics(self.network)

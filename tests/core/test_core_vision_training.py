@@ -19,6 +19,7 @@ from spiking_rl.vision.building import build
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.data import Dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
+from spiking_rl.vision.feeding import Batch
 from spiking_rl.vision.training import Trainer, rate_factor
 
 SMALL = ClassifyConfig(
@@ -92,11 +93,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: Trainer, tmp_path: Path, stop_
     updates = 0
     update = trainer._update
 
-    def counted(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def counted(batch: Batch | None, generator: torch.Generator) -> torch.Tensor | None:
         nonlocal updates
-        updates += 1
+        updates += batch is not None
         trainer.stop_requested = updates == stop_at
-        return update(rows, generator)
+        return update(batch, generator)
 
     trainer._update = counted  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
@@ -303,3 +304,12 @@ def test_a_score_comes_with_its_cost(whole: Trainer) -> None:
             assert row[name] == pytest.approx((first + sum(later)) * mac / (first * mac + spikes * accumulate))
         assert row["macs"] == first + sum(later)
     assert 0 < one["image_ms"] < 1000
+
+
+def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, epochs=0))
+    trainer.shown = True
+    trainer.run()
+    shown = capsys.readouterr().err
+    assert "ReLU epoch 1/1" in shown
+    assert "16/16" in shown
