@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
-from spiking_rl.neurons import LIF, MAX_TIMESTEPS, LIFState
+from spiking_rl.neurons import LIF, LIFState
+from spiking_rl.pruning import MAX_TIMESTEPS
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire
 
 NetworkState = tuple[LIFState, ...]
@@ -103,7 +104,7 @@ class LayeredNetwork(nn.Module):
         """Change T; weights, thresholds and leaks stay.
 
         Raises:
-            UserError: timesteps is not a whole number from 1 to :data:`spiking_rl.neurons.MAX_TIMESTEPS`.
+            UserError: timesteps is not a whole number from 1 to :data:`spiking_rl.pruning.MAX_TIMESTEPS`.
         """
         if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
             raise UserError("timesteps", timesteps, "must be a whole number of at least 1")

@@ -21,9 +21,6 @@ from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 MIN_THRESHOLD = 1e-3
 """Floor of a trained threshold; at 0 the surrogate gradient is undefined."""
 
-MAX_TIMESTEPS = 10_000
-"""Most timesteps of a decision: far beyond any use, so that no file can ask for an endless loop."""
-
 
 class LIFState(NamedTuple):
     """What a layer of neurons carries from one call to the next.

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spiking_rl.errors import UserError
-from spiking_rl.neurons import MAX_TIMESTEPS
+
+MAX_TIMESTEPS = 10_000
+"""Most timesteps of a decision: far beyond any use, so that no file can ask for an endless loop."""
 
 
 @dataclass(frozen=True)

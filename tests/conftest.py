@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.training import replace_settings, start_run
@@ -75,6 +77,28 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with folder.locked():
         session.run()
     return folder.path
+
+
+def write_shades(
+    folder: Path, counts: dict[str, int], classes: Sequence[str] = ("dark", "light"), ending: str = "png", more: int = 1
+) -> Path:
+    """Write noisy images, dark and light, into a folder per split and class.
+
+    Args:
+        folder: to write into.
+        counts: images per class, by split.
+        classes: name of the dark ones, and of the light ones.
+        ending: of the files, and so their format.
+        more: so many different heights, from 32 pixels up.
+    """
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for name, level in zip(classes, (40, 170), strict=True):
+            (folder / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = level + random.integers(0, 40, (32 + k % more, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k:04}.{ending}")
+    return folder
 
 
 def last_json(text: str) -> dict[str, object]:

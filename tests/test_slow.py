@@ -11,11 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import COMMAND, SMALL, as_flags, environment, last_json
-from PIL import Image
+from conftest import COMMAND, SMALL, as_flags, environment, last_json, write_shades
 
 from spiking_rl import load_checkpoint
 
@@ -79,16 +77,10 @@ def test_an_agent_killed_at_random_moments(algo: str, tmp_path: Path) -> None:
 
 
 def test_a_classifier_killed_at_random_moments(tmp_path: Path) -> None:
-    random_pixels = np.random.default_rng(0)
-    for split, count in {"train": 160, "test": 20}.items():
-        for name, level in {"dark": 40, "light": 170}.items():
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for k in range(count):
-                pixels = level + random_pixels.integers(0, 40, (32, 32, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / split / name / f"{k}.png")
+    images = write_shades(tmp_path / "images", {"train": 160, "test": 20})
     settings = {"width": 1 / 16, "timesteps": 3, "ann_epochs": 4, "epochs": 4, "prune_epochs": 4, "threads": 1}
     settings |= {"ann_batch_size": 16, "batch_size": 16, "save_every": 0.005}
-    command = ["classify", "train", "vgg6", "folder", "--data", str(tmp_path / "images"), *as_flags(settings)]
+    command = ["classify", "train", "vgg6", "folder", "--data", str(images), *as_flags(settings)]
     ends_alike_whenever_it_is_killed(command, tmp_path, (4, 10))
 
 

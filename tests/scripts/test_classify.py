@@ -8,11 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import Cli, as_flags, environment, last_json
-from PIL import Image
+from conftest import Cli, as_flags, environment, last_json, write_shades
 
 from spiking_rl import load_checkpoint
 
@@ -35,15 +33,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write dark and light images, sorted into a folder per class."""
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for split, count in {"train": 160, "test": 20}.items():
-        for name, level in {"dark": 40, "light": 170}.items():
-            (folder / split / name).mkdir(parents=True)
-            for k in range(count):
-                pixels = level + random.integers(0, 40, (32, 32, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k}.png")
-    return folder
+    return write_shades(tmp_path_factory.mktemp("images"), {"train": 160, "test": 20})
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +155,8 @@ def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Pat
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write JPEGs of several sizes as ImageNet lies on disk: train/<class>/ and val/<class>/."""
-    folder = tmp_path_factory.mktemp("imagenet")
-    random = np.random.default_rng(0)
-    for split, count in {"train": 300, "val": 10}.items():
-        for name, level in {"n01440764": 40, "n01443537": 170}.items():
-            (folder / split / name).mkdir(parents=True)
-            for k in range(count):
-                pixels = level + random.integers(0, 40, (40 + k % 7, 48, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k:04}.JPEG")
-    return folder
+    names = ("n01440764", "n01443537")
+    return write_shades(tmp_path_factory.mktemp("imagenet"), {"train": 300, "val": 10}, names, "JPEG", more=7)
 
 
 STREAMED = {**SMALL, "image_size": 32, "workers": 1}

@@ -9,12 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import Cli, as_flags, environment
-from PIL import Image
+from conftest import Cli, as_flags, environment, write_shades
 
 from spiking_rl import load_checkpoint
 from spiking_rl.runs import RunFolder
@@ -37,15 +35,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    random = np.random.default_rng(0)
-    for split, count in {"train": 80, "test": 10}.items():
-        for name, level in {"dark": 40, "light": 170}.items():
-            (folder / split / name).mkdir(parents=True)
-            for k in range(count):
-                pixels = level + random.integers(0, 40, (32, 32, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k}.png")
-    return folder
+    return write_shades(tmp_path_factory.mktemp("images"), {"train": 80, "test": 10})
 
 
 def command(data: Path, run: Path, *flags: object, dataset: str = "folder", **changes: object) -> list[str]:
