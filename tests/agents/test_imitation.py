@@ -168,7 +168,8 @@ def test_an_agent_of_single_frames_starts_from_one_of_several(tmp_path: Path) ->
         )
     replay = {"learning_starts": 2, "buffer_size": 100, "agent_steps": 3}
     with pytest.raises(UserError, match="replays single ones"):
-        train(single, algo="dqn", stateful=False, teacher=str(relu), imitation=1.0, **{**hardly, **replay})
+        own = {**hardly, **replay, "start_from": None}
+        train(single, algo="dqn", stateful=False, teacher=str(relu), imitation=1.0, **own)
     with pytest.raises(UserError, match="other spaces"):
         train(single, stateful=False, neuron="relu", start_from=str(relu), **hardly, **once, imitation=0.0)
 
