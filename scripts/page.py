@@ -253,7 +253,7 @@ def _rates(facts: Facts) -> str:
         return ""
     layers = list(rows[0]["spike_rate"])
     lines = [Line(n, [(float(-r["timesteps"]), float(r["spike_rate"].get(n, 0.0))) for r in rows]) for n in layers]
-    drawn = chart("Spikes by layer as T falls", "timesteps T", "spikes/neuron/timestep", lines, ticks=_ticks(rows))
+    drawn = chart("Spikes by layer as T falls", "timesteps T", "spike rate", lines, ticks=_ticks(rows))
     body = [[n, *(_number(r["spike_rate"].get(n), 4) for r in rows)] for n in layers]
     caption = "Spikes per neuron per timestep, measured on the scored episodes"
     if facts.classifies:
@@ -263,7 +263,7 @@ def _rates(facts: Facts) -> str:
 
 def _neurons(facts: Facts) -> str:
     text = ""
-    for kind, up in (("threshold", "mean threshold (units of current)"), ("leak", "mean leak (1 = no leak)")):
+    for kind, up in (("threshold", "threshold"), ("leak", "leak (1 = none)")):
         names = [n for n in dict.fromkeys(n for row in facts.progress for n in row) if n.startswith(f"{kind}_layer")]
         lines = [Line(n.removeprefix(f"{kind}_"), _column(facts, n)) for n in names]
         if any(line.points for line in lines):
