@@ -154,3 +154,18 @@ def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Pat
     assert done.returncode == 2
     assert str(tmp_path / "none") in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_is_reported_on_one_page(
+    finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+) -> None:
+    run, _ = finished
+    page = tmp_path / "page.html"
+    done = cli("report", run, "--output", page, "--json")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["missing"] == []
+    text = page.read_text()
+    for row in json.loads((run / "results.json").read_text())["rows"]:
+        assert f"<td>{row['top1']:.2f}</td>" in text
+        assert f"<td>{row['energy_ratio_int32']:.2f}</td>" in text
+    assert "Mean threshold of each layer" in text
