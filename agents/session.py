@@ -28,6 +28,7 @@ from spiking_rl.neurons import LIF
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.stopping import Interrupted, stopping_on_signals
+from spiking_rl.tracking import layer_columns
 
 
 class _StageOver(Exception):
@@ -250,6 +251,7 @@ class TrainingSession:
             decision = self.pruning.report(result.mean_return, model.num_timesteps - model.stage_start)
             if decision.improved:
                 self._keep(name, score=result.mean_return)
+            layers = layer_columns(model.policy.q_net.network, result.spike_rate)
         returns = [e["r"] for e in model.ep_info_buffer or []]
         rates = result.spike_rate
         row = {
@@ -257,11 +259,13 @@ class TrainingSession:
             "seconds": round(self._seconds_so_far(), 3),
             "timesteps": result.timesteps,
             "score": result.mean_return,
+            "ci95": result.ci95,
             "train_return": float(np.mean(returns)) if returns else None,
             "epsilon": float(model.exploration_rate),
             "learning_rate": model.policy.optimizer.param_groups[0]["lr"],
             "loss": model.last_loss,
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
+            **layers,
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)

@@ -20,6 +20,7 @@ COMMANDS = {
     "classify": "train, prune and score image classifiers on the same core",
     "export": "write an agent as a Stable-Baselines3 zip",
     "plot": "draw learning curves and the continuum of timesteps",
+    "report": "write one self-contained HTML page about a run",
     "list": "list recipes and networks",
 }
 

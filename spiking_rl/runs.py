@@ -110,9 +110,11 @@ class RunFolder:
         return self.checkpoints / checkpoint_name(timesteps)
 
     def write_progress(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace progress.csv; its columns are the keys of the first row."""
+        """Replace progress.csv; its columns are the keys of all rows, gaps where a row has none of a key."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        # A ReLU network's rows come first and know no thresholds.
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.progress, text.getvalue())

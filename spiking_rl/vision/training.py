@@ -30,6 +30,7 @@ from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
+from spiking_rl.tracking import layer_columns
 from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
@@ -453,6 +454,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
+            **layer_columns(self.network, rates),
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)

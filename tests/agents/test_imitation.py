@@ -167,9 +167,9 @@ def test_an_agent_of_single_frames_starts_from_one_of_several(tmp_path: Path) ->
             atol=1e-6,
         )
     replay = {"learning_starts": 2, "buffer_size": 100, "agent_steps": 3}
+    alone = {**hardly, **replay, "start_from": None}
     with pytest.raises(UserError, match="replays single ones"):
-        own = {**hardly, **replay, "start_from": None}
-        train(single, algo="dqn", stateful=False, teacher=str(relu), imitation=1.0, **own)
+        train(single, algo="dqn", stateful=False, teacher=str(relu), imitation=1.0, **alone)
     with pytest.raises(UserError, match="other spaces"):
         train(single, stateful=False, neuron="relu", start_from=str(relu), **hardly, **once, imitation=0.0)
 

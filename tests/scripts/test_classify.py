@@ -237,3 +237,18 @@ def test_images_are_timed_against_the_training_that_they_feed(tmp_path: Path) ->
         if "hours_per_epoch" in row:
             assert row["hours_per_epoch"] == pytest.approx(1_281_167 / row["images_per_second"] / 3600)
     assert len({row["pass"] for row in rows}) == 4
+
+
+def test_a_classifier_is_reported_on_one_page(
+    finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+) -> None:
+    run, _ = finished
+    page = tmp_path / "page.html"
+    done = cli("report", run, "--output", page, "--json")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["missing"] == []
+    text = page.read_text()
+    for row in json.loads((run / "results.json").read_text())["rows"]:
+        assert f"<td>{row['top1']:.2f}</td>" in text
+        assert f"<td>{row['energy_ratio_int32']:.2f}</td>" in text
+    assert "Mean threshold of each layer" in text

@@ -1,0 +1,126 @@
+"""spiking-rl report: one HTML page about a run, complete in itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiking_rl.checkpoint import read_json
+from spiking_rl.errors import UserError
+from spiking_rl.files import write_atomically
+from spiking_rl.runs import RunFolder
+from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.page import Facts, page
+from spiking_rl.settings import read_yaml
+
+DESCRIPTION = """Write one self-contained HTML page about a run: settings, curves, every T, spikes, energy, video.
+
+It opens from disk without a network, on a phone too. Works for agents and classifiers, finished or not.
+
+Example: spiking-rl report runs/cartpole-seed0 --controls runs/cartpole-relu-seed0"""
+
+_LARGEST_VIDEO = 50 * 2**20  # bytes: a page beyond that is no longer sent about
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What to write."""
+
+    controls: tuple[Path, ...] = ()
+    """Finished runs to compare with, such as the ReLU network or T=1 trained directly."""
+    results: Path | None = None
+    """Published results (JSON) whose controls are shown too."""
+    output: Path | None = None
+    """The page; default RUN/report.html."""
+
+
+def run(args: list[str]) -> dict[str, Any]:
+    """Write the page and say where it is and what it lacks."""
+    name, rest = first_argument(args, "run", "a run folder")
+    options = parse(Options, "report RUN", rest, DESCRIPTION)
+    assert name is not None
+    folder = RunFolder(name)
+    folder.require()
+    path = options.output or folder.path / "report.html"
+    if path.suffix not in (".html", ".htm"):
+        raise UserError("output", str(path), "must end with .html")
+    if path.is_dir():
+        raise UserError("output", str(path), "is a folder; name a file")
+    facts = read_facts(folder)
+    for control in options.controls:
+        facts.controls += _rows_of(RunFolder(control))
+    if options.results is not None:
+        facts.controls += _published(options.results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page(facts))
+    print(f"report: {path}")
+    for missing in facts.missing:
+        print(f"missing: {missing}")
+    return {"report": str(path), "missing": facts.missing}
+
+
+def read_facts(folder: RunFolder) -> Facts:
+    """Read what a run knows about itself, and list what it does not know yet.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    try:
+        settings = read_yaml(folder.config.read_text(), str(folder.config))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("run", str(folder.path), f"holds no readable config.yaml ({error})") from None
+    provenance = settings.pop("provenance", None)
+    facts = Facts(folder.path.name, settings, provenance if isinstance(provenance, dict) else {})
+    if folder.progress.is_file():
+        facts.progress = folder.read_progress()
+    if not facts.progress:
+        facts.missing.append("learning curves: no evaluation yet")
+    if folder.results.is_file():
+        facts.results = read_json(folder.results, "results")
+        facts.rows = _checked_rows(facts.results, folder.results)
+    else:
+        facts.missing.append("scores at every T, energy and latency: training has not finished; go on with --resume")
+    if facts.classifies:
+        return facts
+    videos = [v for v in sorted(folder.videos.glob("*.mp4")) if v.stat().st_size <= _LARGEST_VIDEO]
+    if videos:
+        # The lowest T is what the run is for, and a film with spikes says more.
+        facts.video = min(videos, key=lambda v: (_timesteps_of(v), "-spikes" not in v.stem))
+    else:
+        facts.missing.append("a video: spiking-rl render RUN --spikes makes one")
+    return facts
+
+
+def _timesteps_of(video: Path) -> int:
+    digits = video.stem.removeprefix("T").split("-")[0]
+    return int(digits) if digits.isdigit() else 10_000
+
+
+def _checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    rows = results.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError("results", str(path), "holds no rows of results; score the run again")
+    for row in rows:
+        rates = row.get("spike_rate")
+        known = isinstance(row.get("timesteps"), int | None) and isinstance(rates, dict | None)
+        if not known or not all(isinstance(rate, (int, float)) for rate in (rates or {}).values()):
+            raise UserError("results", str(path), "holds a row whose timesteps or spike_rate cannot be; score it again")
+    return rows
+
+
+def _rows_of(folder: RunFolder) -> list[dict[str, Any]]:
+    folder.require()
+    if not folder.results.is_file():
+        raise UserError("controls", str(folder.path), "has no final table yet; go on with train --resume")
+    rows = _checked_rows(read_json(folder.results, "results"), folder.results)
+    return [{**row, "run": folder.path.name} for row in rows]
+
+
+def _published(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of published results that no pruning made."""
+    rows = _checked_rows(read_json(path, "results"), path)
+    found = [r for r in rows if r.get("timesteps") is None or r.get("method") in ("direct", "converted")]
+    if not found:
+        raise UserError("results", str(path), "holds no control (a ReLU network, or a T that was trained directly)")
+    return found
