@@ -306,7 +306,7 @@ def _video(facts: Facts) -> str:
     if facts.video is None:
         return ""
     data = base64.b64encode(facts.video.read_bytes()).decode()
-    label = f"Greedy play of {facts.title}, {facts.video.stem}: the picture, and the spikes of every layer beside it"
+    label = f"Greedy play of {facts.title}, {facts.video.stem}"
     return (
         f'<figure class="film"><video controls muted playsinline preload="auto" aria-label="{escape(label)}" '
         f'src="data:video/mp4;base64,{data}"></video><figcaption>{escape(label)}</figcaption></figure>'

@@ -80,7 +80,7 @@ def read_facts(folder: RunFolder) -> Facts:
         facts.results = read_json(folder.results, "results")
         facts.rows = _checked_rows(facts.results, folder.results)
     else:
-        facts.missing.append("scores at every T, energy and latency: training has not finished; go on with --resume")
+        facts.missing.append("scores at every T, energy and latency: no final table yet; go on with train --resume")
     if facts.classifies:
         return facts
     videos = [v for v in sorted(folder.videos.glob("*.mp4")) if v.stat().st_size <= _LARGEST_VIDEO]
