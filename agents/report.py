@@ -11,11 +11,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from spiking_rl.agents.config import TrainConfig, load_config
 from spiking_rl.agents.evaluation import evaluate
 from spiking_rl.agents.loading import load_agent
-from spiking_rl.checkpoint import read_json
+from spiking_rl.checkpoint import load_checkpoint, read_json
 from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, today
 from spiking_rl.runs import RunFolder, checkpoint_name
-from spiking_rl.state import hashes_of
 
 
 def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def evaluate_run(run: RunFolder, episodes: int, command: str, **facts: Any) -> d
     same = {**{key: results[key] for key in ("commit", "date", "machine")}, "episodes": episodes}
     rows = _measured(run, same)
     for timesteps in run.checkpoint_timesteps():
-        weights = hashes_of(run.checkpoint(timesteps))["model.safetensors"]
+        weights = load_checkpoint(run.checkpoint(timesteps)).config["sha256"]
         if any(row["weights_sha256"] == weights and row["timesteps"] == timesteps for row in rows):
             continue
         rows.append({**_row(run, config, timesteps, episodes), "weights_sha256": weights})
