@@ -69,6 +69,9 @@ class ClassifyConfig:
     """Parts into which each batch is cut where memory is short."""
     label_smoothing: float = 0.0
     """Of the cross-entropy."""
+    distill: float = 0.0
+    """Part of the spiking stages' loss that pulls their class probabilities to those of the ReLU network they start
+    from, on the same augmented images (Hinton et al. 2015); the rest is the cross-entropy with the labels."""
     max_grad_norm: float = 5.0
     """Gradient clipping."""
     precision: Precision = "auto"
@@ -143,6 +146,10 @@ class ClassifyConfig:
         for name in ("label_smoothing", "dropout", "dense_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 0 and below 1")
+        if not 0 <= self.distill <= 1:
+            raise UserError("distill", self.distill, "must lie between 0 and 1")
+        if self.distill and not (self.trains_ann or self.start_from):
+            raise UserError("distill", self.distill, "needs a ReLU network to learn from; see ann_epochs, start_from")
         if self.firing_rate is not None and not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if not 0 < self.percentile <= 100:

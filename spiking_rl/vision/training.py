@@ -155,6 +155,7 @@ class Trainer:
         """Take a network for the stage that begins, with a fresh optimiser."""
         config = self.config
         self.network = network.to(self.device)
+        self.teacher = self._teacher() if self.spiking and config.distill else None
         for neuron in network.neurons:
             if isinstance(neuron, LIF):
                 neuron.threshold.requires_grad_(config.train_threshold)
@@ -175,6 +176,11 @@ class Trainer:
             self.optimizer = torch.optim.Adam(groups, lr=rate, amsgrad=True)
         clamp_after_step(self.optimizer, network)
         self.batches = 0
+
+    def _teacher(self) -> LayeredNetwork:
+        """Return the trained ReLU network, this run's own or the one it started from."""
+        run = self.config.start_from or str(self.folder.path)
+        return load_relu(run, self.config, self.images).to(self.device)
 
     @property
     def stage(self) -> str:
@@ -389,6 +395,8 @@ class Trainer:
             with _autocast(self.device, config.precision):
                 logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0))
                 loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
+                if self.teacher is not None:
+                    loss = torch.lerp(loss, self._distance(logits[0].float(), images), config.distill)
             assert batch is not None
             share = len(labels) / len(batch)
             (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -398,6 +406,13 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         self.optimizer.step()
         return total
+
+    def _distance(self, logits: Tensor, images: Tensor) -> Tensor:
+        """Return the cross-entropy with the class probabilities of the ReLU network, on the same images."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            wanted, _ = self.teacher(normalise(images, self.mean, self.std).unsqueeze(0))
+        return functional.cross_entropy(logits, wanted[0].float().softmax(1))
 
     def _share(self, loss: Tensor, *, out: bool) -> bool:
         """Add up gradients and loss over the processes; tell whether all of them had a batch.

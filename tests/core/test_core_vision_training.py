@@ -20,7 +20,7 @@ from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, r
 from spiking_rl.vision.data import Dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Batch
-from spiking_rl.vision.training import Trainer, rate_factor
+from spiking_rl.vision.training import Trainer, predict, rate_factor
 
 SMALL = ClassifyConfig(
     network="vgg6",
@@ -313,3 +313,30 @@ def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().err
     assert "ReLU epoch 1/1" in shown
     assert "/16 [" in shown
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_spikes_learn_from_the_relu_network_where_labels_say_nothing(whole: Trainer, tmp_path: Path, own: bool) -> None:
+    """With labels at random in the spiking stage all that can be learned is what the ReLU network knows."""
+    config = dataclasses.replace(SMALL, distill=1.0, prune_to=2)
+    if own:
+        trainer = new_run(tmp_path / "run", dataclasses.replace(config, epochs=0))
+        trainer.run()
+        trainer.convert(2, 2, 3)
+    else:
+        trainer = new_run(tmp_path / "run", dataclasses.replace(config, start_from=str(whole.folder.path), epochs=3))
+    images = trainer.images
+    assert isinstance(images, Dataset)
+    labels = images.train_labels
+    labels.copy_(labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))])
+    trainer.run()
+    trainer.network.eval()
+    found = predict(trainer.network, images.test_images, images.mean, images.std)
+    assert float((found == images.test_labels).float().mean()) > 0.8, "chance is 0.33"
+
+
+def test_nothing_to_learn_from_is_refused() -> None:
+    with pytest.raises(UserError, match="distill = 0.5: needs a ReLU network"):
+        dataclasses.replace(SMALL, distill=0.5, ann_epochs=0).check()
+    with pytest.raises(UserError, match="distill = 1.5"):
+        dataclasses.replace(SMALL, distill=1.5).check()
