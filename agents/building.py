@@ -14,6 +14,8 @@ from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.errors import UserError
 
+_SPAN = 2.0  # standard deviations of a vector's entries, beyond which a code tells nothing apart
+
 
 def resolve_device(device: str) -> torch.device:
     """Return the torch device, "auto" meaning a GPU where there is one.
@@ -47,7 +49,10 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
         "gamma": config.surrogate_gamma,
         "time_constants": list(config.time_constants) if config.stateful and config.time_constants else None,
     }
+    network_kwargs |= config.coding()
     if not images:
+        if config.coding():
+            network_kwargs["input_span"] = _SPAN
         network_kwargs["hidden"] = list(config.hidden)
         first = config.first_layer_norm
         network_kwargs["first_layer_norm"] = not config.stateful if first is None else first

@@ -16,6 +16,7 @@ from spiking_rl.pruning import check_pruning
 from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
 
 Neuron = Literal["lif", "relu"]
+Encoding = Literal["direct", "hybrid", "poisson"]
 Precision = Literal["float32", "bfloat16"]
 
 ANN_FRAMES = 4
@@ -73,6 +74,13 @@ class TrainConfig(MainSettings):
     """Part of every stage, from its beginning, in which a teacher's Q-values are learned instead of returns."""
     teacher: str | None = None
     """Trained agent to imitate, one that sees more frames too; none: the one that it starts from."""
+    encoding: Encoding = "direct"
+    """direct: the analog observation at every timestep; hybrid: at the first, then one spike per input, the larger
+    the earlier; poisson: random spikes."""
+    single_spike: bool = False
+    """Let every hidden neuron fire at most once per decision."""
+    kappa: float = 0.0
+    """Weight of the outputs' first-spike times in the Q-values."""
     surrogate_gamma: float = 0.3
     """Height of the surrogate gradient."""
     firing_rate: float = 0.2
@@ -137,6 +145,13 @@ class TrainConfig(MainSettings):
             own |= {"env": str(replace(atari, frame_stack=ANN_FRAMES)), "report_also": None}
         return replace(self, neuron="relu", stateful=False, **own)
 
+    def coding(self) -> dict[str, Any]:
+        """Return the network's options of encoding and firing once, without those left at their defaults."""
+        asked = {"encoding": self.encoding, "single_spike": self.single_spike, "kappa": self.kappa}
+        if self.neuron == "relu":
+            return {}
+        return {name: value for name, value in asked.items() if value not in ("direct", False, 0.0)}
+
     def also_reported(self) -> tuple[str, ...]:
         """Return the further environments of the final table."""
         atari = parse_atari(self.env)
@@ -169,6 +184,11 @@ class TrainConfig(MainSettings):
         for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
+        if not 0 <= self.kappa < float("inf"):
+            raise UserError("kappa", self.kappa, "must be 0 or positive, and finite")
+        for name, value in self.coding().items():
+            if self.stateful:
+                raise UserError(name, value, "is for fresh membranes; leave out stateful")
         if self.stateful and self.neuron == "relu":
             raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
         if self.trains_ann and self.stateful:

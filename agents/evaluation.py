@@ -139,6 +139,7 @@ def evaluate(
                 spikes_per_input(q_net.network, rates) if rates else None,
                 used,
                 normalisation_macs(q_net.network),
+                coded=counter.coded_input(q_net.network),
             ),
             decision_ms=decision_latency_ms(model) if measure_latency else None,
             distinct_episodes=distinct,

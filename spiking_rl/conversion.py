@@ -90,7 +90,7 @@ def convert(
     """
     if relu.spiking or not spiking.spiking:
         raise UserError("relu", "the two networks", "must be a ReLU network and a spiking one, in this order")
-    weights = {name: t for name, t in spiking.state_dict().items() if not name.startswith("neurons.")}
+    weights = _weights(spiking)
     source = relu.state_dict()
     if starts is not None and rate is None:
         raise UserError("rate", rate, "must be given to convert a stateful network")
@@ -138,8 +138,13 @@ def take_weights(relu: LayeredNetwork, spiking: LayeredNetwork) -> None:
     if relu.spiking or not spiking.spiking:
         raise UserError("relu", "the two networks", "must be a ReLU network and a spiking one, in this order")
     source = relu.state_dict()
-    _check_same_layers(source, {n: t for n, t in spiking.state_dict().items() if not n.startswith("neurons.")})
+    _check_same_layers(source, _weights(spiking))
     spiking.load_state_dict(source, strict=False)
+
+
+def _weights(spiking: LayeredNetwork) -> dict[str, Tensor]:
+    """Return what a ReLU network of the same shape has too."""
+    return {n: t for n, t in spiking.state_dict().items() if not n.startswith(("neurons.", "spike_time."))}
 
 
 def _check_same_layers(source: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -188,21 +193,25 @@ def _calibrate(
     batch = inputs.unsqueeze(0) if starts is None else inputs  # (L, B, ...)
     opens = scan_starts(starts, network.timesteps)
     reached = []
-    spikes = batch
+    spikes = batch if network.encoder is None else network.encoder(inputs, network.timesteps)
     held: dict[int, Tensor] = {}
     for i, neuron in enumerate(network.neurons):
         assert isinstance(neuron, LIF)
         current = network.current(i, spikes.flatten(0, 1), held)
         current = current.reshape(*spikes.shape[:2], *current.shape[1:])
-        if i == 0:
+        if i == 0 and network.encoder is None:
             current = direct(current, network.timesteps)
-        _calibrate_layer(neuron, current, rate, opens)
-        spikes = _spikes(neuron, current, opens)
+        _calibrate_layer(neuron, current, rate, opens, network.single_spike)
+        spikes = _spikes(neuron, current, opens, network.single_spike)
         if i in network.sources.values():
             held[i] = spikes.flatten(0, 1)
         reached.append(float(spikes.mean()))
         if calibrated is not None:
             calibrated(i)
+    if network.spike_time is not None:
+        # Half of what the winner sums up: it fires about halfway.
+        total = network.readout(spikes.flatten(0, 1)).reshape(len(spikes), len(inputs), -1).sum(0)
+        network.spike_time.threshold.fill_(max(MIN_THRESHOLD, float(total.amax(1).mean()) / 2))
     return reached
 
 
@@ -216,18 +225,18 @@ def _check(inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:
         raise UserError("inputs", "NaN or infinity", "calibration needs finite inputs")
 
 
-def _spikes(neuron: LIF, current: Tensor, starts: Tensor | None) -> Tensor:
-    scan = lif_scan(current, None, neuron.leak, neuron.threshold, starts)  # a missing state is one at rest
-    return scan.spikes
+def _spikes(neuron: LIF, current: Tensor, starts: Tensor | None, once: bool) -> Tensor:
+    # A missing state is one at rest.
+    return lif_scan(current, None, neuron.leak, neuron.threshold, starts, single_spike=once).spikes
 
 
-def _calibrate_layer(neuron: LIF, current: Tensor, rate: float, starts: Tensor | None) -> None:
+def _calibrate_layer(neuron: LIF, current: Tensor, rate: float, starts: Tensor | None, once: bool) -> None:
     """Set one layer's threshold by bisection on its firing rate for a current ``(S, B, *N)``."""
     low, high = 0.0, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         neuron.threshold.fill_(max(middle, MIN_THRESHOLD))
-        if float(_spikes(neuron, current, starts).mean()) > rate:
+        if float(_spikes(neuron, current, starts, once).mean()) > rate:
             low = middle
         else:
             high = middle

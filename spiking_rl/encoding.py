@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.errors import UserError
+
+ENCODINGS = ("direct", "hybrid", "poisson")
+"""How inputs can be presented; direct needs no encoder."""
 
 
 def scan_starts(starts: Tensor | None, timesteps: int) -> Tensor | None:
@@ -35,3 +44,90 @@ def direct(current: Tensor, timesteps: int) -> Tensor:
         # A view: all fresh decisions travel in the batch, and nothing is copied.
         return current.expand(timesteps, *current.shape[1:])
     return current.repeat_interleave(timesteps, dim=0)
+
+
+class Encoder(nn.Module):
+    """Turns an analog input into the first layer's input at every timestep.
+
+    Args:
+        zero: input that is level 0, per channel or one for all.
+        span: how far above (or below) ``zero`` an input is level 1 (or -1), > 0.
+
+    Attributes:
+        analog: timesteps of a decision in which the first layer multiplies; in the others it adds up spikes.
+
+    Raises:
+        UserError: a span that is not positive, or numbers that are not finite.
+    """
+
+    zero: Tensor
+    span: Tensor
+    analog = 0
+
+    def __init__(self, zero: float | Sequence[float] = 0.0, span: float | Sequence[float] = 1.0) -> None:
+        super().__init__()
+        for name, value in (("zero", zero), ("span", span)):
+            numbers = [value] if isinstance(value, (int, float)) else list(value)
+            if not all(math.isfinite(v) and (name == "zero" or v > 0) for v in numbers):
+                raise UserError(f"input_{name}", value, "must be finite, and a span positive")
+            tensor = torch.tensor(numbers, dtype=torch.float32)
+            # One per channel: (C, 1, 1). They follow from the settings, so no checkpoint needs them.
+            self.register_buffer(name, tensor[:, None, None] if len(numbers) > 1 else tensor, persistent=False)
+
+    def level(self, inputs: Tensor) -> Tensor:
+        """Return the inputs on the scale of the code."""
+        return (inputs - self.zero) / self.span
+
+
+class HybridEncoder(Encoder):
+    """The analog input in the first timestep; after it every input spikes once, the stronger the earlier.
+
+    An input of level x fires at the first t in 2..T with ``|x| > 1 - (t - 1) / T``; level 0 never does. A negative
+    level fires a spike of amplitude -1: an on/off pair that shares its weights. With T = 1 there is no temporal part.
+
+    This is our reading of single-spike hybrid input encoding (Datta, Kundu, Beerel 2021), whose code is not public.
+    """
+
+    analog = 1
+
+    def forward(self, inputs: Tensor, timesteps: int) -> Tensor:
+        """Return ``(T, B, *I)`` of inputs ``(B, *I)``."""
+        if timesteps == 1:
+            return inputs.unsqueeze(0)
+        level = self.level(inputs)
+        size = level.abs()
+        parts = [inputs]
+        for t in range(2, timesteps + 1):
+            spikes = size > 1 - (t - 1) / timesteps
+            if t > 2:
+                spikes &= size <= 1 - (t - 2) / timesteps
+            parts.append(level.sign() * spikes)
+        return torch.stack(parts)
+
+
+class PoissonEncoder(Encoder):
+    """At every timestep each input spikes at random, with a probability of its level's size.
+
+    Spikes have the amplitude ``span`` and the sign of the level, so that the mean over many timesteps is the analog
+    input, up to the span. (A factor of all inputs goes into the weights: the first layer only adds.) The latency
+    comparison of DIET-SNN (Rathi, Roy 2020). Drawn from torch's global generator; ``zero`` must be 0.
+    """
+
+    def forward(self, inputs: Tensor, timesteps: int) -> Tensor:
+        """Return ``(T, B, *I)`` of inputs ``(B, *I)``."""
+        level = self.level(inputs)
+        drawn = torch.rand(timesteps, *level.shape, device=level.device)
+        return (drawn < level.abs()) * (level.sign() * self.span)
+
+
+def build_encoder(encoding: str, zero: float | Sequence[float], span: float | Sequence[float]) -> Encoder | None:
+    """Return the encoder of a name in :data:`ENCODINGS`; None for direct encoding, which needs none.
+
+    Raises:
+        UserError: an unknown name, or a level that cannot be.
+    """
+    if encoding not in ENCODINGS:
+        raise UserError("encoding", encoding, f"must be one of {', '.join(ENCODINGS)}")
+    if encoding == "direct":
+        return None
+    return HybridEncoder(zero, span) if encoding == "hybrid" else PoissonEncoder(0.0, span)

@@ -43,6 +43,18 @@ INT32 = Arithmetic(3.2, 0.1)
 """32-bit integers: 3.1 + 0.1 pJ and 0.1 pJ. Ratios are larger here; say so beside them."""
 
 
+class CodedInput(NamedTuple):
+    """What an encoder presents to the first layer (:mod:`spiking_rl.encoding`).
+
+    Attributes:
+        analog: timesteps of a decision with analog input: 1 for hybrid, 0 for Poisson encoding.
+        rate: spikes per input and timestep, over all timesteps.
+    """
+
+    analog: int
+    rate: float
+
+
 class _Operations(NamedTuple):
     macs: int
     inputs: int
@@ -151,9 +163,10 @@ def normalisation_macs(network: LayeredNetwork) -> list[int]:
 def energy_pj(
     macs: Sequence[int],
     rates: Sequence[float] | None,
-    timesteps: int,
+    timesteps: float,
     normalisation: Sequence[int] | None = None,
     arithmetic: Arithmetic = FLOAT32,
+    coded: CodedInput | None = None,
 ) -> float:
     """Return the compute energy of one decision in pJ.
 
@@ -162,30 +175,37 @@ def energy_pj(
         rates: spikes per input and timestep of each layer behind the first (:func:`spikes_per_input`);
             without pools and shortcuts those are the hidden layers' spikes per neuron. None for a
             ReLU network.
-        timesteps: T.
+        timesteps: T, or its mean where decisions exit early.
         normalisation: per hidden layer and timestep (:func:`normalisation_macs`); None for none.
         arithmetic: energy of an operation.
+        coded: the input's own spikes, where it is not presented by direct encoding.
     """
     if rates is None:
         return sum(macs) * arithmetic.mac
     first, *later = normalisation or [0] * len(rates)
     analog = macs[0] + first + timesteps * sum(later)
     spiking = sum(rate * timesteps * count for rate, count in zip(rates, macs[1:], strict=True))
+    if coded is not None:
+        # Its current changes from timestep to timestep, and is normalised at each.
+        analog += (coded.analog - 1) * macs[0] + (timesteps - 1) * first
+        spiking += coded.rate * timesteps * macs[0]
     return analog * arithmetic.mac + spiking * arithmetic.accumulate
 
 
 def energy_ratio(
     macs: Sequence[int],
     rates: Sequence[float] | None,
-    timesteps: int,
+    timesteps: float,
     normalisation: Sequence[int] | None = None,
     arithmetic: Arithmetic = FLOAT32,
+    coded: CodedInput | None = None,
 ) -> float:
     """Return E_ANN / E_SNN (1 for a ReLU network): how many times less energy the spikes need.
 
     Arguments are those of :func:`energy_pj`; both energies are of the same arithmetic.
     """
-    return energy_pj(macs, None, 1, None, arithmetic) / energy_pj(macs, rates, timesteps, normalisation, arithmetic)
+    own = energy_pj(macs, rates, timesteps, normalisation, arithmetic, coded)
+    return energy_pj(macs, None, 1, None, arithmetic) / own
 
 
 def membrane_traffic(network: LayeredNetwork, *, stateful: bool = False) -> int:
@@ -220,8 +240,18 @@ class SpikeCounter:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Spikes per neuron per timestep, by layer."""
-        return {name: self._spikes[name] / self._places[name] for name in self._spikes}
+        """Spikes per neuron per timestep, by hidden layer."""
+        return {name: self._spikes[name] / self._places[name] for name in self._spikes if name != "input"}
+
+    def coded_input(self, network: LayeredNetwork) -> CodedInput | None:
+        """Return what the network's encoder presented, None for direct encoding."""
+        if network.encoder is None:
+            return None
+        return CodedInput(network.encoder.analog, self._spikes["input"] / self._places["input"])
+
+    def timesteps(self, network: LayeredNetwork, decisions: int) -> float:
+        """Return the mean number of timesteps that decisions took: fewer than T where they exit early."""
+        return self._places["layer1"] / math.prod(network.neuron_shapes()[0]) / decisions
 
 
 def odd_layers(rates: dict[str, float], silent: float = 0.005, saturated: float = 0.95) -> list[str]:

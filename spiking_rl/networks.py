@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.encoding import direct, scan_starts
+from spiking_rl.encoding import Encoder, build_encoder, direct, scan_starts
 from spiking_rl.errors import UserError
-from spiking_rl.neurons import LIF, LIFState
+from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire
 
@@ -91,6 +91,10 @@ class LayeredNetwork(nn.Module):
         for p in self.dropout:
             if not 0 <= p < 1:
                 raise UserError("dropout", p, "a probability must lie in [0, 1)")
+        self.encoder: Encoder | None = None
+        self.single_spike = False
+        self.spike_time: SpikeTimeScore | None = None
+        self.exit_margin: float | None = None
         self._shapes: list[tuple[int, ...]] | None = None
         self._timesteps = 1
         self.set_timesteps(timesteps)
@@ -111,6 +115,54 @@ class LayeredNetwork(nn.Module):
         if timesteps > MAX_TIMESTEPS:
             raise UserError("timesteps", timesteps, f"must be at most {MAX_TIMESTEPS}")
         self._timesteps = timesteps
+
+    def set_coding(
+        self,
+        encoding: str = "direct",
+        *,
+        single_spike: bool = False,
+        kappa: float = 0.0,
+        input_zero: float | Sequence[float] = 0.0,
+        input_span: float | Sequence[float] = 1.0,
+        gamma: float = DEFAULT_GAMMA,
+    ) -> None:
+        """Choose how inputs are presented, how often neurons fire, and how outputs are scored.
+
+        A ReLU network, which has no timesteps, is left as it is. All but the defaults are for fresh membranes.
+
+        Args:
+            encoding: ``direct``, ``hybrid`` or ``poisson`` (:mod:`spiking_rl.encoding`).
+            single_spike: let every hidden neuron fire at most once per decision.
+            kappa: weight of the outputs' first-spike times in their scores
+                (:class:`spiking_rl.neurons.SpikeTimeScore`); 0 leaves them out.
+            input_zero: input that the code takes as 0, per channel or for all.
+            input_span: distance from it that the code takes as 1, likewise.
+            gamma: height of the surrogate gradient of the outputs.
+
+        Raises:
+            UserError: an unknown encoding, or a number out of range.
+        """
+        encoder = build_encoder(encoding, input_zero, input_span)
+        score = SpikeTimeScore(kappa, gamma) if kappa else None
+        if self.spiking:
+            self.encoder, self.single_spike, self.spike_time = encoder, single_spike, score
+
+    def set_exit_margin(self, margin: float | None) -> None:
+        """Decide as soon as the readout is confident, instead of after all T timesteps.
+
+        In evaluation mode and with fresh membranes every decision then stops at the first timestep t at which
+        its highest output, as if T were t, is ``margin`` or more above the second highest. An observer sees at
+        each timestep the decisions that are still open, ``(1, open, *N)``.
+
+        Args:
+            margin: in the units of the outputs, >= 0; None waits for all T timesteps.
+
+        Raises:
+            UserError: margin negative or NaN.
+        """
+        if margin is not None and not margin >= 0:
+            raise UserError("margin", margin, "must be 0 or positive")
+        self.exit_margin = margin
 
     @property
     def layer_names(self) -> list[str]:
@@ -161,8 +213,12 @@ class LayeredNetwork(nn.Module):
         """
         length, batch = inputs.shape[:2]
         flat = inputs.flatten(0, 1)
+        if state is not None and (self.encoder is not None or self.single_spike or self.spike_time is not None):
+            raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
         if not self.spiking or (state is None and self._timesteps == 1):
             return self._one_pass(flat, length, observer), state
+        if state is None and self.exit_margin is not None and not self.training:
+            return self._early(flat, self.exit_margin, observer).reshape(length, batch, -1), None
         if state is None:
             # Fresh membranes make the decisions independent: they all travel in the batch.
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
@@ -196,6 +252,8 @@ class LayeredNetwork(nn.Module):
     def _one_pass(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
         """Run a ReLU network, or one fresh timestep, which is a plain threshold: no membrane is ever stored."""
         held: dict[int, Tensor] = {}
+        if self.encoder is not None:
+            x = self._encode(x, observer)[0]
         for i, neuron in enumerate(self.neurons):
             current = self.current(i, x, held)
             x = fire(current, neuron.threshold, neuron.gamma) if isinstance(neuron, LIF) else neuron(current)
@@ -206,24 +264,107 @@ class LayeredNetwork(nn.Module):
             x = self._drop(i, x.unsqueeze(0)).squeeze(0)
             if i in self._feeds:
                 held[i] = x
-        return _unfold(self.readout(x), length)
+        out: Tensor = self.readout(x)
+        if self.spike_time is not None:
+            out = self.spike_time(out.unsqueeze(0).float())
+        return _unfold(out, length)
+
+    def _encode(self, inputs: Tensor, observer: Observer | None) -> Tensor:
+        """Return the coded inputs ``(T, B, *I)``; an observer sees their spikes as a layer named ``input``."""
+        assert self.encoder is not None
+        coded: Tensor = self.encoder(inputs, self._timesteps)
+        if observer is not None:
+            spikes = coded.clone()
+            spikes[: self.encoder.analog] = 0
+            observer("input", spikes, spikes)
+        return coded
+
+    def spike_times(self, inputs: Tensor) -> Tensor:
+        """Return when each output first crosses its threshold, ``(L, B, n)``: 1 to T, or T + 1 for never.
+
+        Args:
+            inputs: ``(L, B, *input_shape)``; membranes are fresh.
+
+        Raises:
+            ValueError: the network scores no spike times (``kappa`` is 0).
+        """
+        if self.spike_time is None:
+            raise ValueError("only a network with kappa above 0 has output spikes; see set_coding")
+        spikes, _ = self._layers(inputs.flatten(0, 1).unsqueeze(0), None, None, None)
+        current = _unfold(self.readout(spikes.flatten(0, 1)), len(spikes))
+        return _unfold(self.spike_time.times(current), len(inputs))
+
+    def _early(self, inputs: Tensor, margin: float, observer: Observer | None) -> Tensor:
+        """Return outputs ``(B, n)``, each as of the first timestep at which it is clear."""
+        coded = None if self.encoder is None else self._encode(inputs, observer)
+        first = self.current(0, inputs, {}) if coded is None else None
+        state: list[LIFState | None] = [None] * len(self.neurons)
+        rows = torch.arange(len(inputs), device=inputs.device)  # of the decisions that are still open
+        outputs: Tensor | None = None
+        currents: list[Tensor] = []
+        for t in range(self._timesteps):
+            held: dict[int, Tensor] = {}
+            x = inputs if coded is None else coded[t][rows]
+            for i, neuron in enumerate(self.neurons):
+                current = first if i == 0 and first is not None else self.current(i, x, held)
+                scan = neuron(current.unsqueeze(0), state[i], None, observer is not None, self.single_spike)
+                x, state[i] = scan.spikes[0], scan.state
+                if observer is not None:
+                    observer(f"layer{i + 1}", scan.spikes, scan.potential)
+                if i in self._feeds:
+                    held[i] = x
+            currents.append(self.readout(x))
+            now = torch.stack(currents)
+            score = now.mean(0) if self.spike_time is None else self.spike_time(now)
+            outputs = score.new_zeros(len(inputs), score.shape[1]) if outputs is None else outputs
+            outputs[rows] = score
+            if score.shape[1] < 2:
+                continue
+            best = score.topk(2, dim=1).values
+            unclear = best[:, 0] - best[:, 1] < margin
+            rows = rows[unclear]
+            if not len(rows):
+                break
+            currents = [c[unclear] for c in currents]
+            first = _rows(first, unclear)
+            state = [s if s is None else LIFState(s.membrane[unclear], _rows(s.fired, unclear)) for s in state]
+        assert outputs is not None
+        return outputs
 
     def _scan(
         self, inputs: Tensor, state: NetworkState | None, starts: Tensor | None, observer: Observer | None
     ) -> tuple[Tensor, NetworkState | None]:
-        length, batch = inputs.shape[:2]
+        length = len(inputs)
+        x, after = self._layers(inputs, state, starts, observer)
+        if self.spike_time is not None:
+            current = _unfold(self.readout(x.flatten(0, 1)), len(x))
+            return self.spike_time(current.float()).unsqueeze(0), None
+        # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
+        mean = x if self._timesteps == 1 else _unfold(x, length).mean(1)
+        out = _unfold(self.readout(mean.flatten(0, 1)), length)
+        return out, None if state is None else tuple(after)
+
+    def _layers(
+        self, inputs: Tensor, state: NetworkState | None, starts: Tensor | None, observer: Observer | None
+    ) -> tuple[Tensor, list[LIFState]]:
+        """Return the last hidden layer's spikes ``(S, B, *N)``, and every layer's state."""
         timesteps = self._timesteps
+        batch = inputs.shape[1]
         opens = scan_starts(starts, timesteps)
-        x = inputs
+        x = inputs if self.encoder is None else self._encode(inputs.flatten(0, 1), observer)
         after = []
         held: dict[int, Tensor] = {}
         for i, neuron in enumerate(self.neurons):
             current = self.current(i, x.flatten(0, 1), held)
             current = current.reshape(-1, batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
-            if i == 0:
+            if i == 0 and self.encoder is None:
                 current = direct(current, timesteps)
             x, layer_state, potential = neuron(
-                current, None if state is None else state[i], opens, trace=observer is not None
+                current,
+                None if state is None else state[i],
+                opens,
+                trace=observer is not None,
+                single_spike=self.single_spike,
             )
             after.append(layer_state)
             if observer is not None:
@@ -231,10 +372,11 @@ class LayeredNetwork(nn.Module):
             x = self._drop(i, x)
             if i in self._feeds:
                 held[i] = x.flatten(0, 1)
-        # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
-        mean = x if timesteps == 1 else _unfold(x, length).mean(1)
-        out = _unfold(self.readout(mean.flatten(0, 1)), length)
-        return out, None if state is None else tuple(after)
+        return x, after
+
+
+def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor[chosen]
 
 
 def _unfold(folded: Tensor, length: int) -> Tensor:
@@ -269,6 +411,8 @@ def rescale_leaks(network: LayeredNetwork, ratio: float) -> None:
             neuron.leak.pow_(1 / ratio)
 
 
+_CODING = ("encoding", "single_spike", "kappa", "input_zero", "input_span")
+
 NETWORKS: dict[str, Callable[..., LayeredNetwork]] = {}
 """Registered builders by name."""
 
@@ -292,18 +436,23 @@ def build_network(name: str, input_shape: Sequence[int], outputs: int, **options
         name: a key of :data:`NETWORKS`.
         input_shape: shape of one input.
         outputs: number of actions or classes.
-        options: passed to the builder.
+        options: passed to the builder; ``encoding``, ``single_spike``, ``kappa``, ``input_zero`` and ``input_span``
+            to :meth:`LayeredNetwork.set_coding`.
 
     Raises:
         UserError: unknown name, or an option that the builder refuses.
     """
     if name not in NETWORKS:
         raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
+    coding = {option: options.pop(option) for option in _CODING if option in options}
     known = inspect.signature(NETWORKS[name]).parameters
     for option, value in options.items():
         if option not in known:
             raise UserError(option, value, f"is no option of network {name!r}; it has {', '.join(list(known)[2:])}")
-    return NETWORKS[name](tuple(input_shape), outputs, **options)
+    network = NETWORKS[name](tuple(input_shape), outputs, **options)
+    if coding:
+        network.set_coding(**coding, gamma=options.get("gamma", DEFAULT_GAMMA))
+    return network
 
 
 def unit_gain(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:

@@ -27,9 +27,12 @@ class LIFState(NamedTuple):
 
     Attributes:
         membrane: potential after reset, shape ``(B, *N)``, in units of the input current.
+        fired: 1 where a neuron has spent the one spike of its decision, else 0; None but for neurons that fire at
+            most once.
     """
 
     membrane: Tensor
+    fired: Tensor | None = None
 
 
 class LIFScan(NamedTuple):
@@ -90,6 +93,7 @@ def lif_scan_reference(
     *,
     gamma: float = DEFAULT_GAMMA,
     trace: bool = False,
+    single_spike: bool = False,
 ) -> LIFScan:
     """Scan LIF neurons over time: the plain loop that defines what :func:`lif_scan` must compute.
 
@@ -98,17 +102,23 @@ def lif_scan_reference(
     _check(current, state, leak, threshold, starts)
     keep = _keep_mask(starts, current)
     membrane = torch.zeros_like(current[0]) if state is None else state.membrane
+    fired = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
     spikes, potentials = [], []
     for t in range(current.shape[0]):
         if keep is not None:
             membrane = membrane * keep[t]
+            fired = fired * keep[t]
         potential = leak * membrane + current[t]
         spike = fire(potential, threshold, gamma)
+        if single_spike:
+            spike = spike * (1 - fired)
+            fired = fired + spike.detach()
         # The reset reaches the threshold and the potential, not the step function (the papers' code).
         membrane = potential - threshold * spike.detach()
         spikes.append(spike)
         potentials.append(potential)
-    return LIFScan(torch.stack(spikes), LIFState(membrane), torch.stack(potentials) if trace else None)
+    after = LIFState(membrane, fired if single_spike else None)
+    return LIFScan(torch.stack(spikes), after, torch.stack(potentials) if trace else None)
 
 
 def _empty_timesteps(current: Tensor) -> Tensor:
@@ -136,13 +146,17 @@ class _FusedScan(torch.autograd.Function):
         threshold: Tensor,
         starts: Tensor | None,
         gamma: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        fired: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Scan; ``fired`` is the mask of neurons that fire at most once, None for those that may fire again."""
         keep = _keep_mask(starts, current)
         potentials = _empty_timesteps(current)
         spikes = torch.empty_like(potentials)
         # Long scans over few neurons are all overhead: one view per timestep, three operations each.
         kept = itertools.repeat(leak) if keep is None else (keep * leak).unbind()
         after = None if membrane is None else torch.empty_like(potentials[0]).copy_(membrane)
+        spent = None if fired is None else torch.empty_like(potentials[0]).copy_(fired)
+        free: list[Tensor] = []  # per timestep, 1 where a neuron has not fired yet
         steps = zip(current.unbind(), potentials.unbind(), spikes.unbind(), kept, strict=False)
         for now, potential, spike, retained in steps:
             if after is None:
@@ -151,22 +165,33 @@ class _FusedScan(torch.autograd.Function):
             else:
                 torch.addcmul(now, after, retained, out=potential)
             torch.gt(potential, threshold, out=spike)
+            if spent is not None:
+                if keep is not None:
+                    spent.mul_(keep[len(free)])
+                free.append(1 - spent)
+                spike.mul_(free[-1])
+                spent.add_(spike)
             torch.addcmul(potential, spike, threshold, value=-1, out=after)
         assert after is not None
-        ctx.save_for_backward(potentials, spikes, membrane, leak, threshold, keep)
+        may_fire = torch.stack(free) if free else None
+        ctx.save_for_backward(potentials, spikes, membrane, leak, threshold, keep, may_fire)
         ctx.gamma = gamma
         ctx.set_materialize_grads(False)
-        return spikes, after, potentials
+        if spent is not None:
+            ctx.mark_non_differentiable(spent)
+        return spikes, after, potentials, spent
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_spikes, grad_after, grad_trace = grads
-        potentials, spikes, membrane, leak, threshold, keep = ctx.saved_tensors
+        grad_spikes, grad_after, grad_trace, _ = grads
+        potentials, spikes, membrane, leak, threshold, keep, may_fire = ctx.saved_tensors
         # Through firing, all timesteps at once ...
         if grad_spikes is None:
             through_fire = torch.zeros_like(potentials)
         else:
             through_fire = surrogate_derivative(potentials, threshold, ctx.gamma).mul_(grad_spikes)
+            if may_fire is not None:
+                through_fire.mul_(may_fire)
         # Sums over time, batch and the neurons that share a parameter come first: what is left is small.
         # All at once, too: summing channels-last tensors over time and batch alone is 20 times slower.
         shared = torch.broadcast_shapes(leak.shape, threshold.shape)  # type: ignore[no-untyped-call]
@@ -199,6 +224,7 @@ class _FusedScan(torch.autograd.Function):
             grad_threshold.sum_to_size(threshold.shape),
             None,
             None,
+            None,
         )
 
 
@@ -211,6 +237,7 @@ def lif_scan(
     *,
     gamma: float = DEFAULT_GAMMA,
     trace: bool = False,
+    single_spike: bool = False,
 ) -> LIFScan:
     """Scan leaky integrate-and-fire neurons over time (module docstring for the equations).
 
@@ -224,9 +251,12 @@ def lif_scan(
             before the leak. None means that no episode starts inside.
         gamma: height of the surrogate gradient at threshold.
         trace: also return the potential before reset.
+        single_spike: let every neuron fire at most once in this call, or not at all where ``state.fired`` says that
+            it has; a start clears that. The mask is a constant to the gradient: a neuron that has fired gets none
+            through firing.
 
     Returns:
-        ``LIFScan(spikes, state, potential)``.
+        ``LIFScan(spikes, state, potential)``; the state has ``fired`` with ``single_spike``.
 
     Raises:
         ValueError: shapes, or the dtype of ``starts``, do not fit; the message names both sides.
@@ -235,12 +265,16 @@ def lif_scan(
     gradient to the threshold and to the potential, not through the step function; full
     back-propagation through time. With one timestep and no state the gradient of the leak is zero.
 
-    Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022).
+    Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022); firing once: our reading of
+    Datta, Kundu, Beerel 2021.
     """
     _check(current, state, leak, threshold, starts)
     membrane = None if state is None else state.membrane
-    spikes, after, potentials = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma)  # type: ignore[no-untyped-call]
-    return LIFScan(spikes, LIFState(after), potentials if trace else None)
+    spent = None
+    if single_spike:
+        spent = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
+    spikes, after, potentials, fired = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma, spent)  # type: ignore[no-untyped-call]
+    return LIFScan(spikes, LIFState(after, fired), potentials if trace else None)
 
 
 class LIF(nn.Module):
@@ -280,10 +314,16 @@ class LIF(nn.Module):
         self.gamma = gamma
 
     def forward(
-        self, current: Tensor, state: LIFState | None = None, starts: Tensor | None = None, trace: bool = False
+        self,
+        current: Tensor,
+        state: LIFState | None = None,
+        starts: Tensor | None = None,
+        trace: bool = False,
+        single_spike: bool = False,
     ) -> LIFScan:
         """Scan this layer over ``current`` (S, B, *N); see :func:`lif_scan`."""
-        return lif_scan(current, state, self.leak, self.threshold, starts, gamma=self.gamma, trace=trace)
+        options = {"gamma": self.gamma, "trace": trace, "single_spike": single_spike}
+        return lif_scan(current, state, self.leak, self.threshold, starts, **options)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -296,13 +336,73 @@ class LIF(nn.Module):
         return f"shape={tuple(self.threshold.shape)}, gamma={self.gamma}"
 
 
+class SpikeTimeScore(nn.Module):
+    """Score outputs by their membrane potential and by how early it crosses a threshold.
+
+        score_i = (U_i(T) + kappa * (T + 1 - t_i)) / T
+
+    U_i(t) is the sum of the output's current up to timestep t, without reset; t_i is the first t with U_i(t) above
+    the threshold, T + 1 where there is none. Divided by T the score keeps its scale when T drops, and with
+    kappa = 0 it is the mean current of every other network here. The gradient reaches t_i through the surrogate at
+    every timestep at which the output had not fired before.
+
+    Learnable parameter: ``threshold``, one for all outputs. This is our reading of the loss "on spike time and
+    membrane potential" of Datta, Kundu, Beerel 2021: cross-entropy of these scores.
+
+    Args:
+        kappa: weight of being early, >= 0.
+        gamma: height of the surrogate gradient.
+
+    Raises:
+        UserError: kappa negative or not finite.
+    """
+
+    def __init__(self, kappa: float, gamma: float = DEFAULT_GAMMA) -> None:
+        super().__init__()
+        if not 0 <= kappa < float("inf"):
+            raise UserError("kappa", kappa, "must be 0 or positive, and finite")
+        self.kappa = kappa
+        self.gamma = gamma
+        self.threshold = nn.Parameter(torch.ones(()))
+
+    def first_spikes(self, current: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the spikes of outputs that fire once, and the potentials, each ``(T, B, n)``, of a current."""
+        potential = current.cumsum(0)
+        once = []
+        silent = torch.ones_like(current[0])
+        for spike in fire(potential, self.threshold, self.gamma).unbind():
+            once.append(spike * silent)
+            silent = silent * (1 - spike.detach())
+        return torch.stack(once), potential
+
+    def times(self, current: Tensor) -> Tensor:
+        """Return t_i ``(B, n)`` of a current ``(T, B, n)``: from 1 to T, and T + 1 where an output stays silent."""
+        return len(current) + 1 - self._earliness(self.first_spikes(current)[0])
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Return scores ``(B, n)`` of the outputs' current ``(T, B, n)``."""
+        spikes, potential = self.first_spikes(current)
+        return (potential[-1] + self.kappa * self._earliness(spikes)) / len(current)
+
+    @staticmethod
+    def _earliness(spikes: Tensor) -> Tensor:
+        """Return ``T + 1 - t_i``."""
+        left = torch.arange(len(spikes), 0, -1, dtype=spikes.dtype, device=spikes.device)
+        return (spikes * left.reshape(-1, *[1] * (spikes.dim() - 1))).sum(0)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Put the threshold above its floor."""
+        self.threshold.clamp_(min=MIN_THRESHOLD)
+
+
 def clamp_after_step(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Keep every threshold and leak of ``module`` in range after each step of ``optimizer``.
 
     Registered where the optimiser is built, so that it also holds in training loops that this
     package does not own.
     """
-    neurons = [m for m in module.modules() if isinstance(m, LIF)]
+    neurons = [m for m in module.modules() if isinstance(m, (LIF, SpikeTimeScore))]
 
     def hook(*_: object) -> None:
         for neuron in neurons:

@@ -35,9 +35,21 @@ def build(config: ClassifyConfig, images: Images, *, spiking: bool) -> LayeredNe
         options["dense_dropout"] = config.dense_dropout  # a ResNet's readout is its only dense layer
     if spiking:
         options |= {"neuron": "lif", "timesteps": config.timesteps, "gamma": config.surrogate_gamma}
+        options |= _coding(config, images)
     else:
         options["neuron"] = "relu"
     return build_network(config.network, images.input_shape, len(images.classes), **options)
+
+
+def _coding(config: ClassifyConfig, images: Images) -> dict[str, Any]:
+    """Return how images are presented: hybrid codes run from black to white, Poisson codes both ways from the mean."""
+    options = {"encoding": config.encoding, "single_spike": config.single_spike, "kappa": config.kappa}
+    black = [-mean / std for mean, std in zip(images.mean, images.std, strict=True)]
+    white = [(1 - mean) / std for mean, std in zip(images.mean, images.std, strict=True)]
+    if config.encoding == "hybrid":
+        span = [w - b for w, b in zip(white, black, strict=True)]
+        return options | {"input_zero": black, "input_span": span}
+    return options | {"input_span": max(-min(black), max(white))}
 
 
 def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Images, inputs: Tensor) -> LayeredNetwork:

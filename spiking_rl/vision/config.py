@@ -8,12 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from spiking_rl.encoding import ENCODINGS
 from spiking_rl.errors import UserError
 from spiking_rl.pruning import check_pruning
 from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
 
 Optimizer = Literal["adam", "sgd"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Encoding = Literal["direct", "hybrid", "poisson"]
 
 
 @dataclass(kw_only=True)
@@ -96,6 +98,13 @@ class ClassifyConfig:
     """Train the thresholds."""
     train_leak: bool = True
     """Train the leaks."""
+    encoding: Encoding = "direct"
+    """direct: the analog image at every timestep; hybrid: at the first, then one spike per pixel and channel, the
+    brighter the earlier; poisson: random spikes, as many as pixels are far from the mean."""
+    single_spike: bool = False
+    """Let every hidden neuron fire at most once per image."""
+    kappa: float = 0.0
+    """Weight of the output neurons' first-spike times in the scores of the classes."""
     surrogate_gamma: float = 0.3
     """Height of the surrogate gradient."""
     crop: int = 4
@@ -146,6 +155,10 @@ class ClassifyConfig:
         for name in ("label_smoothing", "dropout", "dense_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 0 and below 1")
+        if not 0 <= self.kappa < float("inf"):
+            raise UserError("kappa", self.kappa, "must be 0 or positive, and finite")
+        if self.encoding not in ENCODINGS:
+            raise UserError("encoding", self.encoding, f"must be one of {', '.join(ENCODINGS)}")
         if not 0 <= self.distill <= 1:
             raise UserError("distill", self.distill, "must lie between 0 and 1")
         if self.distill and not (self.trains_ann or self.start_from):

@@ -64,6 +64,7 @@ def evaluate(
     rates = counter.rates if network.spiking else None
     macs, norms = macs_per_layer(network), normalisation_macs(network)
     spikes = spikes_per_input(network, rates) if rates else None
+    coded = counter.coded_input(network)
     return {
         "dataset": config.dataset,
         "network": config.network,
@@ -72,8 +73,8 @@ def evaluate(
         "images": len(found),
         "top1": 100 * float((found == images.test_labels).float().mean()),
         "spike_rate": rates,
-        "energy_ratio": energy_ratio(macs, spikes, network.timesteps, norms),
-        "energy_ratio_int32": energy_ratio(macs, spikes, network.timesteps, norms, INT32),
+        "energy_ratio": energy_ratio(macs, spikes, network.timesteps, norms, coded=coded),
+        "energy_ratio_int32": energy_ratio(macs, spikes, network.timesteps, norms, INT32, coded),
         "macs": sum(macs),
         "accumulates_per_mac": None if spikes is None else _weighted(spikes, macs[1:]) * network.timesteps,
         "membrane_traffic": membrane_traffic(network),

@@ -35,6 +35,8 @@ class Case:
     on_spikes: Array | None  # weights of the loss, shaped as what they weigh; None: not in the loss
     on_membrane: Array | None
     on_potential: Array | None
+    single_spike: bool = False
+    fired: Array | None = None  # (B, *N), of the state
 
 
 @st.composite
@@ -62,6 +64,8 @@ def cases(draw: st.DrawFn) -> Case:
         on_spikes=maybe(rng.normal(0, 1, full)),
         on_membrane=maybe(rng.normal(0, 1, layer)),
         on_potential=maybe(rng.normal(0, 1, full)),
+        single_spike=draw(st.booleans()),
+        fired=maybe((rng.random(layer) < 0.3).astype(float)),
     )
 
 
@@ -92,19 +96,23 @@ def by_hand(case: Case) -> Expected:
     for place in itertools.product(range(batch), *map(range, shape)):
         leak, threshold = float(leaks[place[1:]]), float(thresholds[place[1:]])
         u = 0.0 if case.membrane is None else float(case.membrane[place])
+        spent = case.single_spike and case.membrane is not None and case.fired is not None and bool(case.fired[place])
         tangent = np.zeros(steps + 3)
         tangent[first] = 1.0
         loss = np.zeros(steps + 3)
         for t in range(steps):
             if case.starts is not None and case.starts[t, place[0]]:
-                u, tangent = 0.0, np.zeros(steps + 3)
+                u, tangent, spent = 0.0, np.zeros(steps + 3), False
             tangent = leak * tangent
             tangent[of_leak] += u
             tangent[t] += 1.0
             u = leak * u + float(case.current[(t, *place)])
             ratio = u / threshold
             slope = case.gamma / threshold * max(0.0, 1.0 - abs(ratio - 1.0))
-            spike = 1.0 if u > threshold else 0.0
+            if spent:
+                slope = 0.0  # whoever may not fire has nothing to gain from its potential
+            spike = 1.0 if u > threshold and not spent else 0.0
+            spent = spent or (case.single_spike and spike > 0)
             of_spike = slope * tangent
             of_spike[of_threshold] -= ratio * slope
             kink = min(kink, abs(ratio), abs(ratio - 1), abs(ratio - 2))
@@ -145,10 +153,18 @@ def run(scan: object, case: Case, dtype: torch.dtype) -> Expected:
         for name in ("current", "membrane", "leak", "threshold")
         if (value := getattr(case, name)) is not None
     }
-    state = LIFState(inputs["membrane"]) if "membrane" in inputs else None
+    fired = None if case.fired is None or not case.single_spike else torch.tensor(case.fired, dtype=dtype)
+    state = LIFState(inputs["membrane"], fired) if "membrane" in inputs else None
     starts = None if case.starts is None else torch.tensor(case.starts)
     result = scan(  # type: ignore[operator]
-        inputs["current"], state, inputs["leak"], inputs["threshold"], starts, gamma=case.gamma, trace=True
+        inputs["current"],
+        state,
+        inputs["leak"],
+        inputs["threshold"],
+        starts,
+        gamma=case.gamma,
+        trace=True,
+        single_spike=case.single_spike,
     )
     loss = sum(
         (torch.tensor(weights, dtype=dtype) * value).sum()

@@ -336,7 +336,7 @@ def test_spikes_learn_from_the_relu_network_where_labels_say_nothing(whole: Trai
 
 
 def test_nothing_to_learn_from_is_refused() -> None:
-    with pytest.raises(UserError, match="distill = 0.5: needs a ReLU network"):
+    with pytest.raises(UserError, match=r"distill = 0\.5: needs a ReLU network"):
         dataclasses.replace(SMALL, distill=0.5, ann_epochs=0).check()
-    with pytest.raises(UserError, match="distill = 1.5"):
+    with pytest.raises(UserError, match=r"distill = 1\.5"):
         dataclasses.replace(SMALL, distill=1.5).check()
