@@ -47,6 +47,7 @@ class Evaluation:
         distinct_episodes: episodes with different actions; few where nothing but the start is random
             (Atari without sticky actions).
         returns: return of every episode, in the order of their seeds.
+        mean_timesteps: timesteps that a decision took in the mean; None where all took T.
     """
 
     environment: str
@@ -59,11 +60,14 @@ class Evaluation:
     decision_ms: float | None
     distinct_episodes: int
     returns: list[float]
+    mean_timesteps: float | None = None
 
     def as_row(self) -> dict[str, Any]:
         """Return the published fields, without the single returns."""
         row = dict(self.__dict__)
         del row["returns"]
+        if self.mean_timesteps is None:
+            del row["mean_timesteps"]
         return row
 
 
@@ -98,6 +102,7 @@ def evaluate(
     seed: int = REPORT_SEED,
     timesteps: int | None = None,
     measure_latency: bool = True,
+    exit_margin: float | None = None,
 ) -> Evaluation:
     """Play greedy episodes; episode k is reset with ``seed + k``, whatever runs beside it.
 
@@ -110,26 +115,35 @@ def evaluate(
         seed: of the first episode.
         timesteps: T to play with; default the model's own. The model is left as it was.
         measure_latency: also time single decisions.
+        exit_margin: let a stateless agent decide as soon as its best action is so far ahead
+            (:meth:`spiking_rl.networks.LayeredNetwork.set_exit_margin`); None: after all T timesteps.
 
     Raises:
-        UserError: a bad number, an unknown environment, a foreign model.
+        UserError: a bad number, an unknown environment, a foreign model, a margin for an agent that cannot
+            stop early.
     """
     check_episodes(episodes, seed)
     q_net = q_network(model)
     if not isinstance(env, str):
         raise UserError("env", str(env), "name the environment by its id, or use SB3's evaluate_policy")
     own = q_net.network.timesteps
+    if exit_margin is not None and (q_net.stateful or not q_net.network.spiking):
+        kind = "a stateful agent, whose membranes need all timesteps" if q_net.stateful else "a ReLU network"
+        raise UserError("exit_margin", exit_margin, f"cannot be used with {kind}; leave it out")
     if timesteps is not None:
         q_net.network.set_timesteps(timesteps)
     try:
         counter = SpikeCounter()
-        returns, distinct = _play(q_net, env, [seed + k for k in range(episodes)], counter)
+        q_net.network.set_exit_margin(exit_margin)
+        returns, distinct, decisions = _play(q_net, env, [seed + k for k in range(episodes)], counter)
         spiking = q_net.network.spiking
         rates = counter.rates if spiking else None
-        used = q_net.network.timesteps
+        used: float = q_net.network.timesteps
+        if exit_margin is not None:
+            used = counter.timesteps(q_net.network, decisions)
         return Evaluation(
             environment=env,
-            timesteps=used if spiking else None,
+            timesteps=q_net.network.timesteps if spiking else None,
             episodes=episodes,
             mean_return=float(np.mean(returns)),
             ci95=1.96 * float(np.std(returns, ddof=1)) / math.sqrt(episodes) if episodes > 1 else 0.0,
@@ -144,18 +158,23 @@ def evaluate(
             decision_ms=decision_latency_ms(model) if measure_latency else None,
             distinct_episodes=distinct,
             returns=returns,
+            mean_timesteps=None if exit_margin is None else used,
         )
     finally:
+        q_net.network.set_exit_margin(None)
         if timesteps is not None and q_net.network.spiking:
             q_net.network.set_timesteps(own)
 
 
 @torch.no_grad()
-def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: SpikeCounter) -> tuple[list[float], int]:
+def _play(
+    q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: SpikeCounter
+) -> tuple[list[float], int, int]:
     """Play one episode per seed, many side by side; what several of them have seen alike is decided once.
 
     Returns:
-        The returns in the order of the seeds, and the number of episodes that differ in their actions.
+        The returns in the order of the seeds, the number of episodes that differ in their actions, and the number
+        of decisions.
     """
     q_net.set_training_mode(False)
     waiting = list(enumerate(seeds))
@@ -180,6 +199,8 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
             before = seen[episode] if q_net.stateful else 0
             seen[episode] = hash((before, np.asarray(observation).tobytes()))
         groups: dict[int, int] = {}
+        if q_net.network.exit_margin is not None:  # rows that stop early cannot be counted for others
+            seen = list(range(len(seeds)))
         group = [groups.setdefault(seen[episode], len(groups)) for _, episode, _ in playing]
         first = [group.index(g) for g in range(len(groups))]
         stacked = torch.as_tensor(np.stack([playing[row][2] for row in first]), device=q_net.device)
@@ -210,7 +231,7 @@ def _play(q_net: SpikingQNetwork, env_id: str, seeds: Sequence[int], counter: Sp
         playing = still
     for env in envs:
         env.close()
-    return returns, len(set(played))
+    return returns, len(set(played)), sum(lengths)
 
 
 def _weighted(counter: SpikeCounter, group: list[int]) -> Observer:
@@ -222,6 +243,30 @@ def _weighted(counter: SpikeCounter, group: list[int]) -> Observer:
         counter(layer, output[:, group], potential)
 
     return observe
+
+
+@torch.no_grad()
+def typical_gap(model: BaseAlgorithm, env_id: str) -> float:
+    """Return the median gap between the two highest Q-values along one greedy episode, after all timesteps.
+
+    The episode is of a selection seed: margins that are chosen by it owe nothing to the reported episodes.
+    """
+    q_net = q_network(model)
+    q_net.set_training_mode(False)
+    env = make_single(env_id)
+    gaps: list[float] = []
+    done = False
+    try:
+        observation = env.reset(seed=SELECTION_SEED)[0]
+        while not done and len(gaps) < MAX_DECISIONS:
+            values = q_net.q_values(torch.as_tensor(np.asarray(observation)[None], device=q_net.device))[0]
+            best = values[0].topk(2).values
+            gaps.append(float(best[0] - best[1]))
+            observation, _, terminated, truncated, _ = env.step(int(values.argmax()))
+            done = terminated or truncated
+    finally:
+        env.close()
+    return float(np.median(gaps))
 
 
 def decision_latency_ms(model: BaseAlgorithm, decisions: int = 200) -> float:

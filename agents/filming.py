@@ -96,7 +96,8 @@ def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bo
     q_net.set_training_mode(False)
     limit = (env.spec.max_episode_steps if env.spec else None) or MAX_DECISIONS
     names = q_net.network.layer_names
-    sizes = {n: int(np.prod(s)) for n, s in zip(names, q_net.network.neuron_shapes(), strict=True)}
+    sizes = {} if q_net.network.encoder is None else {"input": int(np.prod(q_net.network.input_shape))}
+    sizes |= {n: int(np.prod(s)) for n, s in zip(names, q_net.network.neuron_shapes(), strict=True)}
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         total, over, step = 0.0, False, 0

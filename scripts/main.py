@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train an agent, prune it to one timestep, score and film it",
     "prune": "continue a finished run to fewer timesteps",
     "evaluate": "score an agent, with spike rates, energy and latency",
+    "exit": "score what deciding early, where the readout is clear, costs and saves",
     "render": "film episodes, optionally with the spikes beside the picture",
     "classify": "train, prune and score image classifiers on the same core",
     "export": "write an agent as a Stable-Baselines3 zip",
@@ -64,7 +65,7 @@ def run(argv: list[str]) -> int:
     if name not in COMMANDS:
         return _fail(f"command = {name!r}: unknown; choose one of {', '.join(COMMANDS)}", 2)
     as_json = "--json" in args
-    module = "listing" if name == "list" else name
+    module = {"list": "listing", "exit": "early_exit"}.get(name, name)  # names that Python has taken
     # `my_module:MyEnv-v0` means a module of the folder one stands in, as with `python -m`.
     sys.path.insert(0, os.getcwd())
     try:

@@ -75,8 +75,11 @@ def _operations(network: LayeredNetwork) -> dict[nn.Module, _Operations]:
 
     linear = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     handles = [m.register_forward_hook(hook) for m in linear]
+    margin = network.exit_margin
+    network.set_exit_margin(None)  # which would call every map once a timestep
     with evaluating(network):
         network(next(network.parameters()).new_zeros(1, 1, *network.input_shape))
+    network.set_exit_margin(margin)
     for handle in handles:
         handle.remove()
     return found

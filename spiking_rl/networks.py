@@ -274,10 +274,15 @@ class LayeredNetwork(nn.Module):
         assert self.encoder is not None
         coded: Tensor = self.encoder(inputs, self._timesteps)
         if observer is not None:
-            spikes = coded.clone()
-            spikes[: self.encoder.analog] = 0
-            observer("input", spikes, spikes)
+            self._show_input(coded, 0, observer)
         return coded
+
+    def _show_input(self, coded: Tensor, t: int, observer: Observer) -> None:
+        """Show the spikes of coded inputs ``(S, B, *I)`` from timestep ``t`` on; analog values are none."""
+        assert self.encoder is not None
+        spikes = coded.clone()
+        spikes[: max(0, self.encoder.analog - t)] = 0
+        observer("input", spikes, spikes)
 
     def spike_times(self, inputs: Tensor) -> Tensor:
         """Return when each output first crosses its threshold, ``(L, B, n)``: 1 to T, or T + 1 for never.
@@ -296,7 +301,7 @@ class LayeredNetwork(nn.Module):
 
     def _early(self, inputs: Tensor, margin: float, observer: Observer | None) -> Tensor:
         """Return outputs ``(B, n)``, each as of the first timestep at which it is clear."""
-        coded = None if self.encoder is None else self._encode(inputs, observer)
+        coded = None if self.encoder is None else self._encode(inputs, None)
         first = self.current(0, inputs, {}) if coded is None else None
         state: list[LIFState | None] = [None] * len(self.neurons)
         rows = torch.arange(len(inputs), device=inputs.device)  # of the decisions that are still open
@@ -305,6 +310,8 @@ class LayeredNetwork(nn.Module):
         for t in range(self._timesteps):
             held: dict[int, Tensor] = {}
             x = inputs if coded is None else coded[t][rows]
+            if coded is not None and observer is not None:
+                self._show_input(x.unsqueeze(0), t, observer)
             for i, neuron in enumerate(self.neurons):
                 current = first if i == 0 and first is not None else self.current(i, x, held)
                 scan = neuron(current.unsqueeze(0), state[i], None, observer is not None, self.single_spike)

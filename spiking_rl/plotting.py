@@ -194,6 +194,33 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     return figure
 
 
+def early_exit(rows: Sequence[Row], title: str = "") -> Figure:
+    """Draw score and energy against the mean number of timesteps that decisions took.
+
+    Args:
+        rows: ``mean_timesteps``, ``energy_ratio``, and ``mean_return`` with ``ci95`` or ``top1``; the row with
+            ``margin`` None took all timesteps and is a dashed line.
+        title: drawn above.
+    """
+    figure, axes = _figure(2, 9, 3.6)
+    score, meaning = ("top1", "test accuracy (%)") if "top1" in rows[0] else ("mean_return", "return per episode")
+    early = sorted((r for r in rows if r["margin"] is not None), key=lambda r: r["mean_timesteps"])
+    for ax, (key, label) in zip(axes, ((score, meaning), ("energy_ratio", "energy: ANN / SNN")), strict=True):
+        x, y = [r["mean_timesteps"] for r in early], [r[key] for r in early]
+        ax.plot(x, y, color=_BLUE, marker="o", markersize=4, label="early exit")
+        if key == "mean_return":
+            ax.errorbar(x, y, [r["ci95"] for r in early], color=_BLUE, capsize=3, fmt="none")
+        for row in rows:
+            if row["margin"] is None:
+                ax.axhline(row[key], color=_ORANGE, linestyle="--", linewidth=1, label="all timesteps")
+        ax.set_xlabel("mean timesteps per decision")
+        ax.set_ylabel(label)
+    axes[0].legend(frameon=False, loc="lower right")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
 _METHODS = {
     "pruned": "pruned step by step",
     "stateful": "pruned, stateful",

@@ -27,9 +27,11 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.building import load_classifier
 from spiking_rl.vision.config import ClassifyConfig
+from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Images
 from spiking_rl.vision.training import predict
 
+_GAPS = 500  # images that say what a large gap is
 _TIMED, _WARM_UP = 50, 5  # images whose time is measured one by one, and as many before them
 
 
@@ -83,6 +85,45 @@ def evaluate(
         "weights": f"{folder.name}/{WEIGHTS}",
         "predicted": found.tolist(),
     }
+
+
+def evaluate_exit(network: LayeredNetwork, images: Images, margin: float) -> dict[str, float]:
+    """Score a classifier on the test images that decides as soon as it is clear.
+
+    Args:
+        network: with T > 1 timesteps; its exit margin is set for the time being.
+        images: the data set.
+        margin: see :meth:`spiking_rl.networks.LayeredNetwork.set_exit_margin`.
+
+    Returns:
+        ``margin, mean_timesteps, top1, energy_ratio, energy_ratio_int32``.
+    """
+    before, counter = network.exit_margin, SpikeCounter()
+    network.set_exit_margin(margin)
+    try:
+        parts = (predict(network, part, images.mean, images.std, counter) for part, _ in images.test())
+        found = torch.cat(list(parts))
+    finally:
+        network.set_exit_margin(before)
+    used = counter.timesteps(network, len(found))
+    macs, spikes = macs_per_layer(network), spikes_per_input(network, counter.rates)
+    norms, coded = normalisation_macs(network), counter.coded_input(network)
+    return {
+        "margin": margin,
+        "mean_timesteps": used,
+        "top1": 100 * float((found == images.test_labels).float().mean()),
+        "energy_ratio": energy_ratio(macs, spikes, used, norms, coded=coded),
+        "energy_ratio_int32": energy_ratio(macs, spikes, used, norms, INT32, coded),
+    }
+
+
+@torch.no_grad()
+def typical_gap(network: LayeredNetwork, images: Images) -> float:
+    """Return the median gap between the two highest outputs on some test images, after all timesteps."""
+    some, _ = next(iter(images.test()))
+    inputs = normalise(some[:_GAPS].to(next(network.parameters()).device), images.mean, images.std)
+    best = network.eval()(inputs.unsqueeze(0))[0][0].topk(2, dim=1).values
+    return float((best[:, 0] - best[:, 1]).median())
 
 
 def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:

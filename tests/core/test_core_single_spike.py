@@ -221,8 +221,12 @@ def test_coded_inputs_exit_early_too() -> None:
     torch.testing.assert_close(network(inputs.unsqueeze(0))[0], whole, rtol=1e-5, atol=1e-5)
     network.set_exit_margin(0.0)
     counter = SpikeCounter()
+    macs = macs_per_layer(network)
     network(inputs.unsqueeze(0), observer=counter)
     assert counter.timesteps(network, len(inputs)) == 1
+    assert counter.coded_input(network) == CodedInput(1, 0.0), "the spikes of later timesteps were not needed"
+    network.set_exit_margin(None)
+    assert macs == macs_per_layer(network), "what a timestep costs does not depend on the margin"
     with pytest.raises(UserError, match="margin"):
         network.set_exit_margin(-1.0)
 
