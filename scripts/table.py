@@ -43,7 +43,8 @@ class Options:
     methods: tuple[str, ...] = ("pruned", "direct", "relu")
     """pruned: T=5 to 1; direct: at T=1 from the start; converted: at T=1 from the ReLU network; relu: the ReLU network;
     stateful: pruned, membranes carried; stateless: direct, fresh membranes; one-leak: direct, one threshold and leak
-    per layer; rescaled and fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T. Controls
+    per layer; single-spike, -0.2 and -1: pruned to T=2 with hybrid encoding and neurons that fire once, kappa 0, 0.2
+    and 1; rescaled and fixed-leak: from one run at T=5, pruned to 1 with and without leaks that follow T. Controls
     get the agent steps that the recipe as it stands gets, over all its stages."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Seeds."""
@@ -93,6 +94,7 @@ def _arguments(config: TrainConfig, method: str) -> list[str]:
     single = ["--agent-steps", str(config.ann_steps + spiking), "--ann-steps", "0"]
     direct = ["--timesteps", "1", "--prune-to", "1", *single]
     pruned = ["--timesteps", "5", "--prune-to", "1"]
+    once = ["--timesteps", "5", "--prune-to", "2", "--encoding", "hybrid", "--single-spike"]
     return {
         "first": ["--timesteps", "5", "--prune-to", "5"],
         "pruned": pruned,
@@ -101,6 +103,9 @@ def _arguments(config: TrainConfig, method: str) -> list[str]:
         "relu": ["--neuron", "relu", "--no-stateful", *single],
         "stateful": [*pruned, "--stateful"],
         "stateless": [*direct, "--no-stateful", "--first-layer-norm", "False"],
+        "single-spike": once,
+        "single-spike-0.2": [*once, "--kappa", "0.2"],
+        "single-spike-1": [*once, "--kappa", "1"],
         # 0.45: a time constant of 1.25 decisions, the middle of the default spread.
         "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45", "--no-per-channel"],
     }[method]

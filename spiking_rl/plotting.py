@@ -230,6 +230,9 @@ _METHODS = {
     "rescaled": "pruned, leaks follow T",
     "fixed-leak": "pruned, leaks kept",
     "one-leak": "one leak per layer",
+    "single-spike": "single spikes",
+    "single-spike-0.2": "single spikes, kappa 0.2",
+    "single-spike-1": "single spikes, kappa 1",
 }
 
 
