@@ -234,8 +234,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
         self._n_updates += gradient_steps
         self.update_average()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.last_loss = torch.stack(losses).mean().item()
-        self.logger.record("train/loss", self.last_loss)
+        self.record_loss(losses)
 
     def _loss(self, batch_size: int) -> torch.Tensor:
         """Return the loss of one batch of independent transitions."""

@@ -360,8 +360,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 losses.append(loss.detach())
         self._n_updates += self.n_epochs * self.n_minibatches
         self.update_average()
-        self.last_loss = torch.stack(losses).mean().item()
-        self.logger.record("train/loss", self.last_loss)
+        self.record_loss(losses)
         self.logger.record("train/q_target_mean", float(targets.mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

@@ -28,7 +28,7 @@ from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.envs.atari import AtariVecEnv
-from spiking_rl.errors import UserError
+from spiking_rl.errors import UserError, WorkError
 from spiking_rl.networks import NetworkState, rescale_leaks
 from spiking_rl.neurons import LIFState
 
@@ -188,6 +188,23 @@ class StagedAlgorithm(BaseAlgorithm):
                     "and every stacked frame makes its first, analog layer dearer",
                     stacklevel=3,
                 )
+
+    def record_loss(self, losses: list[torch.Tensor]) -> None:
+        """Note the losses of one training.
+
+        Raises:
+            WorkError: one of them is no number any more, and so no weight is.
+        """
+        self.last_loss = torch.stack(losses).mean().item()
+        self.logger.record("train/loss", self.last_loss)
+        if not math.isfinite(self.last_loss):
+            rate = self.policy.optimizer.param_groups[0]["lr"]
+            raise WorkError(
+                "learning_rate",
+                rate,
+                f"is too high: after {self.num_timesteps} agent steps the loss is {self.last_loss}; start again with a "
+                "lower one, or smaller rewards (reward_scale)",
+            )
 
     def update_average(self) -> None:
         """Move the weight average towards the current weights; the learners call it after training.

@@ -16,6 +16,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from spiking_rl.envs.atari import AtariGame, AtariVecEnv, parse_atari
+from spiking_rl.envs.checked import CheckedEnv
 from spiking_rl.errors import UserError
 
 
@@ -60,7 +61,7 @@ def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
         raise UserError(
             "env", env_id, f"could not be made ({type(error).__name__}: {_one_line(error)[:200]})"
         ) from None
-    return Monitor(env)
+    return Monitor(CheckedEnv(env, env_id))
 
 
 def _one_line(error: Exception) -> str:

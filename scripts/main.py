@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NoReturn, Protocol, cast
 
-from spiking_rl.errors import UserError
+from spiking_rl.errors import UserError, WorkError
 
 COMMANDS = {
     "train": "train an agent, prune it to one timestep, score and film it",
@@ -75,6 +75,9 @@ def run(argv: list[str]) -> int:
         if as_json:
             print(json.dumps(result, allow_nan=False))
         return 0
+    except WorkError as error:
+        saved = "; what was saved before is intact, --resume goes on from there" if name == "train" else ""
+        return _fail(f"{error}{saved}", 1)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:

@@ -27,3 +27,7 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         """Let it travel between processes, as from a worker that reads data."""
         return type(self), (self.field, self.value, self.problem)
+
+
+class WorkError(UserError):
+    """Something went wrong while the work was under way; what had been saved before is intact."""

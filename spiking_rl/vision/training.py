@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from spiking_rl.checkpoint import load_checkpoint, load_into, read_json, save_checkpoint
 from spiking_rl.energy import SpikeCounter, odd_layers
-from spiking_rl.errors import UserError
+from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, clamp_after_step
@@ -269,9 +269,7 @@ class Trainer:
         score = self.team.told(score)
         mean_loss = float(self.loss_sum) / max(1, trained)
         self.loss_sum = torch.zeros_like(self.loss_sum)
-        if not math.isfinite(mean_loss):
-            name = "learning_rate" if self.spiking else "ann_learning_rate"
-            raise UserError(name, self.highest_rate, "is too high: the loss is no longer a number; lower it")
+        self._require_number(mean_loss)
         self._write(epoch + 1, score, mean_loss, rates)
         if self.spiking:
             self._report(score, epoch + 1)
@@ -505,10 +503,21 @@ class Trainer:
         if stop or late:
             raise Interrupted("interrupt" if stop else "time")
 
+    def _require_number(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            name = "learning_rate" if self.spiking else "ann_learning_rate"
+            text = f"is too high: the loss is {loss}, no number any more; start again with a lower one"
+            raise WorkError(name, self.highest_rate, text)
+
     def save(self) -> None:
-        """Save everything that continuing needs, atomically."""
+        """Save everything that continuing needs, atomically.
+
+        Raises:
+            WorkError: the loss is no longer a number; the last good state stays.
+        """
         if not self.team.leads:
             return
+        self._require_number(float(self.loss_sum))
         optimiser, scalars = pack_optimiser(self.optimizer)
         network = {f"network.{name}": t.cpu().contiguous() for name, t in self.network.state_dict().items()}
         with replace_folder(self.folder.resume) as partial:

@@ -1,0 +1,81 @@
+"""An environment that is watched: what it raises or returns wrongly is named, where it happens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+import numpy as np
+
+from spiking_rl.errors import UserError, WorkError
+
+
+class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """Stops at the first observation or reward that would spoil a training.
+
+    One NaN in an observation makes every weight NaN after the next update, and an agent of NaNs plays on as if nothing
+    had happened.
+
+    Args:
+        env: to watch.
+        name: its id, for the message.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], name: str) -> None:
+        super().__init__(env)
+        self._name = name
+        space = env.observation_space
+        self._shape = space.shape if isinstance(space, gym.spaces.Box) else None
+        self._floats = self._shape is not None and np.issubdtype(space.dtype, np.floating)
+        self._steps = 0  # of the episode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset.
+
+        Raises:
+            WorkError: the environment raises, or returns what is no observation of its.
+        """
+        self._steps = 0
+        try:
+            observation, info = self.env.reset(seed=seed, options=options)
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._wrong(f"raised {_told(error)}") from error
+        self._check(observation)
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        """Step.
+
+        Raises:
+            WorkError: as :meth:`reset`, or the reward is not finite.
+        """
+        self._steps += 1
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._wrong(f"raised {_told(error)}") from error
+        self._check(observation)
+        if not math.isfinite(reward):
+            raise self._wrong(f"returned a reward of {float(reward)}")
+        return observation, reward, terminated, truncated, info
+
+    def _check(self, observation: Any) -> None:
+        if self._shape is None:
+            return
+        shape = np.shape(observation)
+        if shape != self._shape:
+            raise self._wrong(f"returned an observation of shape {shape}, and its space says {self._shape}")
+        if self._floats and not np.isfinite(observation).all():
+            raise self._wrong("returned an observation with NaN or infinity in it")
+
+    def _wrong(self, what: str) -> WorkError:
+        return WorkError("env", self._name, f"{what}, {self._steps} steps after a reset; mend the environment")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

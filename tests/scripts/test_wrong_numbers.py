@@ -1,0 +1,140 @@
+"""Numbers that go wrong in the middle of a training: it stops, names the cause, and keeps the last good state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import SMALL, Cli, as_flags, write_shades
+
+from spiking_rl import load_checkpoint
+from spiking_rl.envs.checked import CheckedEnv
+from spiking_rl.errors import WorkError
+
+ENVIRONMENT = '''
+import pathlib
+
+import gymnasium as gym
+import numpy as np
+
+
+class Env(gym.Env):
+    """Say whether the first number is positive; while there is a file named broken it goes wrong in time."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 20
+        self.seen = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        return self.seen, {}
+
+    def step(self, action):
+        reward = float(action == (self.seen[0] > 0))
+        self.seen = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+        self.left -= 1
+        Env.steps += 1
+        broken = pathlib.Path("broken")
+        seen = self.seen
+        if Env.steps > 2600 and broken.exists():
+            if ALGO == "dqn":
+                raise RuntimeError("the motor is gone")
+            seen = seen * np.nan
+        return seen, reward, False, self.left == 0, {}
+
+
+gym.register("Frail-v0", entry_point=Env)
+'''
+SAID = {"dqn": "raised RuntimeError: the motor is gone", "pqn": "an observation with NaN or infinity"}
+FLAGS = as_flags({**SMALL, "timesteps": 2, "report_episodes": 0})
+
+
+@pytest.mark.parametrize("algo", SAID)
+def test_a_frail_environment_is_named_and_once_mended_the_run_goes_on(cli: Cli, tmp_path: Path, algo: str) -> None:
+    folder = tmp_path
+    (folder / "frail.py").write_text(f"ALGO = {algo!r}\n{ENVIRONMENT}")
+    train = ("train", "frail:Frail-v0", "--algo", algo, *FLAGS, "--run")
+    done = cli(*train, "whole", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "broken").touch()
+    broken = cli(*train, "own", cwd=folder)
+    (folder / "broken").unlink()
+    assert broken.returncode == 1
+    last = broken.stderr.strip().splitlines()[-1]
+    assert "frail:Frail-v0" in last
+    assert SAID[algo] in last
+    assert "--resume" in last
+    assert "Traceback" not in broken.stderr
+    assert (folder / "own" / "resume").is_dir()
+    mended = cli(*train, "own", "--resume", cwd=folder)
+    assert mended.returncode == 0, mended.stderr
+    whole, own = (load_checkpoint(folder / run / "checkpoints" / "T2-end").tensors for run in ("whole", "own"))
+    assert whole.keys() == own.keys()
+    # The weights are the same bits as where nothing broke.
+    assert all((whole[name] == own[name]).all() for name in whole)
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_a_loss_that_is_no_number_stops_the_run(cli: Cli, tmp_path: Path, algo: str) -> None:
+    wild = ("--learning-rate", "1e36", "--average-decay", "0")
+    done = cli("train", "cartpole", "--algo", algo, *FLAGS, *wild, "--run", tmp_path / "run")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "learning_rate = " in last
+    assert "is too high: after" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_classifiers_loss_likewise(cli: Cli, tmp_path: Path) -> None:
+    data = write_shades(tmp_path / "images", {"train": 40, "test": 4})
+    small = {"width": 0.03125, "ann_epochs": 2, "epochs": 0, "ann_batch_size": 8, "ann_learning_rate": 1e30}
+    run = tmp_path / "run"
+    done = cli("classify", "train", "vgg6", "folder", "--data", data, *as_flags(small), "--no-batch-norm", "--run", run)
+    assert done.returncode == 1
+    assert "ann_learning_rate = 1e+30: is too high" in done.stderr
+    assert not (run / "checkpoints" / "relu").exists()
+
+
+class Wrong(gym.Env[np.ndarray, int]):
+    """Goes wrong at its second step."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, seen: object, reward: float) -> None:
+        self.wrong, self.steps = (seen, reward), 0
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        seen, reward = self.wrong if self.steps == 2 else (np.full(3, 3e38, np.float32), -1e300)
+        return seen, reward, False, False, {}
+
+
+@pytest.mark.parametrize(
+    ("seen", "reward", "said"),
+    [
+        (np.array([0, np.nan, 0], np.float32), 0.0, "NaN or infinity"),
+        (np.array([0, 0, -np.inf], np.float32), 0.0, "NaN or infinity"),
+        (np.zeros(4, np.float32), 0.0, "of shape (4,), and its space says (3,)"),
+        (None, 0.0, "of shape ()"),
+        (np.zeros(3, np.float32), float("nan"), "a reward of nan"),
+        (np.zeros(3, np.float32), float("-inf"), "a reward of -inf"),
+    ],
+)
+def test_what_an_environment_may_not_return(seen: object, reward: float, said: str) -> None:
+    env = CheckedEnv(Wrong(seen, reward), "Wrong-v0")
+    env.reset()
+    env.step(0)  # large, but finite
+    with pytest.raises(WorkError) as caught:
+        env.step(0)
+    assert said in str(caught.value)
+    assert "Wrong-v0" in str(caught.value)
+    assert "2 steps after a reset" in str(caught.value)
