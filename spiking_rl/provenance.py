@@ -67,6 +67,15 @@ def peak_rss_mb() -> float | None:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+def rss_mb() -> float | None:
+    """Return the resident set of this process now, in MB; None where there is no /proc."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
 def today() -> str:
     """Return the date in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()

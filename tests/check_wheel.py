@@ -20,6 +20,8 @@ def check(path: str) -> None:
         "spiking_rl/agents/pretrained/pong-stateful/model.safetensors",
         "spiking_rl/agents/zoo/dqn.yml",
         "spiking_rl/vision/backbones.py",
+        "spiking_rl/vision/recipes/fast.yaml",
+        "spiking_rl/vision/recipes/diet-snn.yaml",
         "spiking_rl/vision/data/datasets.py",
         "spiking_rl/envs/make.py",
         "spiking_rl/scripts/main.py",

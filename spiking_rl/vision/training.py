@@ -26,6 +26,7 @@ from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, clamp_after_step
+from spiking_rl.provenance import rss_mb
 from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
@@ -468,6 +469,7 @@ class Trainer:
             "score": score,
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "rss_mb": rss_mb(),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             **layer_columns(self.network, rates),
         }

@@ -61,6 +61,7 @@ def assert_same_end(a: Path, b: Path) -> None:
     rows = [RunFolder(path).read_progress() for path in (a, b)]
     for row in rows[0] + rows[1]:
         assert row.pop("seconds") > 0
+        assert (row.pop("rss_mb") or 1) > 0
     assert rows[0] == rows[1]
 
 
