@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,12 @@ import torch
 from conftest import COMMAND, SMALL, as_flags, environment, last_json, write_shades
 
 from spiking_rl import load_checkpoint
+from spiking_rl.agents.config import load_config, load_recipe
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.agents.resume import load_training_state, save_training_state
+from spiking_rl.agents.training import replace_settings, start_run
+from spiking_rl.provenance import rss_mb
+from spiking_rl.runs import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -74,6 +81,68 @@ def test_an_agent_killed_at_random_moments(algo: str, tmp_path: Path) -> None:
         settings |= {"learning_starts": 1000, "gradient_steps": 4}
     command = ["train", "cartpole", "--algo", algo, *as_flags(settings)]
     ends_alike_whenever_it_is_killed(command, tmp_path, (3, 8))
+
+
+def test_pruning_killed_at_random_moments(tmp_path: Path) -> None:
+    """`spiking-rl prune` of a finished run: called again where it had not begun, else resumed."""
+    settings = {**SMALL, "agent_steps": 4096, "prune_steps": 8192, "save_every": 1024}
+    train = [*COMMAND, "train", "cartpole", *as_flags(settings), "--run"]
+    subprocess.run([*train, str(tmp_path / "first")], env=environment(), check=True, capture_output=True)
+
+    def go_on(run: Path) -> list[str]:
+        pruning = load_config(run / "config.yaml").prune_to == 1
+        return [*train, str(run), "--resume"] if pruning else [*COMMAND, "prune", str(run), "--to", "1"]
+
+    # The flags say prune_to 2 and the run says 1 by then: only what was not asked for may differ.
+    train.remove("--prune-to")
+    train.remove(str(SMALL["prune_to"]))
+    rng, kills = random.Random(0), 0
+    ends = []
+    for trial in range(8):
+        run = tmp_path / f"run{trial}"
+        shutil.copytree(tmp_path / "first", run, ignore=shutil.ignore_patterns(".lock"))
+        (run / "results.json").unlink()
+        for _ in range(4 if trial else 0):  # the first one is left alone
+            process = subprocess.Popen(
+                go_on(run), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            time.sleep(rng.uniform(2, 9))
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        while not (run / "results.json").is_file():
+            done = subprocess.run(go_on(run), env=environment(), capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        ends.append(final_tensors(run))
+        assert any(name.startswith("T1-end/") for name in ends[-1])
+        assert ends[-1].keys() == ends[0].keys()
+        assert all(torch.equal(ends[-1][k], v) for k, v in ends[0].items()), f"trial {trial} ended differently"
+    print(f"{kills} kills")
+    assert kills >= 6
+
+
+def test_a_thousand_saves_and_loads(tmp_path: Path) -> None:
+    """The same bits after a thousand rounds, and no memory lost on the way."""
+    folder = RunFolder(tmp_path / "run")
+    config = replace_settings(load_recipe("cartpole", "dqn")[1], {**SMALL, "learning_starts": 500, "prune_to": 3})
+    session = start_run(config, folder, device="cpu")
+    session.run()
+    model, before = session.model, session.model.policy.state_dict()
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    sizes = []
+    for k in range(1000):
+        save_training_state(folder.resume, model, {"k": k})
+        assert load_training_state(folder.resume, model)["k"] == k
+        model.save_checkpoint(tmp_path / "agent", environment=config.env)
+        if k in (100, 999):
+            sizes.append(rss_mb() or 0.0)
+    after = load_agent(tmp_path / "agent").model.policy.q_net.state_dict()
+    assert all(torch.equal(tensor, model.policy.state_dict()[name]) for name, tensor in kept.items())
+    assert all(torch.equal(tensor, kept[f"q_net.{name}"]) for name, tensor in after.items())
+    print(f"resident after 100 and 1,000 rounds: {sizes} MB")
+    assert sizes[1] - sizes[0] < 30
 
 
 def test_a_classifier_killed_at_random_moments(tmp_path: Path) -> None:
