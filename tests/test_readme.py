@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -32,6 +33,23 @@ def test_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path, monkeypatch:
     assert found
     for number, block in enumerate(found):
         exec(compile(block, f"{page.name} example {number + 1}", "exec"), names)
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer agent steps than it says: what it shows then is not the point here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 5
+    assert sum("agent_steps=" in block for block in code) == 2
+    names: dict[str, object] = {"__name__": "tutorial"}
+    for number, block in enumerate(code):
+        short = re.sub(r"agent_steps=[\d_]+", "agent_steps=1_500", block)
+        exec(compile(short, f"tutorial cell {number + 1}", "exec"), names)
+    outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
+    assert outputs
+    assert not any(output["output_type"] == "error" for output in outputs)
 
 
 def test_there_are_examples() -> None:
