@@ -24,8 +24,8 @@ def run(args: list[str]) -> dict[str, Any]:
     agents = sorted(pretrained())
     print("recipes (spiking-rl train NAME):")
     for name, env in found.items():
-        print(f"  {name:20}{env}")
-    print("  ...                 any other Gymnasium id")
+        print(f"  {name:22}{env}")
+    print("  ...                   any other Gymnasium id")
     print(f"pretrained agents (spiking-rl render NAME): {', '.join(agents)}")
     print(f"networks: {', '.join(networks)}")
     images = sorted(vision.recipes())
