@@ -95,7 +95,9 @@ def _load(name: str, timesteps: int | None) -> _Loaded:
         command = f"spiking-rl evaluate {shlex.quote(name)}{which}"
         return _Loaded(agent.model.policy.q_net.network, agent.model.stateful, folder, owner, config, command)
     if owner is None:
-        raise UserError("checkpoint", name, "is a classifier without its run; its network stands in the config.yaml")
+        raise UserError(
+            "checkpoint", name, "is a classifier away from its run, whose config.yaml has its width; name the run"
+        )
     settings = load_config(owner.config)
     network = load_classifier(folder, settings, facts_of(settings, config, folder))
     which = "" if own_t is None else f" --timesteps {own_t}"
