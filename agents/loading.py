@@ -30,15 +30,17 @@ def pretrained() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (path / CONFIG).is_file()}
 
 
-def load_agent(path: Path | str, timesteps: int | None = None, device: str = "auto") -> LoadedAgent:
-    """Load an agent for prediction.
+def find_checkpoint(path: Path | str, timesteps: int | None = None) -> tuple[Path, RunFolder | None]:
+    """Find the checkpoint that a user means, of an agent or of a classifier.
 
     Args:
         path: a run folder, one of its ``checkpoints/T…`` folders, or the name of a pretrained agent
             (:func:`pretrained`); an existing path wins.
         timesteps: which T of the run; default the lowest. With a checkpoint folder it must be the
             checkpoint's own.
-        device: torch device or "auto".
+
+    Returns:
+        The checkpoint's folder, and the run where that was named.
 
     Raises:
         UserError: nothing there, T not in the run, or a damaged checkpoint.
@@ -64,11 +66,26 @@ def load_agent(path: Path | str, timesteps: int | None = None, device: str = "au
             str(path),
             f"is neither a run nor a checkpoint; name the folder that train printed, or a pretrained agent: {names}",
         )
+    if run is None and timesteps is not None:
+        own = load_checkpoint(path).config.get("timesteps")
+        if timesteps != own:
+            raise UserError("timesteps", timesteps, f"{path} was trained with T={own}; name the run instead")
+    return path, run
+
+
+def load_agent(path: Path | str, timesteps: int | None = None, device: str = "auto") -> LoadedAgent:
+    """Load an agent for prediction.
+
+    Args:
+        path: as for :func:`find_checkpoint`.
+        timesteps: likewise.
+        device: torch device or "auto".
+
+    Raises:
+        UserError: nothing there, T not in the run, or a damaged checkpoint.
+    """
+    path, run = find_checkpoint(path, timesteps)
     config = load_checkpoint(path).config
-    if run is None and timesteps is not None and timesteps != config.get("timesteps"):
-        raise UserError(
-            "timesteps", timesteps, f"{path} was trained with T={config.get('timesteps')}; name the run instead"
-        )
     algorithm = ALGORITHMS.get(str(config.get("algo")))
     environment = config.get("environment")
     if algorithm is None or not isinstance(environment, str):

@@ -47,7 +47,7 @@ def main() -> None:
         rows.append({"run": folder.path.name, "settings": settings, "curve": folder.read_progress()})
     write_results(options.output, "curves", rows)
     figure = options.output.with_suffix(".png")
-    save_figure(learning_curves({row["run"]: row["curve"] for row in rows}), figure)
+    save_figure(learning_curves({row["run"]: [row["curve"]] for row in rows}, minutes=True), figure)
     print(f"{options.output}\nfigure: {figure}")
 
 

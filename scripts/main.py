@@ -20,6 +20,7 @@ COMMANDS = {
     "render": "film episodes, optionally with the spikes beside the picture",
     "classify": "train, prune and score image classifiers on the same core",
     "export": "write an agent as a Stable-Baselines3 zip",
+    "inspect": "show what a checkpoint is made of, layer by layer",
     "plot": "draw learning curves and the continuum of timesteps",
     "report": "write one self-contained HTML page about a run",
     "list": "list recipes and networks",
@@ -65,7 +66,9 @@ def run(argv: list[str]) -> int:
     if name not in COMMANDS:
         return _fail(f"command = {name!r}: unknown; choose one of {', '.join(COMMANDS)}", 2)
     as_json = "--json" in args
-    module = {"list": "listing", "exit": "early_exit"}.get(name, name)  # names that Python has taken
+    module = {"list": "listing", "exit": "early_exit", "inspect": "inspection"}.get(
+        name, name
+    )  # names that Python has taken
     # `my_module:MyEnv-v0` means a module of the folder one stands in, as with `python -m`.
     sys.path.insert(0, os.getcwd())
     try:

@@ -1,26 +1,37 @@
-"""spiking-rl plot: figures of one run, or the learning curves of several."""
+"""spiking-rl plot: figures of one run, or the learning curves of several, seeds of one algorithm as one line."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from spiking_rl.agents.config import load_config
 from spiking_rl.checkpoint import read_json
 from spiking_rl.errors import UserError
-from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, save_figure
+from spiking_rl.files import write_table
+from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, learning_curves, save_figure
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse
 from spiking_rl.settings import load_settings
 from spiking_rl.vision import config as vision
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DESCRIPTION = """Draw learning curves, and score, spike rate and energy against T.
+
+Of several agents' runs: one line per algorithm, the mean of its seeds, in a band from the lowest to the highest. Each
+figure is a .png and a .svg, its data a .csv beside them.
 
 Example: spiking-rl plot runs/cartpole-seed0
          spiking-rl plot runs/cartpole-seed0 runs/cartpole-seed1 --output seeds.png"""
+
+Row = dict[str, Any]
 
 
 @dataclass
@@ -30,7 +41,24 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     output: Path | None = None
-    """Picture of several runs (.png, .svg or .pdf); default learning_curves.png."""
+    """Picture of several runs (.png, .svg or .pdf; a .png gets a .svg beside it); default learning_curves.png."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """An agent's run as a figure of several needs it: what it is called, and its rows of progress.csv."""
+
+    name: str
+    algo: str
+    environment: str
+    seed: int
+    rows: list[Row]
+
+    @property
+    def without_seed(self) -> str:
+        """What the name says besides the seed."""
+        bare = re.sub(r"[-_.]?seed[-_.]?\d+", "", self.name)
+        return bare if bare != self.name else re.sub(rf"[-_.]s?{self.seed}$", "", self.name)
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -45,37 +73,124 @@ def run(args: list[str]) -> dict[str, Any]:
         made = draw_run(folders[0])
     else:
         path = options.output or Path("learning_curves.png")
-        if path.suffix not in (".png", ".svg", ".pdf"):
-            raise UserError("output", str(path), "must end with .png, .svg or .pdf")
-        for folder in filter(_classifies, folders):
-            raise UserError("runs", str(folder.path), "holds a classifier; plot it alone, without --output")
-        save_figure(learning_curve({f.path.name: f.read_progress() for f in folders}), path)
+        _draw_several(folders, path)
         made = [path]
-    for path in made:
-        print(f"figure: {path}")
-    return {"figures": [str(p) for p in made]}
+    figures = [picture for path in made for picture in _pictures(path)]
+    tables = [path.with_suffix(".csv") for path in made]
+    for picture in figures:
+        print(f"figure: {picture}")
+    for table in tables:
+        print(f"data:   {table}")
+    return {"figures": [str(p) for p in figures], "data": [str(p) for p in tables]}
 
 
 def draw_run(folder: RunFolder) -> list[Path]:
-    """Draw every figure that a run has data for; return their paths."""
+    """Draw every figure that a run has data for.
+
+    Returns:
+        The pictures (.png); a .svg and the data as .csv lie beside each.
+    """
     progress, rows = folder.read_progress(), []
     if folder.results.is_file():
         rows = read_json(folder.results, "results").get("rows", [])
-    made = [folder.figures / "learning_curve.png"]
     if _classifies(folder):
         classifier = vision.load_config(folder.config)
+        about = {"network": classifier.network, "dataset": classifier.dataset, "seed": classifier.seed}
         title = f"{classifier.network}, {classifier.dataset}, seed {classifier.seed}"
         figure, measured = accuracy_curve(progress, title), "test images"
     else:
         config = load_config(folder.config)
+        about = {"algo": config.algo, "environment": config.env, "seed": config.seed}
         title = f"{config.env}, {config.algo}, seed {config.seed}"
-        figure, measured = learning_curve({folder.path.name: progress}, title), "unseen episodes"
-    save_figure(figure, made[0])
+        figure, measured = learning_curve(progress, title), "unseen episodes"
+    about = {"run": folder.path.name, **about}
+    made = [folder.figures / "learning_curve.png"]
+    _save(figure, made[0], [_evaluation(about, row) for row in progress])
     if any(r["timesteps"] is not None for r in rows):
         made.append(folder.figures / "timesteps.png")
         count = rows[0].get("episodes", rows[0].get("images"))
-        save_figure(continuum(rows, f"{title}: {count:,} {measured} at each T"), made[1])
+        figure = continuum(rows, f"{title}: {count:,} {measured} at each T")
+        _save(figure, made[1], [_measurement(about, row) for row in rows])
     return made
+
+
+def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
+    """Draw the learning curves of agents' runs.
+
+    Raises:
+        UserError: a name with another ending, a classifier, or a run named twice.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError("output", str(path), "must end with .png, .svg or .pdf")
+    runs, seen = [], set()
+    for folder in folders:
+        if _classifies(folder):
+            raise UserError("runs", str(folder.path), "holds a classifier; plot it alone, without --output")
+        if folder.path.resolve() in seen:
+            raise UserError("runs", str(folder.path), "is named twice; each run counts once")
+        seen.add(folder.path.resolve())
+        config = load_config(folder.config)
+        name = folder.path.resolve().name
+        runs.append(_Run(name, config.algo, config.env, config.seed, folder.read_progress()))
+    groups = {label: [r.rows for r in group] for label, group in _groups(runs).items()}
+    rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
+    _save(learning_curves(groups), path, rows)
+
+
+def _groups(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
+    """Return the runs that differ by their seed alone, under what the legend calls them.
+
+    A name says no more than it must: the algorithm, and the environment or the run's name where groups of one
+    algorithm differ by that.
+    """
+    found: dict[tuple[str, str, str], list[_Run]] = {}
+    for one in runs:
+        found.setdefault((one.algo, one.environment, one.without_seed), []).append(one)
+    labels = {}
+    for key, group in found.items():
+        algo, environment, bare = key
+        rivals = [other for other in found if other[0] == algo and other != key]
+        parts = [algo]
+        if any(other[1] != environment for other in rivals):
+            parts.append(environment)
+        if any(other[1] == environment for other in rivals):
+            parts.append(bare)
+        if len(group) > 1:
+            what = "seeds" if len({r.seed for r in group}) == len(group) else "runs"
+            parts.append(f"{len(group)} {what}, band: min to max")
+        labels[", ".join(parts)] = group
+    return labels
+
+
+def _about(one: _Run) -> Row:
+    return {"run": one.name, "algo": one.algo, "environment": one.environment, "seed": one.seed}
+
+
+def _evaluation(about: Row, row: Row) -> Row:
+    """Return what the data say of one evaluation while a run learned."""
+    at = "agent_steps" if "agent_steps" in row else "epoch"
+    known = {"ci95": row["ci95"]} if "ci95" in row else {}
+    return {**about, at: row.get(at), "timesteps": row["timesteps"], "score": row["score"], **known}
+
+
+def _measurement(about: Row, row: Row) -> Row:
+    """Return what the data say of a final score at one T."""
+    names = ("mean_return", "ci95", "top1", "energy_ratio")
+    rates = row["spike_rate"] or {}
+    known = {name: row[name] for name in names if name in row}
+    return {**about, "timesteps": row["timesteps"], **known, **{f"spike_rate_{n}": rate for n, rate in rates.items()}}
+
+
+def _save(figure: Figure, path: Path, rows: Sequence[Row]) -> None:
+    """Write a figure, and its data as CSV beside it."""
+    for picture in _pictures(path):
+        save_figure(figure, picture)
+    write_table(path.with_suffix(".csv"), rows)
+
+
+def _pictures(path: Path) -> list[Path]:
+    """Return the pictures that are made for one: a .svg beside a .png."""
+    return [path, path.with_suffix(".svg")] if path.suffix == ".png" else [path]
 
 
 def _classifies(folder: RunFolder) -> bool:

@@ -29,6 +29,23 @@ def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
         yield folder
 
 
+def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Return the rows of results that were read from a file.
+
+    Raises:
+        UserError: there are none, or their ``timesteps`` or ``spike_rate`` cannot be.
+    """
+    rows = results.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError("results", str(path), "holds no rows of results; score the run again")
+    for row in rows:
+        rates = row.get("spike_rate")
+        known = isinstance(row.get("timesteps"), int | None) and isinstance(rates, dict | None)
+        if not known or not all(isinstance(rate, (int, float)) for rate in (rates or {}).values()):
+            raise UserError("results", str(path), "holds a row whose timesteps or spike_rate cannot be; score it again")
+    return rows
+
+
 def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]]) -> None:
     """Write ``{"command", "commit", "date", "machine", "rows"}``.
 

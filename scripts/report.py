@@ -12,6 +12,7 @@ from spiking_rl.files import write_atomically
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.page import Facts, page
+from spiking_rl.scripts.published import checked_rows
 from spiking_rl.settings import read_yaml
 
 DESCRIPTION = """Write one self-contained HTML page about a run: settings, curves, every T, spikes, energy, video.
@@ -78,7 +79,7 @@ def read_facts(folder: RunFolder) -> Facts:
         facts.missing.append("learning curves: no evaluation yet")
     if folder.results.is_file():
         facts.results = read_json(folder.results, "results")
-        facts.rows = _checked_rows(facts.results, folder.results)
+        facts.rows = checked_rows(facts.results, folder.results)
     else:
         facts.missing.append("scores at every T, energy and latency: no final table yet; go on with train --resume")
     if facts.classifies:
@@ -97,29 +98,17 @@ def _timesteps_of(video: Path) -> int:
     return int(digits) if digits.isdigit() else 10_000
 
 
-def _checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    rows = results.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError("results", str(path), "holds no rows of results; score the run again")
-    for row in rows:
-        rates = row.get("spike_rate")
-        known = isinstance(row.get("timesteps"), int | None) and isinstance(rates, dict | None)
-        if not known or not all(isinstance(rate, (int, float)) for rate in (rates or {}).values()):
-            raise UserError("results", str(path), "holds a row whose timesteps or spike_rate cannot be; score it again")
-    return rows
-
-
 def _rows_of(folder: RunFolder) -> list[dict[str, Any]]:
     folder.require()
     if not folder.results.is_file():
         raise UserError("controls", str(folder.path), "has no final table yet; go on with train --resume")
-    rows = _checked_rows(read_json(folder.results, "results"), folder.results)
+    rows = checked_rows(read_json(folder.results, "results"), folder.results)
     return [{**row, "run": folder.path.name} for row in rows]
 
 
 def _published(path: Path) -> list[dict[str, Any]]:
     """Return the rows of published results that no pruning made."""
-    rows = _checked_rows(read_json(path, "results"), path)
+    rows = checked_rows(read_json(path, "results"), path)
     found = [r for r in rows if r.get("timesteps") is None or r.get("method") in ("direct", "converted")]
     if not found:
         raise UserError("results", str(path), "holds no control (a ReLU network, or a T that was trained directly)")

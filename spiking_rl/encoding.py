@@ -54,6 +54,7 @@ class Encoder(nn.Module):
         span: how far above (or below) ``zero`` an input is level 1 (or -1), > 0.
 
     Attributes:
+        name: of the encoding, as settings call it.
         analog: timesteps of a decision in which the first layer multiplies; in the others it adds up spikes.
 
     Raises:
@@ -62,6 +63,7 @@ class Encoder(nn.Module):
 
     zero: Tensor
     span: Tensor
+    name = ""
     analog = 0
 
     def __init__(self, zero: float | Sequence[float] = 0.0, span: float | Sequence[float] = 1.0) -> None:
@@ -88,6 +90,7 @@ class HybridEncoder(Encoder):
     This is our reading of single-spike hybrid input encoding (Datta, Kundu, Beerel 2021), whose code is not public.
     """
 
+    name = "hybrid"
     analog = 1
 
     def forward(self, inputs: Tensor, timesteps: int) -> Tensor:
@@ -112,6 +115,8 @@ class PoissonEncoder(Encoder):
     input, up to the span. (A factor of all inputs goes into the weights: the first layer only adds.) The latency
     comparison of DIET-SNN (Rathi, Roy 2020). Drawn from torch's global generator; ``zero`` must be 0.
     """
+
+    name = "poisson"
 
     def forward(self, inputs: Tensor, timesteps: int) -> Tensor:
         """Return ``(T, B, *I)`` of inputs ``(B, *I)``."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 _BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
 _CURVES = (_BLUE, _ORANGE, _GREEN, "#805ad5", _RED)
+_STYLES = ("-", "--", ":", "-.")  # for more groups than colours
+_FEW_POINTS = 60  # of a curve: more hide it behind their marks
 _METHOD_COLOURS = (_BLUE, _GREEN, _RED, "#6b46c1", "#0987a0")
 
 
@@ -36,58 +38,106 @@ def save_figure(figure: Figure, path: Path) -> None:
     import io
 
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=150)
+    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=200)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 
 
-def learning_curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Draw the scores of several runs against agent steps and, where all know them, minutes of training.
+def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: bool = False) -> Figure:
+    """Draw the scores of several runs against agent steps: a line per group, the mean of its runs, in a band.
+
+    The band reaches from the lowest run to the highest. Runs are evaluated at different agent steps, so their
+    scores are interpolated, where all runs of the group have data (:func:`mean_and_band`).
 
     Args:
-        runs: rows of ``progress.csv`` by name, as for :func:`learning_curve`; ``seconds`` may be missing.
+        groups: by name, such as an algorithm's, the rows of ``progress.csv`` of each of its runs; keys
+            ``agent_steps``, ``score`` and, for ``minutes``, ``seconds``.
+        minutes: draw them against minutes of training too, where all runs know them.
     """
-    units = [("agent_steps", 1e6, "agent steps (millions)"), ("seconds", 60.0, "minutes of training")]
-    units = [u for u in units if all(row.get(u[0]) is not None for rows in runs.values() for row in rows)]
-    figure, axes = _figure(len(units), 11 if len(units) > 1 else 8, 4)
+    runs = [rows for group in groups.values() for rows in group]
+    units = [("agent_steps", 1.0, "agent steps"), ("seconds", 60.0, "minutes of training")][: 1 + minutes]
+    units = [u for u in units if all(row.get(u[0]) is not None for rows in runs for row in rows)]
+    figure, axes = _figure(len(units), 11 if len(units) > 1 else 6, 3.6)
     for ax, (key, unit, label) in zip(axes, units, strict=True):
-        for (name, rows), colour in zip(runs.items(), _CURVES * (1 + len(runs) // len(_CURVES)), strict=False):
-            ax.plot([r[key] / unit for r in rows], [r["score"] for r in rows], color=colour, label=name, linewidth=1.5)
+        for i, (name, group) in enumerate(groups.items()):
+            style: dict[str, Any] = {
+                "color": _CURVES[i % len(_CURVES)],
+                "linestyle": _STYLES[i // len(_CURVES) % len(_STYLES)],
+            }
+            _draw_group(ax, name, [[(r[key] / unit, r["score"]) for r in rows] for rows in group if rows], style)
         ax.set_xlim(left=0)
         ax.set_xlabel(label)
-        ax.set_ylabel("return per episode, greedy")
-    if any(runs.values()):
+        ax.set_ylabel("return per episode")
+        if key == "agent_steps":
+            _steps_in_thousands(ax)
+    if any(runs):
         axes[0].legend(frameon=False, loc="best")
     return figure
 
 
-def learning_curve(runs: Mapping[str, Sequence[Row]], title: str = "") -> Figure:
-    """Draw score against agent steps, with the stages of temporal pruning marked.
+def _draw_group(ax: Axes, name: str, runs: Sequence[Sequence[tuple[float, float]]], style: Mapping[str, Any]) -> None:
+    """Draw the points of a group's runs as one line with its band, or one by one where they have nothing in common."""
+    if not runs:
+        return
+    x, mean, low, high = mean_and_band(runs)
+    if len(x) < 2 and len(runs) > 1:
+        for i, points in enumerate(runs):
+            ax.plot(*zip(*points, strict=True), linewidth=1.5, label=f"{name}, one by one" if not i else None, **style)
+        return
+    ax.plot(x, mean, linewidth=1.5, marker="o" if len(x) <= _FEW_POINTS else None, markersize=3, label=name, **style)
+    if len(runs) > 1:
+        ax.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def mean_and_band(
+    runs: Sequence[Sequence[tuple[float, float]]],
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Return where several curves are all known, and there their mean, lowest and highest value.
 
     Args:
-        runs: rows of ``progress.csv`` by the run's name; keys ``agent_steps``, ``timesteps``,
-            ``score`` (greedy evaluation) and ``train_return`` (None where no episode ended yet).
+        runs: points (x, y) of each curve, in the order of x, at least one; straight lines lie between them.
+
+    Returns:
+        x, mean, low, high, of equal length: every x of any curve from the latest first to the earliest last x.
+        Empty where no x is in all curves' range.
+    """
+    import numpy as np
+
+    begin, end = max(points[0][0] for points in runs), min(points[-1][0] for points in runs)
+    x = sorted({at for points in runs for at, _ in points if begin <= at <= end})
+    y = np.array([np.interp(x, [p[0] for p in points], [p[1] for p in points]) for points in runs])
+    return x, y.mean(0).tolist(), y.min(0).tolist(), y.max(0).tolist()
+
+
+def learning_curve(rows: Sequence[Row], title: str = "") -> Figure:
+    """Draw the score of one run against agent steps, with the stages of temporal pruning marked.
+
+    Args:
+        rows: rows of ``progress.csv``; keys ``agent_steps``, ``timesteps``, ``score`` (greedy evaluation) and
+            ``train_return`` (None where no episode ended yet).
         title: drawn above.
     """
     figure, (ax,) = _figure(1, 8, 4)
-    for (name, rows), colour in zip(runs.items(), _CURVES * (1 + len(runs) // len(_CURVES)), strict=False):
-        steps = [r["agent_steps"] for r in rows]
-        label = "greedy evaluation" if len(runs) == 1 else name
-        ax.plot(steps, [r["score"] for r in rows], color=colour, marker="o", markersize=3, label=label)
-        if len(runs) == 1:
-            trained = [(r["agent_steps"], r["train_return"]) for r in rows if r["train_return"] is not None]
-            if trained:
-                ax.plot(*zip(*trained, strict=True), color=_ORANGE, alpha=0.8, label="training episodes")
-            if rows:
-                _mark_stages(ax, steps, [r["timesteps"] for r in rows])
+    steps = [r["agent_steps"] for r in rows]
+    ax.plot(steps, [r["score"] for r in rows], color=_BLUE, marker="o", markersize=3, label="greedy evaluation")
+    trained = [(r["agent_steps"], r["train_return"]) for r in rows if r["train_return"] is not None]
+    if trained:
+        ax.plot(*zip(*trained, strict=True), color=_ORANGE, alpha=0.8, label="training episodes")
+    if rows:
+        _mark_stages(ax, steps, [r["timesteps"] for r in rows])
     ax.set_xlim(left=0)
     ax.set_xlabel("agent steps")
     ax.set_ylabel("return per episode")
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    _steps_in_thousands(ax)
     ax.legend(frameon=False, loc="best")
     if title:
         ax.set_title(title, loc="left", pad=18)
     return figure
+
+
+def _steps_in_thousands(ax: Axes) -> None:
+    """Write the ticks of agent steps as 50k or 1.5M."""
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1000:g}k" if x else "0")
 
 
 def accuracy_curve(rows: Sequence[Row], title: str = "") -> Figure:

@@ -7,7 +7,6 @@ figures/  videos/
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spiking_rl.errors import UserError
-from spiking_rl.files import write_atomically
+from spiking_rl.files import write_atomically, write_table
 
 _WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
 
@@ -111,13 +110,7 @@ class RunFolder:
 
     def write_progress(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace progress.csv; its columns are the keys of all rows, gaps where a row has none of a key."""
-        text = io.StringIO()
-        # A ReLU network's rows come first and know no thresholds.
-        columns = dict.fromkeys(name for row in rows for name in row)
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.progress, text.getvalue())
+        write_table(self.progress, rows)
 
     def read_progress(self) -> list[dict[str, Any]]:
         """Return the rows of progress.csv with numbers as numbers and gaps as None.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,10 +19,74 @@ from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.config import ClassifyConfig, load_config
-from spiking_rl.vision.feeding import Images
+
+_LARGEST_IMAGE = 1024  # pixels a side: a forward pass on more would take all memory
 
 
-def build(config: ClassifyConfig, images: Images, *, spiking: bool) -> LayeredNetwork:
+class ImageFacts(Protocol):
+    """What a network must know of its images: a data set has it, and so has a checkpoint (:func:`facts_of`)."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an image, ``(3, H, W)``."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Name of every class."""
+
+    @property
+    def mean(self) -> Sequence[float]:
+        """Of the channels, on the scale 0 to 1."""
+
+    @property
+    def std(self) -> Sequence[float]:
+        """Likewise."""
+
+
+@dataclass(frozen=True)
+class KnownImages:
+    """Facts of images without the images; see :class:`ImageFacts`."""
+
+    input_shape: tuple[int, ...]
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def facts_of(config: ClassifyConfig, checkpoint: dict[str, Any], origin: Path) -> KnownImages:
+    """Return what a run's settings and a checkpoint's ``config.json`` tell of the images, without the data set.
+
+    Args:
+        config: settings of the run.
+        checkpoint: the content of ``config.json``.
+        origin: the checkpoint's folder, for messages.
+
+    Raises:
+        UserError: a data set whose images have no size that is known, or no class names, mean or deviation.
+    """
+    sizes = {"cifar10": 32, "cifar100": 32, "tiny-imagenet-32": 32, "imagenet": 224, "folder": 32}
+    size = config.image_size or sizes.get(config.dataset)
+    if size is None:
+        raise UserError("dataset", config.dataset, f"the size of its images is not known; {origin} cannot be rebuilt")
+    if size > _LARGEST_IMAGE:
+        raise UserError("image_size", size, f"must be at most {_LARGEST_IMAGE}")
+    classes = checkpoint.get("classes")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError("checkpoint", str(origin), "names no classes in its config.json; no classifier of ours")
+    mean, std = (_triple(checkpoint.get(name), name, origin) for name in ("mean", "std"))
+    if min(std) <= 0:
+        raise UserError("std", list(std), f"must be positive in {origin}")
+    return KnownImages((3, size, size), classes, mean, std)
+
+
+def _triple(value: Any, name: str, origin: Path) -> tuple[float, ...]:
+    numbers = isinstance(value, list) and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    if not numbers or len(value) != 3:
+        raise UserError(name, value, f"must be three numbers, one per channel, in {origin}")
+    return tuple(map(float, value))
+
+
+def build(config: ClassifyConfig, images: ImageFacts, *, spiking: bool) -> LayeredNetwork:
     """Return a fresh network of a run.
 
     Args:
@@ -41,7 +108,7 @@ def build(config: ClassifyConfig, images: Images, *, spiking: bool) -> LayeredNe
     return build_network(config.network, images.input_shape, len(images.classes), **options)
 
 
-def _coding(config: ClassifyConfig, images: Images) -> dict[str, Any]:
+def _coding(config: ClassifyConfig, images: ImageFacts) -> dict[str, Any]:
     """Return how images are presented: hybrid codes run from black to white, Poisson codes both ways from the mean."""
     options = {"encoding": config.encoding, "single_spike": config.single_spike, "kappa": config.kappa}
     black = [-mean / std for mean, std in zip(images.mean, images.std, strict=True)]
@@ -52,7 +119,7 @@ def _coding(config: ClassifyConfig, images: Images) -> dict[str, Any]:
     return options | {"input_span": max(-min(black), max(white))}
 
 
-def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Images, inputs: Tensor) -> LayeredNetwork:
+def convert(relu: LayeredNetwork, config: ClassifyConfig, images: ImageFacts, inputs: Tensor) -> LayeredNetwork:
     """Return the spiking network that starts from a trained ReLU network.
 
     Args:
@@ -77,7 +144,7 @@ def convert(relu: LayeredNetwork, config: ClassifyConfig, images: Images, inputs
     return spiking
 
 
-def load_relu(run: str, config: ClassifyConfig, images: Images) -> LayeredNetwork:
+def load_relu(run: str, config: ClassifyConfig, images: ImageFacts) -> LayeredNetwork:
     """Return the trained ReLU network of another run, for a spiking one to start from.
 
     Args:
@@ -128,7 +195,7 @@ def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tens
         norm.momentum = momentum
 
 
-def load_classifier(folder: Path, config: ClassifyConfig, images: Images) -> LayeredNetwork:
+def load_classifier(folder: Path, config: ClassifyConfig, images: ImageFacts) -> LayeredNetwork:
     """Return the network of a checkpoint of a run.
 
     Raises:
