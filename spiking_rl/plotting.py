@@ -17,6 +17,7 @@ Row = Mapping[str, Any]
 _BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
 _CURVES = (_BLUE, _ORANGE, _GREEN, "#805ad5", _RED)
 _STYLES = ("-", "--", ":", "-.")  # for more groups than colours
+_LONG_NAME = 24  # characters, beyond which a legend needs a place of its own
 _FEW_POINTS = 60  # of a curve: more hide it behind their marks
 _METHOD_COLOURS = (_BLUE, _GREEN, _RED, "#6b46c1", "#0987a0")
 
@@ -71,7 +72,11 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
         if key == "agent_steps":
             _steps_in_thousands(ax)
     if any(runs):
-        axes[0].legend(frameon=False, loc="best")
+        handles, names = axes[0].get_legend_handles_labels()
+        if max(map(len, names)) > _LONG_NAME:  # it would lie on the curves
+            figure.legend(handles, names, frameon=False, loc="outside upper left")
+        else:
+            axes[0].legend(frameon=False, loc="best")
     return figure
 
 
