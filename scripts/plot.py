@@ -45,7 +45,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class _Run:
+class AgentRun:
     """An agent's run as a figure of several needs it: what it is called, and its rows of progress.csv."""
 
     name: str
@@ -129,21 +129,29 @@ def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
         if folder.path.resolve() in seen:
             raise UserError("runs", str(folder.path), "is named twice; each run counts once")
         seen.add(folder.path.resolve())
-        config = load_config(folder.config)
-        name = folder.path.resolve().name
-        runs.append(_Run(name, config.algo, config.env, config.seed, folder.read_progress()))
-    groups = {label: [r.rows for r in group] for label, group in _groups(runs).items()}
+        runs.append(read_run(folder))
+    groups = {label: [r.rows for r in group] for label, group in group_runs(runs).items()}
     rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
     _save(learning_curves(groups), path, rows)
 
 
-def _groups(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
+def read_run(folder: RunFolder) -> AgentRun:
+    """Return what a figure shows of an agent's run.
+
+    Raises:
+        UserError: no evaluation yet, or damaged.
+    """
+    config = load_config(folder.config)
+    return AgentRun(folder.path.resolve().name, config.algo, config.env, config.seed, folder.read_progress())
+
+
+def group_runs(runs: Sequence[AgentRun]) -> dict[str, list[AgentRun]]:
     """Return the runs that differ by their seed alone, under what the legend calls them.
 
     A name says no more than it must: the algorithm, and the environment or the run's name where groups of one
     algorithm differ by that.
     """
-    found: dict[tuple[str, str, str], list[_Run]] = {}
+    found: dict[tuple[str, str, str], list[AgentRun]] = {}
     for one in runs:
         found.setdefault((one.algo, one.environment, one.without_seed), []).append(one)
     labels = {}
@@ -162,7 +170,7 @@ def _groups(runs: Sequence[_Run]) -> dict[str, list[_Run]]:
     return labels
 
 
-def _about(one: _Run) -> Row:
+def _about(one: AgentRun) -> Row:
     return {"run": one.name, "algo": one.algo, "environment": one.environment, "seed": one.seed}
 
 

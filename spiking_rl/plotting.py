@@ -68,7 +68,7 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
             _draw_group(ax, name, [[(r[key] / unit, r["score"]) for r in rows] for rows in group if rows], style)
         ax.set_xlim(left=0)
         ax.set_xlabel(label)
-        ax.set_ylabel("return per episode")
+        ax.set_ylabel("return per episode, greedy")
         if key == "agent_steps":
             _steps_in_thousands(ax)
     if any(runs):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, save_figure
+from spiking_rl.plotting import (
+    accuracy_curve,
+    continuum,
+    learning_curve,
+    learning_curves,
+    mean_and_band,
+    save_figure,
+)
 
 
 def progress(
@@ -27,6 +34,9 @@ CURVE = [
 ]
 
 
+LATER = [progress(1500, 3, 100.0), progress(2500, 2, 265.0), progress(5000, 1, 400.0)]
+
+
 def result(timesteps: int | None, mean: float, rate: float = 0.1, ratio: float = 4.0) -> dict[str, Any]:
     rates = {"layer1": rate, "layer2": 3 * rate}
     return {"timesteps": timesteps, "mean_return": mean, "ci95": 5.0, "spike_rate": rates, "energy_ratio": ratio}
@@ -40,12 +50,15 @@ def texts(axes: Any) -> list[str]:
 
 
 FIGURES = {
-    "one run": lambda: learning_curve({"seed0": CURVE}, "CartPole-v1"),
-    "one run, one row": lambda: learning_curve({"seed0": CURVE[:1]}),
-    "two runs": lambda: learning_curve({"seed0": CURVE, "seed1": CURVE[:2]}),
-    "seven runs": lambda: learning_curve({f"seed{i}": CURVE for i in range(7)}),
-    "relu run": lambda: learning_curve({"relu": [progress(1000, None, 20.0), progress(2000, None, 30.0)]}),
-    "run of no rows": lambda: learning_curve({"seed0": []}),
+    "one run": lambda: learning_curve(CURVE, "CartPole-v1"),
+    "one run, one row": lambda: learning_curve(CURVE[:1]),
+    "two runs": lambda: learning_curves({"pqn": [CURVE], "dqn": [CURVE[:2]]}),
+    "seven runs": lambda: learning_curves({f"run{i}": [CURVE] for i in range(7)}),
+    "two seeds of an algorithm": lambda: learning_curves({"pqn, 2 seeds": [CURVE, LATER]}),
+    "seeds with nothing in common": lambda: learning_curves({"pqn": [CURVE[:1], CURVE[2:]]}),
+    "no rows at all": lambda: learning_curves({"pqn": [[], []]}),
+    "relu run": lambda: learning_curve([progress(1000, None, 20.0), progress(2000, None, 30.0)]),
+    "run of no rows": lambda: learning_curve([]),
     "classifier": lambda: accuracy_curve([progress(0, None, 80.0), progress(0, 2, 79.0), progress(0, 1, 78.0)]),
     "classifier of no rows": lambda: accuracy_curve([]),
     "accuracies": lambda: continuum([{**result(t, 0.0), "top1": 90.0 - t} for t in (3, 2, 1)]),
@@ -70,7 +83,7 @@ def test_figures_are_saved(tmp_path: Path, figure: str) -> None:
 
 
 def test_the_curve_shows_scores_and_stages() -> None:
-    (axes,) = learning_curve({"seed0": CURVE}, "CartPole-v1").axes
+    (axes,) = learning_curve(CURVE, "CartPole-v1").axes
     greedy, training = axes.lines[:2]
     assert greedy.get_xydata().tolist() == [[1000, 20], [2000, 150], [3000, 180], [4000, 500]]
     assert training.get_xydata().tolist() == [[2000, 60], [3000, 100], [4000, 300]], "None is left out"
@@ -81,10 +94,40 @@ def test_the_curve_shows_scores_and_stages() -> None:
 
 
 def test_curves_of_several_runs_have_names_and_colours_of_their_own() -> None:
-    (axes,) = learning_curve({"seed0": CURVE, "seed1": CURVE[:2]}).axes
+    (axes,) = learning_curves({"seed0": [CURVE], "seed1": [CURVE[:2]]}).axes
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["seed0", "seed1"]
     assert len({line.get_color() for line in axes.lines}) == 2
     assert texts(axes) == []
+    assert axes.get_title(loc="left") == ""
+
+
+def test_more_curves_than_colours_differ_by_their_dashes() -> None:
+    (axes,) = learning_curves({f"run{i}": [CURVE] for i in range(12)}).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
+
+
+def test_seeds_make_one_line_in_a_band_where_all_have_data() -> None:
+    x, mean, low, high = mean_and_band([[(r["agent_steps"], r["score"]) for r in rows] for rows in (CURVE, LATER)])
+    # From LATER's first evaluation to CURVE's last one; by hand: CURVE at 1500 is half way from 20 to 150.
+    assert x == [1500, 2000, 2500, 3000, 4000]
+    assert low == pytest.approx([85, 150, 165, 180, 346])
+    assert high == pytest.approx([100, 182.5, 265, 292, 500])
+    assert mean == pytest.approx([92.5, 166.25, 215, 236, 423])
+    assert mean_and_band([[(0, 1.0), (1, 1.0)], [(2, 1.0), (3, 1.0)]])[0] == []
+    (axes,) = learning_curves({"pqn": [CURVE, LATER]}).axes
+    (line,) = axes.lines
+    assert line.get_xdata().tolist() == x  # type: ignore[union-attr]
+    assert line.get_ydata().tolist() == mean  # type: ignore[union-attr]
+    (band,) = axes.collections
+    assert band.get_datalim(axes.transData).y1 == pytest.approx(500)
+
+
+def test_minutes_are_drawn_where_all_runs_know_them() -> None:
+    timed = [{**row, "seconds": 60.0 * i} for i, row in enumerate(CURVE)]
+    steps, minutes = learning_curves({"pqn": [timed]}, minutes=True).axes
+    assert minutes.lines[0].get_xdata().tolist() == [0, 1, 2, 3]  # type: ignore[union-attr]
+    assert steps.lines[0].get_xdata().tolist() == [1000, 2000, 3000, 4000]  # type: ignore[union-attr]
+    assert len(learning_curves({"pqn": [timed], "dqn": [CURVE]}, minutes=True).axes) == 1
 
 
 def test_the_continuum_shows_return_rate_and_energy() -> None:

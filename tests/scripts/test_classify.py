@@ -85,6 +85,28 @@ def test_a_score_is_evaluated_again_and_its_predictions_checked(
     assert "claims" in refused.stderr
 
 
+def test_inspect_needs_no_images(finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path) -> None:
+    run, printed = finished
+    done = cli("inspect", run, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = last_json(done.stdout)
+    assert (facts["kind"], facts["timesteps"], facts["input_shape"]) == ("classifier", 1, [3, 32, 32])
+    row = printed["rows"][1]  # type: ignore[index]
+    assert facts["measured"]["top1"] == row["top1"]  # type: ignore[index]
+    assert facts["macs"] == row["macs"]
+    assert facts["layers"][1]["kind"] == "pool, conv 3x3, batch norm"  # type: ignore[index]
+    assert facts["layers"][-1]["output_shape"] == [2]  # type: ignore[index]
+    relu = last_json(cli("inspect", run / "checkpoints" / "relu", "--json").stdout)
+    assert relu["timesteps"] is None
+    assert relu["layers"][0]["threshold"] is None  # type: ignore[index]
+    assert relu["measured"]["energy_ratio"] == 1  # type: ignore[index]
+    alone = tmp_path / "T1"
+    shutil.copytree(run / "checkpoints" / "T1", alone)
+    refused = cli("inspect", alone)
+    assert refused.returncode == 2
+    assert "away from its run" in refused.stderr
+
+
 def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     where = ("--data", data, "--device", "cpu")

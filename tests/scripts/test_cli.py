@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ from spiking_rl import load_checkpoint
 from spiking_rl.agents import SpikingPQN, load_agent
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import run as run_command
+from spiking_rl.scripts.plot import group_runs, read_run
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +192,64 @@ def test_render_films_the_episode_that_evaluate_scores(cli: Cli, small_run: Path
     assert made["returns"] == [scored["mean_return"]]
 
 
+def copy_run(run: Path, to: Path, **settings: object) -> Path:
+    """Copy a run's settings and curve, with other settings."""
+    to.mkdir(parents=True)
+    shutil.copy(run / "progress.csv", to)
+    loaded = yaml.safe_load((run / "config.yaml").read_text())
+    (to / "config.yaml").write_text(yaml.safe_dump({**loaded, **settings}))
+    return to
+
+
 def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> None:
-    done = cli("plot", small_run, small_run, "--output", tmp_path / "curves.svg")
+    seeds = [copy_run(small_run, tmp_path / f"cart-seed{seed}", seed=seed) for seed in (0, 1, 2)]
+    other = copy_run(small_run, tmp_path / "slow-seed0", learning_rate=1e-5)
+    done = cli("plot", *seeds, other, "--output", tmp_path / "curves.png", "--json")
     assert done.returncode == 0, done.stderr
+    made = last_json(done.stdout)
+    assert made["figures"] == [str(tmp_path / "curves.png"), str(tmp_path / "curves.svg")]
     assert "<svg" in (tmp_path / "curves.svg").read_text()
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert made["data"] == [str(tmp_path / "curves.csv")]
+    progress = RunFolder(small_run).read_progress()
+    assert len(rows) == 4 * len(progress)
+    assert list(dict.fromkeys(row["run"] for row in rows)) == ["cart-seed0", "cart-seed1", "cart-seed2", "slow-seed0"]
+    last = rows[len(progress) - 1]
+    assert (last["algo"], last["environment"], last["seed"]) == ("pqn", "CartPole-v1", "0")
+    assert float(last["score"]) == progress[-1]["score"]
+    assert int(last["agent_steps"]) == progress[-1]["agent_steps"]
+    assert int(last["timesteps"]) == 2
+    assert float(last["ci95"]) == progress[-1]["ci95"]
+    assert _legend([*seeds, other]) == ["pqn, cart, 3 seeds, band: min to max", "pqn, slow"]
+    assert _legend(seeds) == ["pqn, 3 seeds, band: min to max"]
+    again = copy_run(small_run, tmp_path / "again" / "cart-seed0", seed=0)
+    assert _legend([seeds[0], again]) == ["pqn, 2 runs, band: min to max"], "one seed twice is not two seeds"
+    refused = cli("plot", seeds[0], seeds[0])
+    assert refused.returncode == 2
+    assert "is named twice" in one_line(refused.stderr)
+
+
+def _legend(folders: list[Path]) -> list[str]:
+    """Return what the legend calls the groups of runs."""
+    return list(group_runs([read_run(RunFolder(folder)) for folder in folders]))
+
+
+def test_plot_of_one_run_leaves_pictures_and_their_data(
+    whole_job: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+) -> None:
+    run = copy_run(whole_job[0], tmp_path / "run")
+    shutil.copy(whole_job[0] / "results.json", run)
+    done = cli("plot", run)
+    assert done.returncode == 0, done.stderr
+    found = sorted(path.name for path in (run / "figures").iterdir())
+    assert found == [f"{name}.{ending}" for name in ("learning_curve", "timesteps") for ending in ("csv", "png", "svg")]
+    with (run / "figures" / "timesteps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    results = json.loads((run / "results.json").read_text())["rows"]
+    assert [float(row["energy_ratio"]) for row in rows] == [row["energy_ratio"] for row in results]
+    assert float(rows[0]["spike_rate_layer2"]) == results[0]["spike_rate"]["layer2"]
 
 
 def test_prune_continues_a_finished_run(cli: Cli, tmp_path: Path) -> None:
@@ -354,7 +410,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(cli: Cli, t
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "prune", "evaluate", "render", "plot"])
+@pytest.mark.parametrize("command", ["train", "prune", "evaluate", "render", "plot", "inspect"])
 def test_help_fits_a_screen_and_has_an_example(cli: Cli, command: str) -> None:
     done = cli(command, "--help")
     assert done.returncode == 0
@@ -365,7 +421,7 @@ def test_help_fits_a_screen_and_has_an_example(cli: Cli, command: str) -> None:
 def test_overview_and_version(cli: Cli) -> None:
     overview = cli("--help")
     assert overview.returncode == 0
-    for command in ("train", "prune", "evaluate", "render", "plot", "list"):
+    for command in ("train", "prune", "evaluate", "render", "plot", "inspect", "list"):
         assert command in overview.stdout
     assert cli("--version").stdout.startswith("spiking-rl 0.")
     listed = last_json(cli("list", "--json").stdout)
