@@ -18,6 +18,7 @@ from spiking_rl.envs.video import Frame, write_video
 from spiking_rl.errors import UserError
 
 _HEIGHT = 400  # pixels that a picture has at least, about: a raster beside it needs the room
+_PLAIN, _DRAWN = 7, 6  # quality of a film; drawings change in every frame, and stay legible
 _PAUSE = 0.6  # seconds that the last frame of an episode stays
 
 
@@ -81,7 +82,8 @@ def film(
         raise UserError("env", env, f"has other spaces than the agent: {spaces[0]}, {spaces[1]}")
     made = Film(Path(path), fps=float(playing.metadata.get("render_fps") or 30))
     try:
-        made.frames = write_video(path, _frames(model, playing, seed, episodes, shown, made), made.fps)
+        frames = _frames(model, playing, seed, episodes, shown, made)
+        made.frames = write_video(path, frames, made.fps, _DRAWN if shown is not None else _PLAIN)
     finally:
         playing.close()
     return made

@@ -16,7 +16,8 @@ Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 PAPER, INK, FAINT, GREY = (250, 250, 250), (45, 55, 72), (226, 232, 240), (160, 174, 192)
 COLOURS: Sequence[Colour] = ((43, 108, 176), (221, 107, 32), (47, 133, 90), (128, 90, 213))
-DOT = 3  # pixels per timestep, and per spike in both directions: single pixels vanish in a compressed video
+STEP = 4  # pixels per timestep: a video has half the colours' resolution, and an odd step makes it twice as large
+ROW = 3  # pixels per row of spikes: single pixels vanish in a compressed video
 MARGIN = 12
 
 
@@ -35,6 +36,30 @@ def blank(height: int, width: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """Return an empty picture and a pen for it."""
     image = Image.new("RGB", (width, height), PAPER)
     return image, ImageDraw.Draw(image)
+
+
+def write(image: Image.Image, at: tuple[int, int], text: str, size: int, align: str = "left") -> None:
+    """Write one line of text, as tall as its font, with its upper corner at ``at``.
+
+    Args:
+        image: is changed.
+        at: x and y, in pixels.
+        text: of one line.
+        size: of the font.
+        align: ``left`` or ``right``: which of its upper corners lies there.
+    """
+    letters = _letters(text, size)
+    x, y = at
+    image.paste(INK, (x - letters.width if align == "right" else x, y), letters)
+
+
+@lru_cache(maxsize=1024)
+def _letters(text: str, size: int) -> Image.Image:
+    """Return a text as a mask: pictures repeat their texts, and drawing letters takes longer than all else."""
+    width, height = math.ceil(font(size).getlength(text)) + 1, size + math.ceil(size / 3)
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).text((0, 0), text, fill=255, font=font(size))
+    return mask
 
 
 @lru_cache(maxsize=256)
@@ -56,9 +81,9 @@ def rounded_range(low: float, high: float) -> tuple[float, float]:
         low: finite, below ``high``.
         high: finite.
     """
-    quarter = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(quarter))
-    step = next(power * k for k in (1, 2, 5, 10) if power * k >= quarter * (1 - 1e-9))
+    part = (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(part))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= part * (1 - 1e-9))
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from spiking_rl.drawing import DOT, FAINT, INK, MARGIN, Picture, blank, colour_of, font
+from spiking_rl.drawing import FAINT, MARGIN, ROW, STEP, Picture, blank, colour_of, write
 
 _LABEL, _GAP = 18, 8  # above and below the dots of a layer
 _HEAD = 6  # above the first layer
@@ -27,13 +27,13 @@ class SpikeRaster:
 
     def __init__(self, layers: Mapping[str, int], height: int, width: int = 360) -> None:
         self.size = (height, width)
-        self.columns = (width - 2 * MARGIN) // DOT
+        self.columns = (width - 2 * MARGIN) // STEP
         room = (height - _HEAD) // max(1, len(layers)) - _LABEL - _GAP
         self._history: dict[str, NDArray[np.bool_]] = {}
         self._shown: dict[str, NDArray[np.int64]] = {}
         self._rates: dict[str, float] = {}
         for name, neurons in layers.items():
-            rows = max(1, min(neurons, room // DOT))
+            rows = max(1, min(neurons, room // ROW))
             self._shown[name] = np.linspace(0, neurons - 1, rows).astype(np.int64)
             self._history[name] = np.zeros((rows, self.columns), dtype=bool)
 
@@ -49,11 +49,11 @@ class SpikeRaster:
         top = _HEAD
         for i, (name, history) in enumerate(self._history.items()):
             label = f"{name}: {self._rates.get(name, 0.0):.2f} spikes per neuron per timestep"
-            pen.text((MARGIN, top), label, fill=INK, font=font(13))
+            write(image, (MARGIN, top), label, 13)
             top += _LABEL
             dots = np.full((*history.shape, 3), 255, dtype=np.uint8)
             dots[history] = colour_of(i)
-            grown = Image.fromarray(dots.repeat(DOT, axis=0).repeat(DOT, axis=1))
+            grown = Image.fromarray(dots.repeat(ROW, axis=0).repeat(STEP, axis=1))
             image.paste(grown, (MARGIN, top))
             box = (MARGIN - 1, top - 1, MARGIN + grown.width, top + grown.height)
             pen.rectangle(box, outline=FAINT)

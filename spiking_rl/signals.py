@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 
 from spiking_rl.drawing import (
     COLOURS,
-    DOT,
     FAINT,
     GREY,
-    INK,
     MARGIN,
+    STEP,
     Colour,
     Picture,
     blank,
     fitted,
     font,
     rounded_range,
+    write,
 )
 
-_SMALL, _TEXT, _LARGE = 11, 13, 15  # sizes of the font
+_SMALL, _TEXT, _LARGE = 12, 13, 15  # sizes of the font
 _LABEL, _TICK, _TRACE, _GAP = 17, 7, 40, 8  # pixels: label of a trace, spikes, line, space below
 _CAPTIONS, _HEAD, _LINE, _THIN_LINE = 46, 18, 21, 14  # pixels: captions, scale of the bars, a bar's line
 _BARS, _WIDE_BARS = 24, 8  # so many bars are drawn at most; so many have a wide line each
@@ -44,7 +44,7 @@ class MembraneTraces:
 
     def __init__(self, labels: Sequence[str], colours: Sequence[Colour], width: int = 360) -> None:
         self.labels, self.colours, self.width = list(labels), list(colours), width
-        self.columns = (width - 2 * MARGIN) // DOT
+        self.columns = (width - 2 * MARGIN) // STEP
         self.height = len(self.labels) * (_LABEL + _TICK + _TRACE + _GAP) + _GAP
         self._potentials = np.full((len(self.labels), self.columns), np.nan)
         self._spikes = np.zeros((len(self.labels), self.columns), dtype=bool)
@@ -72,12 +72,12 @@ class MembraneTraces:
     def draw(self) -> Picture:
         """Return the picture ``(height, width, 3)``."""
         image, pen = blank(self.height, self.width)
-        right = MARGIN + self.columns * DOT
+        right = MARGIN + self.columns * STEP
         top = 0
         for k, (label, colour) in enumerate(zip(self.labels, self.colours, strict=True)):
             low, high = rounded_range(*self._ranges[k])
-            pen.text((MARGIN, top), f"{label}: membrane over threshold", fill=INK, font=font(_TEXT))
-            pen.text((right, top + 2), f"{low:g} to {high:g}", fill=INK, font=font(_SMALL), anchor="ra")
+            write(image, (MARGIN, top), f"{label}: membrane over threshold", _TEXT)
+            write(image, (right, top + 1), f"{low:g} to {high:g}", _SMALL, "right")
             top += _LABEL
             bottom = top + _TICK + _TRACE
             pen.rectangle((MARGIN - 1, top - 1, right, bottom), fill=(255, 255, 255), outline=FAINT)
@@ -87,8 +87,8 @@ class MembraneTraces:
             for line in self._lines(rows):
                 pen.line(line, fill=colour, width=2, joint="curve")
             for column in np.flatnonzero(self._spikes[k]):
-                left = MARGIN + int(column) * DOT
-                pen.rectangle((left, top, left + DOT - 2, top + _TICK - 2), fill=colour)
+                left = MARGIN + int(column) * STEP
+                pen.rectangle((left, top, left + STEP - 3, top + _TICK - 2), fill=colour)
             top = bottom + _GAP
         return np.asarray(image)
 
@@ -102,9 +102,9 @@ class MembraneTraces:
                 broken = True
                 continue
             if broken or self._opens[column]:
-                lines.append([(MARGIN + column * DOT, row)])  # what stands alone is a dash
+                lines.append([(MARGIN + column * STEP, row)])  # what stands alone is a dash
             broken = False
-            lines[-1].append((MARGIN + column * DOT + DOT - 1, row))
+            lines[-1].append((MARGIN + column * STEP + STEP - 1, row))
         return lines
 
 
@@ -150,26 +150,25 @@ class ActionBars:
         """Return the picture ``(height, width, 3)``, with up to two lines of text above."""
         image, pen = blank(self.height, self.width)
         for i, (caption, size) in enumerate(zip(captions, (_LARGE, _TEXT), strict=False)):
-            pen.text((MARGIN, 4 + i * 20), fitted(caption, self.width - 2 * MARGIN, size), fill=INK, font=font(size))
+            write(image, (MARGIN, 4 + i * 20), fitted(caption, self.width - 2 * MARGIN, size), size)
         low, high = self.scale()
         left, right, top = self._left, self._right, _CAPTIONS
-        pen.text((MARGIN, top), "Q-values", fill=INK, font=font(self._size))
-        pen.text((left, top + 2), f"{low:g}", fill=INK, font=font(_SMALL))
-        pen.text((right, top + 2), f"{high:g}", fill=INK, font=font(_SMALL), anchor="ra")
+        write(image, (MARGIN, top), "Q-values", self._size)
+        write(image, (left, top + 1), f"{low:g}", _SMALL)
+        write(image, (right, top + 1), f"{high:g}", _SMALL, "right")
         top += _HEAD
         decimals = min(4, max(0, 2 - math.floor(math.log10(high - low))))
         for i, (name, value) in enumerate(zip(self._names, self._values, strict=False)):
-            middle = top + self._line // 2
+            text = top + (self._line - self._size) // 2 - 2
             fill = COLOURS[1] if i == self._action else GREY
-            pen.text((MARGIN, middle), name, fill=INK, font=font(self._size), anchor="lm")
+            write(image, (MARGIN, text), name, self._size)
             box = (left, top + 2, right, top + self._line - 3)
             pen.rectangle(box, fill=FAINT)
             if math.isfinite(value):
-                end = round(left + (value - low) / (high - low) * (right - left))
+                end = left + 2 * round((value - low) / (high - low) * (right - left) / 2)
                 pen.rectangle((left, box[1], end, box[3]), fill=fill)
-            number = f"{value:.{decimals}f}"
-            pen.text((self.width - MARGIN, middle), number, fill=INK, font=font(self._size), anchor="rm")
+            write(image, (self.width - MARGIN, text), f"{value:.{decimals}f}", self._size, "right")
             top += self._line
         if self._more:
-            pen.text((MARGIN, top + 1), f"and {self._more} more actions", fill=INK, font=font(self._size))
+            write(image, (MARGIN, top), f"and {self._more} more actions", self._size)
         return np.asarray(image)
