@@ -1,25 +1,24 @@
-"""Film greedy episodes, with the spikes beside the picture if wanted."""
+"""Film greedy episodes, if wanted with Q-values, spikes and membranes around the picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
-from torch import Tensor
 
 from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, q_network
+from spiking_rl.agents.panel import Neuron, Panel, action_names, choose_neurons
 from spiking_rl.envs.make import make_single
 from spiking_rl.envs.video import Frame, write_video
 from spiking_rl.errors import UserError
-from spiking_rl.raster import SpikeRaster
 
 _HEIGHT = 400  # pixels that a picture has at least, about: a raster beside it needs the room
+_PLAIN, _DRAWN = 7, 6  # quality of a film; drawings change in every frame, and stay legible
 _PAUSE = 0.6  # seconds that the last frame of an episode stays
 
 
@@ -48,6 +47,7 @@ def film(
     episodes: int = 1,
     seed: int = REPORT_SEED,
     spikes: bool = False,
+    neurons: Sequence[str] = (),
 ) -> Film:
     """Write an mp4 of greedy episodes; episode k is reset with ``seed + k``, as in ``evaluate``.
 
@@ -57,17 +57,21 @@ def film(
         path: of the mp4.
         episodes: how many, >= 1.
         seed: of the first episode.
-        spikes: draw a live spike raster at the right.
+        spikes: also draw Q-values and, of a spiking network, a live spike raster and membrane potentials.
+        neurons: whose membranes are drawn, such as ``layer1:3``; none: three with large readout weights.
 
     Raises:
-        UserError: a bad number, an environment that cannot render, a ReLU network with ``spikes``.
+        UserError: a bad number, a neuron that is not there, an environment that cannot render.
     """
     check_episodes(episodes, seed)
     if Path(path).suffix != ".mp4":
         raise UserError("output", str(path), "must end with .mp4")
     network = q_network(model).network
-    if spikes and not network.spiking:
-        raise UserError("spikes", spikes, "a ReLU network has none; leave it out")
+    if neurons and not spikes:
+        raise UserError("neurons", " ".join(neurons), "are drawn beside the spikes only; add --spikes (spikes=True)")
+    if neurons and not network.spiking:
+        raise UserError("neurons", " ".join(neurons), "a ReLU network has no membranes; leave it out")
+    shown = (choose_neurons(network, neurons) if network.spiking else []) if spikes else None
     playing = make_single(env, render=True)
     if playing.render_mode != "rgb_array" or "rgb_array" not in playing.metadata.get("render_modes", []):
         playing.close()
@@ -78,7 +82,8 @@ def film(
         raise UserError("env", env, f"has other spaces than the agent: {spaces[0]}, {spaces[1]}")
     made = Film(Path(path), fps=float(playing.metadata.get("render_fps") or 30))
     try:
-        made.frames = write_video(path, _frames(model, playing, seed, episodes, spikes, made), made.fps)
+        frames = _frames(model, playing, seed, episodes, shown, made)
+        made.frames = write_video(path, frames, made.fps, _DRAWN if shown is not None else _PLAIN)
     finally:
         playing.close()
     return made
@@ -91,39 +96,34 @@ def _enlarged(picture: Any) -> Frame:
     return frame.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def _frames(model: BaseAlgorithm, env: Any, seed: int, episodes: int, spikes: bool, made: Film) -> Iterator[Frame]:
+def _frames(
+    model: BaseAlgorithm, env: Any, seed: int, episodes: int, shown: list[Neuron] | None, made: Film
+) -> Iterator[Frame]:
     q_net = q_network(model)
     q_net.set_training_mode(False)
+    network = q_net.network
+    kind = f"T = {network.timesteps}" if network.spiking else "ReLU"
     limit = (env.spec.max_episode_steps if env.spec else None) or MAX_DECISIONS
-    names = q_net.network.layer_names
-    sizes = {} if q_net.network.encoder is None else {"input": int(np.prod(q_net.network.input_shape))}
-    sizes |= {n: int(np.prod(s)) for n, s in zip(names, q_net.network.neuron_shapes(), strict=True)}
+    names = action_names(env, int(env.action_space.n))
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         total, over, step = 0.0, False, 0
-        frame = _enlarged(env.render())
-        state = q_net.network.initial_state(1) if q_net.stateful else None
-        raster = SpikeRaster(sizes, frame.shape[0]) if spikes else None
+        state = network.initial_state(1) if q_net.stateful else None
+        panel = None if shown is None else Panel(network, names, shown, _enlarged(env.render()))
         while not over:
-            seen: dict[str, NDArray[Any]] = {}
-
-            def observer(layer: str, output: Tensor, _: Tensor, seen: dict[str, NDArray[Any]] = seen) -> None:
-                seen[layer] = output[:, 0].flatten(1).numpy(force=True)
-
             with torch.no_grad():
                 batch = torch.as_tensor(np.asarray(observation)[None], device=q_net.device)
-                values, state = q_net.q_values(batch, state, observer=observer)
+                values, state = q_net.q_values(batch, state, observer=None if panel is None else panel.observe)
                 action = int(values.argmax())
-            # The frame shows what the agent saw, the raster how it decided on it.
+            # The frame shows what the agent saw, all around it how it decided on it.
             frame = _enlarged(env.render())
-            if raster is not None:
-                for layer, output in seen.items():
-                    raster.push(layer, output)
+            if panel is not None:
                 captions = [
-                    f"T = {q_net.network.timesteps}   return {total:g}",
-                    f"decision {step + 1}   action {action}   episode seed {seed + episode}",
+                    f"{kind}   return {total:g}   action {names[action]}",
+                    f"decision {step + 1}   episode seed {seed + episode}",
                 ]
-                frame = np.concatenate([frame, raster.draw(captions)], axis=1)
+                fresh = not q_net.stateful or step == 0
+                frame = panel.draw(frame, values[0].float().numpy(force=True), action, captions, fresh)
             yield frame
             observation, reward, terminated, truncated, _ = env.step(action)
             total += float(reward)

@@ -176,6 +176,10 @@ class AtariGame(gym.Env[Pixels, int]):
         """Return the colour picture, ``(210, 160, 3)``."""
         return None if self._picture is None else self._picture.copy()
 
+    def get_action_meanings(self) -> list[str]:
+        """Return the names of the actions, such as ``NOOP`` and ``FIRE``."""
+        return [action.name for action in self._game.ale.get_action_set()]
+
 
 class AtariVecEnv(VecEnv):
     """Many games side by side for a Stable-Baselines3 learner, emulated on all cores.

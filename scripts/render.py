@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ class Options:
     timesteps: int | None = None
     """T of the run to film; default its lowest."""
     spikes: bool = False
-    """Draw a live spike raster beside the picture."""
+    """Draw Q-values, a live spike raster and membrane potentials around the picture."""
+    neurons: tuple[str, ...] = ()
+    """With --spikes: whose membranes, such as layer1:3 layer2:17; default three with large readout weights."""
     episodes: int = 1
     """Number of episodes."""
     env: str | None = None
@@ -48,14 +51,25 @@ def run(args: list[str]) -> dict[str, Any]:
     folder = agent.run.videos if agent.run else Path("videos")
     path = options.output or folder / f"{stem}.mp4"
     try:
-        made = film(agent.model, environment, path, episodes=options.episodes, seed=options.seed, spikes=options.spikes)
+        made = film(
+            agent.model,
+            environment,
+            path,
+            episodes=options.episodes,
+            seed=options.seed,
+            spikes=options.spikes,
+            neurons=options.neurons,
+        )
     except PermissionError as error:
         raise UserError("output", str(path), f"cannot be written ({error.strerror}); choose another --output") from None
+    spiking = agent.model.policy.q_net.network.spiking
+    if options.spikes and not spiking:
+        print("note: a ReLU network has no spikes and no membranes; the film shows its Q-values", file=sys.stderr)
     print(f"video: {made.path} ({made.frames} frames, returns {', '.join(f'{r:g}' for r in made.returns)})")
     return {
         "video": str(made.path),
         "environment": environment,
-        "timesteps": agent.model.policy.timesteps if agent.model.policy.q_net.network.spiking else None,
+        "timesteps": agent.model.policy.timesteps if spiking else None,
         "returns": made.returns,
         "frames": made.frames,
     }
