@@ -93,7 +93,7 @@ def _load(name: str, timesteps: int | None) -> _Loaded:
     if config.get("kind") != "classifier":
         agent = load_agent(folder, device="cpu")
         command = f"spiking-rl evaluate {shlex.quote(name)}{which}"
-        return _Loaded(agent.model.policy.q_net.network, agent.model.stateful, folder, owner, config, command)
+        return _Loaded(agent.model.policy.q_net.network, bool(agent.model.stateful), folder, owner, config, command)
     if owner is None:
         raise UserError(
             "checkpoint", name, "is a classifier away from its run, whose config.yaml has its width; name the run"
@@ -159,10 +159,15 @@ def _measured(loaded: _Loaded) -> dict[str, Any] | None:
         if same and row["timesteps"] == timesteps:
             kept: dict[str, Any] = _plain({name: row[name] for name in _MEASURED if row.get(name) is not None})
             rates = kept.pop("spike_rate", None)
-            if not all(type(value) in (int, float) for value in (*kept.values(), *(rates or {}).values())):
+            if not all(map(_is_number, (*kept.values(), *(rates or {}).values()))):
                 raise UserError("results", str(path), f"holds a row of T={timesteps} with no numbers; score it again")
             return {**kept, "spike_rate": rates}
     return None
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether this is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _provenance(loaded: _Loaded) -> dict[str, Any]:
@@ -268,9 +273,12 @@ def _results(facts: dict[str, Any]) -> dict[str, str]:
     shown = {}
     if "mean_return" in row:
         around = f" ± {row['ci95']:.1f}" if "ci95" in row else ""
-        shown["score"] = f"{row['mean_return']:.1f}{around}, {row.get('episodes', '?')} episodes"
+        shown["score"] = f"{row['mean_return']:.1f}{around}" + (
+            f", {row['episodes']} episodes" if "episodes" in row else ""
+        )
     elif "top1" in row:
-        shown["score"] = f"{row['top1']:.2f} % of {row.get('images', '?'):,} test images"
+        count = f"{row['images']:,} " if "images" in row else ""
+        shown["score"] = f"{row['top1']:.2f} % of {count}test images"
     if row["spike_rate"]:
         shown["spikes"] = " ".join(f"{rate:.2f}" for rate in row["spike_rate"].values()) + " per neuron and timestep"
     if "energy_ratio" in row:
