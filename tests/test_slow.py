@@ -34,6 +34,17 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def killed(command: Sequence[str], seconds: float) -> bool:
+    """Run a command and kill it after so many seconds; tell whether it was still running."""
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(seconds)
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return True
+
+
 def ends_alike_whenever_it_is_killed(command: Sequence[str], tmp_path: Path, seconds: tuple[float, float]) -> None:
     """Kill each of ten runs up to five times at random moments, resuming in between.
 
@@ -55,14 +66,8 @@ def ends_alike_whenever_it_is_killed(command: Sequence[str], tmp_path: Path, sec
     for trial in range(10):
         run = tmp_path / f"killed{trial}"
         for _ in range(5):
-            process = subprocess.Popen(
-                started(run), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            time.sleep(rng.uniform(*seconds))
-            if process.poll() is not None:
+            if not killed(started(run), rng.uniform(*seconds)):
                 break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
             kills += 1
         if not (run / "results.json").is_file():
             done = subprocess.run(started(run), env=environment(), capture_output=True, text=True, check=False)
@@ -103,14 +108,8 @@ def test_pruning_killed_at_random_moments(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "first", run, ignore=shutil.ignore_patterns(".lock"))
         (run / "results.json").unlink()
         for _ in range(4 if trial else 0):  # the first one is left alone
-            process = subprocess.Popen(
-                go_on(run), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            time.sleep(rng.uniform(2, 9))
-            if process.poll() is not None:
+            if not killed(go_on(run), rng.uniform(2, 9)):
                 break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
             kills += 1
         while not (run / "results.json").is_file():
             done = subprocess.run(go_on(run), env=environment(), capture_output=True, text=True, check=False)
