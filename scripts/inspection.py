@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spiking_rl.agents.loading import find_checkpoint, load_agent
 from spiking_rl.checkpoint import load_checkpoint, read_json
 from spiking_rl.describing import LayerFacts, Spread, describe
@@ -19,7 +21,7 @@ from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.published import checked_rows
 from spiking_rl.settings import read_yaml
-from spiking_rl.vision.building import facts_of, load_classifier
+from spiking_rl.vision.building import build_empty, facts_of, load_classifier
 from spiking_rl.vision.config import load_config
 
 DESCRIPTION = """Show what a checkpoint is made of: every layer, its thresholds and leaks, MACs, energy, provenance.
@@ -86,7 +88,7 @@ def _load(name: str, timesteps: int | None) -> _Loaded:
         UserError: nothing there, T not in the run, damaged, or a classifier without its run.
     """
     folder, found = find_checkpoint(name, timesteps)
-    config = load_checkpoint(folder).config
+    tensors, config = load_checkpoint(folder)
     owner = found or _run_of(folder)
     own_t = config.get("timesteps")
     which = "" if found is None or own_t is None else f" --timesteps {own_t}"
@@ -99,12 +101,22 @@ def _load(name: str, timesteps: int | None) -> _Loaded:
             "checkpoint", name, "is a classifier away from its run, whose config.yaml has its width; name the run"
         )
     settings = load_config(owner.config)
-    network = load_classifier(folder, settings, facts_of(settings, config, folder))
+    settings.check()
+    images = facts_of(settings, config, folder)
+    _require_fit(tensors, build_empty(settings, images, spiking=own_t is not None), folder)
+    network = load_classifier(folder, settings, images)
     which = "" if own_t is None else f" --timesteps {own_t}"
     command = f"spiking-rl classify evaluate {shlex.quote(str(owner.path))}{which} --data FOLDER"
     if folder.name != checkpoint_name(own_t):
         command = ""  # it scores the kept best, and this is the end of a stage
     return _Loaded(network, False, folder, owner, config, command)
+
+
+def _require_fit(tensors: Mapping[str, Tensor], network: LayeredNetwork, origin: Path) -> None:
+    """Refuse settings that ask for another network than the weights', before it takes its memory."""
+    asked, stored = (sum(t.numel() for t in x.values()) for x in (network.state_dict(), tensors))
+    if asked > 2 * stored:
+        raise UserError("checkpoint", str(origin), f"holds {stored:,} numbers, its run's network {asked:,}; no match")
 
 
 def _run_of(checkpoint: Path) -> RunFolder | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from spiking_rl.balancing import balance_thresholds, convert_balanced
@@ -106,6 +107,12 @@ def build(config: ClassifyConfig, images: ImageFacts, *, spiking: bool) -> Layer
     else:
         options["neuron"] = "relu"
     return build_network(config.network, images.input_shape, len(images.classes), **options)
+
+
+def build_empty(config: ClassifyConfig, images: ImageFacts, *, spiking: bool) -> LayeredNetwork:
+    """Return what :func:`build` does with shapes but no values: it takes no memory, whatever the settings say."""
+    with torch.device("meta"):
+        return build(config, images, spiking=spiking)
 
 
 def _coding(config: ClassifyConfig, images: ImageFacts) -> dict[str, Any]:

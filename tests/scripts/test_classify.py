@@ -105,6 +105,12 @@ def test_inspect_needs_no_images(finished: tuple[Path, dict[str, object]], cli: 
     refused = cli("inspect", alone)
     assert refused.returncode == 2
     assert "away from its run" in refused.stderr
+    wide = tmp_path / "wide"
+    shutil.copytree(run, wide, ignore=shutil.ignore_patterns("resume", "relu*"))
+    (wide / "config.yaml").write_text((wide / "config.yaml").read_text().replace("width: 0.03125", "width: 16"))
+    refused = cli("inspect", wide)
+    assert refused.returncode == 2
+    assert "no match" in refused.stderr
 
 
 def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path) -> None:
