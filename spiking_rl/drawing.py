@@ -75,8 +75,6 @@ def fitted(text: str, width: int, size: int) -> str:
 def rounded_range(low: float, high: float) -> tuple[float, float]:
     """Return a range around ``[low, high]`` whose ends are multiples of 1, 2 or 5 times a power of ten.
 
-    A scale made of it changes seldom while the range that it is made from grows.
-
     Args:
         low: finite, below ``high``.
         high: finite.
@@ -85,6 +83,13 @@ def rounded_range(low: float, high: float) -> tuple[float, float]:
     power = 10.0 ** math.floor(math.log10(part))
     step = next(power * k for k in (1, 2, 5, 10) if power * k >= part * (1 - 1e-9))
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+
+
+def widened(scale: tuple[float, float], values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return a scale as it is where it holds all values (those that are no number aside), else a wider one."""
+    finite = values[np.isfinite(values)]
+    low, high = float(finite.min(initial=scale[0])), float(finite.max(initial=scale[1]))
+    return scale if (low, high) == scale else rounded_range(low, high)
 
 
 def beside(left: Picture, right: Picture) -> Picture:

@@ -20,6 +20,7 @@ from spiking_rl.drawing import (
     fitted,
     font,
     rounded_range,
+    widened,
     write,
 )
 
@@ -49,7 +50,7 @@ class MembraneTraces:
         self._potentials = np.full((len(self.labels), self.columns), np.nan)
         self._spikes = np.zeros((len(self.labels), self.columns), dtype=bool)
         self._opens = np.zeros(self.columns, dtype=bool)
-        self._ranges = [(0.0, 1.2)] * len(self.labels)
+        self._scales = [(0.0, 1.5)] * len(self.labels)
 
     def push(self, potentials: NDArray[np.generic], spikes: NDArray[np.generic], fresh: bool = False) -> None:
         """Add one decision at the right edge.
@@ -65,9 +66,7 @@ class MembraneTraces:
         self._potentials = np.concatenate([self._potentials, new.T], axis=1)[:, -self.columns :]
         self._spikes = np.concatenate([self._spikes, np.asarray(spikes, dtype=bool).T], axis=1)[:, -self.columns :]
         self._opens = np.concatenate([self._opens, opens])[-self.columns :]
-        for k, (low, high) in enumerate(self._ranges):
-            seen = new[np.isfinite(new[:, k]), k]
-            self._ranges[k] = min(low, seen.min(initial=low)), max(high, seen.max(initial=high))
+        self._scales = [widened(scale, values) for scale, values in zip(self._scales, new.T, strict=True)]
 
     def draw(self) -> Picture:
         """Return the picture ``(height, width, 3)``."""
@@ -75,7 +74,7 @@ class MembraneTraces:
         right = MARGIN + self.columns * STEP
         top = 0
         for k, (label, colour) in enumerate(zip(self.labels, self.colours, strict=True)):
-            low, high = rounded_range(*self._ranges[k])
+            low, high = self._scales[k]
             write(image, (MARGIN, top), f"{label}: membrane over threshold", _TEXT)
             write(image, (right, top + 1), f"{low:g} to {high:g}", _SMALL, "right")
             top += _LABEL
@@ -129,29 +128,30 @@ class ActionBars:
         self._right = width - MARGIN - math.ceil(font(self._size).getlength("-000.000")) - 6
         self._values = np.full(len(names), np.nan)
         self._action = -1
-        self._range: tuple[float, float] | None = None
+        self._scale: tuple[float, float] | None = None
 
     def push(self, values: NDArray[np.generic], action: int) -> None:
         """Take the values of one decision, ``(A,)``, and the index of the action taken."""
         self._values, self._action = np.asarray(values, dtype=float), action
-        seen = self._values[np.isfinite(self._values)]
-        if len(seen):
-            low, high = self._range or (math.inf, -math.inf)
-            self._range = min(low, float(seen.min())), max(high, float(seen.max()))
+        if self._scale is None and np.isfinite(self._values).any():
+            # Wide enough from the first decision on, when all that is known may lie close together.
+            seen = self._values[np.isfinite(self._values)]
+            room = max(0.05 * float(np.abs(seen).max()), 1e-3)
+            self._scale = rounded_range(float(seen.min()) - room, float(seen.max()) + room)
+        if self._scale is not None:
+            self._scale = widened(self._scale, self._values)
 
+    @property
     def scale(self) -> tuple[float, float]:
-        """Return the values at the two ends of a bar's line."""
-        low, high = self._range or (0.0, 1.0)
-        # Wide enough from the first decision on, when all that is known lies close together.
-        short = max(0.1 * max(abs(low), abs(high)), 1e-3) - (high - low)
-        return rounded_range(low - max(0, short) / 2, high + max(0, short) / 2)
+        """The values at the two ends of a bar's line."""
+        return self._scale or (0.0, 1.0)
 
     def draw(self, captions: Sequence[str] = ()) -> Picture:
         """Return the picture ``(height, width, 3)``, with up to two lines of text above."""
         image, pen = blank(self.height, self.width)
         for i, (caption, size) in enumerate(zip(captions, (_LARGE, _TEXT), strict=False)):
             write(image, (MARGIN, 4 + i * 20), fitted(caption, self.width - 2 * MARGIN, size), size)
-        low, high = self.scale()
+        low, high = self.scale
         left, right, top = self._left, self._right, _CAPTIONS
         write(image, (MARGIN, top), "Q-values", self._size)
         write(image, (left, top + 1), f"{low:g}", _SMALL)

@@ -190,6 +190,47 @@ def test_render_films_the_episode_that_evaluate_scores(cli: Cli, small_run: Path
     assert frames == made["frames"]
     scored = last_json(cli("evaluate", small_run, "--seed", 7, "--episodes", 1, "--json").stdout)
     assert made["returns"] == [scored["mean_return"]]
+    width, height = size_of(video)
+    assert width == 600 + 360, "the frame, and beside it spikes and membranes"
+    assert height > 400 + 50, "and below it Q-values"
+
+
+def size_of(video: Path) -> tuple[int, int]:
+    """Return width and height."""
+    reader = imageio_ffmpeg.read_frames(str(video))
+    size: tuple[int, int] = next(reader)["size"]
+    reader.close()
+    return size
+
+
+def test_render_shows_the_membranes_that_are_named(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    names = ("layer1:3", "layer2:15")
+    for name, flags in (("two", ["--neurons", *names]), ("three", [])):
+        done = cli("render", small_run, "--spikes", *flags, "--seed", 7, "--output", tmp_path / f"{name}.mp4")
+        assert done.returncode == 0, done.stderr
+    assert size_of(tmp_path / "two.mp4")[1] < size_of(tmp_path / "three.mp4")[1], "a membrane less"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--spikes", "--neurons", "layer3:1"], "'layer3:1'"),
+        (["--spikes", "--neurons", "layer1:3", "layer2:16"], "'layer2:16'"),
+        (["--spikes", "--neurons", "layer1:-1"], "'layer1:-1'"),
+        (["--spikes", "--neurons", "layer1"], "'layer1'"),
+        (["--neurons", "layer1:3"], "--spikes"),
+    ],
+)
+def test_render_refuses_a_neuron_that_is_not_there(
+    flags: list[str], named: str, cli: Cli, small_run: Path, tmp_path: Path
+) -> None:
+    done = cli("render", small_run, *flags, "--output", tmp_path / "film.mp4")
+    assert done.returncode == 2
+    said = one_line(done.stderr)
+    assert said.startswith("spiking-rl: neurons = ")
+    assert named in said
+    assert named == "--spikes" or "layer1:0 to layer1:15, layer2:0 to layer2:15" in said
+    assert not (tmp_path / "film.mp4").exists()
 
 
 def copy_run(run: Path, to: Path, **settings: object) -> Path:
@@ -290,7 +331,11 @@ def test_the_relu_control_runs_the_same_way(cli: Cli, tmp_path: Path) -> None:
     assert row["timesteps"] is None
     assert row["energy_ratio"] == 1
     assert cli("evaluate", run, "--episodes", 1).returncode == 0
-    assert "ReLU" in cli("render", run, "--spikes").stderr
+    done = cli("render", run, "--spikes", "--output", tmp_path / "relu.mp4", "--json")
+    assert done.returncode == 0
+    assert "ReLU" in one_line(done.stderr), "it has no spikes, but its Q-values are shown"
+    assert size_of(tmp_path / "relu.mp4") == (600, 400 + 46 + 18 + 2 * 21 + 8)
+    assert "neurons = 'layer1:3'" in one_line(cli("render", run, "--spikes", "--neurons", "layer1:3").stderr)
     assert "ReLU" in cli("prune", run, "--to", 1).stderr
 
 
