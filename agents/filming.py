@@ -119,8 +119,8 @@ def _frames(
             frame = _enlarged(env.render())
             if panel is not None:
                 captions = [
-                    f"{kind}   return {total:g}   action {names[action]}",
-                    f"decision {step + 1}   episode seed {seed + episode}",
+                    f"return {total:g}   action {names[action]}",
+                    f"{kind}   decision {step + 1}   episode seed {seed + episode}",
                 ]
                 fresh = not q_net.stateful or step == 0
                 frame = panel.draw(frame, values[0].float().numpy(force=True), action, captions, fresh)
