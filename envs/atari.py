@@ -47,16 +47,20 @@ class AtariId:
         sticky_actions: probability that the emulator repeats the last action; 0.25 for ``ALE/...-v5``, 0
             for ``...NoFrameskip-v4``, as in Gymnasium.
         frame_stack: frames per observation.
+        episodic_life: learners see a lost life as the end of an episode, so that what comes after it is no
+            part of an action's value. The game goes on, and scores are of whole games either way.
     """
 
     name: str
     game: str
     sticky_actions: float
     frame_stack: int = 4
+    episodic_life: bool = False
 
     def __str__(self) -> str:
-        """Return the whole id: it says everything that the score depends on."""
-        return f"{self.name}?sticky_actions={self.sticky_actions:g}&frame_stack={self.frame_stack}"
+        """Return the whole id: it says everything that training and score depend on."""
+        life = "&episodic_life=1" if self.episodic_life else ""
+        return f"{self.name}?sticky_actions={self.sticky_actions:g}&frame_stack={self.frame_stack}{life}"
 
 
 @cache
@@ -93,8 +97,13 @@ def parse_atari(env_id: str) -> AtariId | None:
             made = replace(made, sticky_actions=_number(env_id, option, text, float))
         elif option == "frame_stack":
             made = replace(made, frame_stack=_number(env_id, option, text, int))
+        elif option == "episodic_life":
+            if text not in ("0", "1"):
+                raise UserError("episodic_life", text, "must be 0 or 1")
+            made = replace(made, episodic_life=text == "1")
         else:
-            raise UserError("env", env_id, f"has no option {option!r}; there are sticky_actions and frame_stack")
+            known = "sticky_actions, frame_stack and episodic_life"
+            raise UserError("env", env_id, f"has no option {option!r}; there are {known}")
     if not 0 <= made.sticky_actions < 1:
         raise UserError("sticky_actions", made.sticky_actions, "must be at least 0 and below 1")
     if made.frame_stack < 1:
@@ -109,8 +118,13 @@ def _number(env_id: str, option: str, text: str, kind: type[Any]) -> Any:
         raise UserError("env", env_id, f"{option} = {text!r} is no number") from None
 
 
-def _native(atari: AtariId, num_envs: int, mode: AutoresetMode, *, film: bool = False) -> AtariVectorEnv:
-    """Make the emulators; filmed, they give the whole colour picture instead of what the agent sees."""
+def _native(
+    atari: AtariId, num_envs: int, mode: AutoresetMode, *, film: bool = False, lives: bool = False
+) -> AtariVectorEnv:
+    """Make the emulators; filmed, they give the whole colour picture instead of what the agent sees.
+
+    With ``lives`` a lost life is reported as termination, and the game goes on.
+    """
     from ale_py.vector_env import AtariVectorEnv
 
     picture: dict[str, Any] = {"grayscale": False, "img_height": 210, "img_width": 160} if film else {}
@@ -125,6 +139,7 @@ def _native(atari: AtariId, num_envs: int, mode: AutoresetMode, *, film: bool = 
         max_num_frames_per_episode=MAX_FRAMES,
         autoreset_mode=mode,
         num_threads=1 if num_envs == 1 else 0,
+        life_loss_info=lives,
         **picture,
     )
 
@@ -184,7 +199,8 @@ class AtariGame(gym.Env[Pixels, int]):
 class AtariVecEnv(VecEnv):
     """Many games side by side for a Stable-Baselines3 learner, emulated on all cores.
 
-    Rewards are clipped to -1, 0 and 1 for learning; ``info["episode"]`` has the unclipped return.
+    Rewards are clipped to -1, 0 and 1 for learning; ``info["episode"]`` has the unclipped return of a whole game,
+    also where the id says that an episode ends with every life.
     Emulators cannot be saved: :meth:`restart` begins new games whose seeds follow from the run's seed and
     the number of restarts. Every save of a run restarts, so that a run resumed from it plays like the one
     that went on.
@@ -196,11 +212,12 @@ class AtariVecEnv(VecEnv):
     """
 
     def __init__(self, atari: AtariId, num_envs: int, seed: int) -> None:
-        self._games = _native(atari, num_envs, AutoresetMode.SAME_STEP)
+        self._games = _native(atari, num_envs, AutoresetMode.SAME_STEP, lives=atari.episodic_life)
         self._seed = seed
         self.restarts = 0
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, dtype=np.int64)
+        self._frames = np.zeros(num_envs, dtype=np.int64)  # of the game so far, no-ops included
         self._actions: NDArray[np.int64] | None = None
         self.render_mode = None
         super().__init__(num_envs, self._games.single_observation_space, self._games.single_action_space)
@@ -210,7 +227,9 @@ class AtariVecEnv(VecEnv):
         self._returns[:] = 0
         self._lengths[:] = 0
         seeds = np.random.SeedSequence((self._seed, self.restarts)).generate_state(self.num_envs) % _TRAINING_SEEDS
-        observations: Pixels = self._games.reset(seed=seeds.astype(np.int64))[0]
+        observations: Pixels
+        observations, info = self._games.reset(seed=seeds.astype(np.int64))
+        self._frames = info["episode_frame_number"].copy()
         return observations.copy()
 
     def restart(self) -> Pixels:
@@ -232,12 +251,16 @@ class AtariVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for row in np.flatnonzero(done):
             infos[row] = {
-                "episode": {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": 0.0},
                 "terminal_observation": info["final_obs"][row].copy(),
                 "TimeLimit.truncated": bool(truncated[row] and not terminated[row]),
             }
+            # A game that goes on after a lost life has more frames behind it than before.
+            if info["episode_frame_number"][row] > self._frames[row]:
+                continue
+            infos[row]["episode"] = {"r": float(self._returns[row]), "l": int(self._lengths[row]), "t": 0.0}
             self._returns[row] = 0
             self._lengths[row] = 0
+        self._frames = info["episode_frame_number"].copy()
         return observations.copy(), np.sign(rewards).astype(np.float32), done, infos
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
