@@ -32,6 +32,36 @@ def test_an_id_says_everything(env_id: str, expected: tuple[str, float, int]) ->
     assert parse_atari(str(atari)) == atari
 
 
+def test_a_score_is_of_whole_games_whatever_a_life_means_to_the_learner() -> None:
+    """The same games byte for byte; only the learner's ends of episodes differ, one for each of five lives."""
+    lives = make_vectorised("ALE/Breakout-v5?sticky_actions=0&frame_stack=1&episodic_life=1", 2, 0)
+    games = make_vectorised("ALE/Breakout-v5?sticky_actions=0&frame_stack=1&episodic_life=0", 2, 0)
+    assert np.array_equal(lives.reset(), games.reset())
+    rng = np.random.default_rng(0)
+    deaths, whole = np.zeros(2, dtype=int), 0
+    for step in range(900):
+        if step == 450:  # as after a checkpoint
+            assert np.array_equal(restart(lives), restart(games))
+            deaths[:] = 0
+        actions = rng.integers(4, size=2)
+        seen, rewards, done, infos = lives.step(actions)
+        seen_too, rewards_too, over, infos_too = games.step(actions)
+        assert np.array_equal(seen, seen_too)
+        assert np.array_equal(rewards, rewards_too)
+        deaths += done
+        for row in range(2):
+            assert infos[row].get("episode") == infos_too[row].get("episode")
+            assert done[row] == ("terminal_observation" in infos[row])
+            if over[row]:
+                assert deaths[row] == 5
+                deaths[row] = 0
+                whole += 1
+    assert whole >= 4
+    atari = parse_atari("ALE/Breakout-v5?episodic_life=1")
+    assert atari is not None
+    assert parse_atari(str(atari)) == atari
+
+
 def test_other_environments_are_left_alone() -> None:
     assert parse_atari("CartPole-v1") is None
     assert parse_atari("my_module:Pong-v5") is None
@@ -41,7 +71,8 @@ def test_other_environments_are_left_alone() -> None:
     ("env_id", "words"),
     [
         ("ALE/Pnog-v5", ["Pnog", "did you mean 'ALE/Pong-v5'"]),
-        ("ALE/Pong-v5?sticky=0", ["sticky", "sticky_actions and frame_stack"]),
+        ("ALE/Pong-v5?sticky=0", ["sticky", "sticky_actions, frame_stack and episodic_life"]),
+        ("ALE/Breakout-v5?episodic_life=yes", ["episodic_life = 'yes'", "0 or 1"]),
         ("ALE/Pong-v5?sticky_actions=often", ["often", "no number"]),
         ("ALE/Pong-v5?sticky_actions=1", ["sticky_actions = 1", "below 1"]),
         ("ALE/Pong-v5?frame_stack=0", ["frame_stack = 0", "at least 1"]),
