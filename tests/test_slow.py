@@ -1,4 +1,4 @@
-"""Long checks: `pytest -m slow`. Their dates and results stand in the README."""
+"""Long checks: `pytest -m slow -n 0`. Their dates and results stand in the README."""
 
 from __future__ import annotations
 
