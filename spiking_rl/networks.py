@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.encoding import Encoder, build_encoder, direct, scan_starts
+from spiking_rl.encoding import Encoder, build_encoder, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
@@ -364,14 +364,13 @@ class LayeredNetwork(nn.Module):
         for i, neuron in enumerate(self.neurons):
             current = self.current(i, x.flatten(0, 1), held)
             current = current.reshape(-1, batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
-            if i == 0 and self.encoder is None:
-                current = direct(current, timesteps)
             x, layer_state, potential = neuron(
                 current,
                 None if state is None else state[i],
                 opens,
                 trace=observer is not None,
                 single_spike=self.single_spike,
+                repeat=timesteps if i == 0 and self.encoder is None else 1,  # direct encoding
             )
             after.append(layer_state)
             if observer is not None:

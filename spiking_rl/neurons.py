@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
+from spiking_rl.fused import FusedScan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -56,7 +58,9 @@ def _fits(shape: torch.Size, neurons: torch.Size) -> bool:
     return all(s in (1, n) for s, n in zip(reversed(shape), reversed(neurons), strict=False))
 
 
-def _check(current: Tensor, state: LIFState | None, leak: Tensor, threshold: Tensor, starts: Tensor | None) -> None:
+def _check(
+    current: Tensor, state: LIFState | None, leak: Tensor, threshold: Tensor, starts: Tensor | None, repeat: int
+) -> None:
     if current.dim() < 2 or current.shape[0] < 1:
         raise ValueError(f"current has shape {tuple(current.shape)}; lif_scan takes (S, B, *N) with S >= 1 timesteps")
     for name, parameter in (("leak", leak), ("threshold", threshold)):
@@ -70,10 +74,13 @@ def _check(current: Tensor, state: LIFState | None, leak: Tensor, threshold: Ten
             f"state.membrane has shape {tuple(state.membrane.shape)}, but current of shape "
             f"{tuple(current.shape)} needs {tuple(current.shape[1:])}"
         )
-    if starts is not None and (starts.shape != current.shape[:2] or starts.dtype != torch.bool):
+    if repeat < 1:
+        raise ValueError(f"repeat is {repeat}; each current lasts at least one timestep")
+    steps = (len(current) * repeat, current.shape[1])
+    if starts is not None and (starts.shape != steps or starts.dtype != torch.bool):
         raise ValueError(
             f"starts is {starts.dtype} of shape {tuple(starts.shape)}; it must be torch.bool of shape "
-            f"{tuple(current.shape[:2])} (timesteps, batch)"
+            f"{steps} (timesteps, batch)"
         )
 
 
@@ -92,6 +99,7 @@ def lif_scan_reference(
     starts: Tensor | None = None,
     *,
     gamma: float = DEFAULT_GAMMA,
+    repeat: int = 1,
     trace: bool = False,
     single_spike: bool = False,
 ) -> LIFScan:
@@ -99,7 +107,8 @@ def lif_scan_reference(
 
     Arguments, result and errors are those of :func:`lif_scan`; autograd differentiates the loop.
     """
-    _check(current, state, leak, threshold, starts)
+    _check(current, state, leak, threshold, starts, repeat)
+    current = direct(current, repeat)
     keep = _keep_mask(starts, current)
     membrane = torch.zeros_like(current[0]) if state is None else state.membrane
     fired = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
@@ -134,8 +143,8 @@ def _empty_timesteps(current: Tensor) -> Tensor:
     return torch.empty_strided(current.shape, strides, dtype=first.dtype, device=first.device)
 
 
-class _FusedScan(torch.autograd.Function):
-    """The same scan with one hand-written backward pass; saves the potentials beside its output."""
+class _LoopedScan(torch.autograd.Function):
+    """The same scan with one hand-written backward pass, where :mod:`spiking_rl.fused` cannot do it."""
 
     @staticmethod
     def forward(
@@ -236,13 +245,14 @@ def lif_scan(
     starts: Tensor | None = None,
     *,
     gamma: float = DEFAULT_GAMMA,
+    repeat: int = 1,
     trace: bool = False,
     single_spike: bool = False,
 ) -> LIFScan:
     """Scan leaky integrate-and-fire neurons over time (module docstring for the equations).
 
     Args:
-        current: input current ``I = W s + b``, shape ``(S, B, *N)``, S = environment steps times
+        current: input current ``I = W s + b``, shape ``(S / repeat, B, *N)``, S = environment steps times
             timesteps, the timestep being the faster axis.
         state: membranes before the first timestep, ``(B, *N)``; None means at rest (zero).
         leak: membrane retained per timestep, in [0, 1] (1 = no leak); broadcasts against ``N``.
@@ -250,6 +260,8 @@ def lif_scan(
         starts: bool ``(S, B)``, true at the first timestep of an episode: the membrane is zeroed
             before the leak. None means that no episode starts inside.
         gamma: height of the surrogate gradient at threshold.
+        repeat: timesteps that each current lasts: T in the first layer under direct encoding
+            (:func:`spiking_rl.encoding.direct`), whose current is the same at every timestep of a decision.
         trace: also return the potential before reset.
         single_spike: let every neuron fire at most once in this call, or not at all where ``state.fired`` says that
             it has; a start clears that. The mask is a constant to the gradient: a neuron that has fired gets none
@@ -268,12 +280,20 @@ def lif_scan(
     Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022); firing once: our reading of
     Datta, Kundu, Beerel 2021.
     """
-    _check(current, state, leak, threshold, starts)
+    _check(current, state, leak, threshold, starts, repeat)
     membrane = None if state is None else state.membrane
+    way = None if single_spike else plan(current, leak, threshold)
+    if way is not None:
+        keep = None if starts is None else (~starts).float()
+        spikes, after, potentials = FusedScan.apply(  # type: ignore[no-untyped-call]
+            current, membrane, leak, threshold, keep, gamma, repeat, way, True, trace
+        )
+        return LIFScan(spikes, LIFState(after), potentials)
+    current = direct(current, repeat)
     spent = None
     if single_spike:
         spent = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
-    spikes, after, potentials, fired = _FusedScan.apply(current, membrane, leak, threshold, starts, gamma, spent)  # type: ignore[no-untyped-call]
+    spikes, after, potentials, fired = _LoopedScan.apply(current, membrane, leak, threshold, starts, gamma, spent)  # type: ignore[no-untyped-call]
     return LIFScan(spikes, LIFState(after, fired), potentials if trace else None)
 
 
@@ -320,9 +340,10 @@ class LIF(nn.Module):
         starts: Tensor | None = None,
         trace: bool = False,
         single_spike: bool = False,
+        repeat: int = 1,
     ) -> LIFScan:
         """Scan this layer over ``current`` (S, B, *N); see :func:`lif_scan`."""
-        options = {"gamma": self.gamma, "trace": trace, "single_spike": single_spike}
+        options = {"gamma": self.gamma, "trace": trace, "single_spike": single_spike, "repeat": repeat}
         return lif_scan(current, state, self.leak, self.threshold, starts, **options)  # type: ignore[arg-type]
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiking_rl.fused import fused_fire
+
 DEFAULT_GAMMA = 0.3
 """Height of the surrogate gradient at threshold, as in all three papers."""
 
@@ -63,7 +65,10 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         Spikes in {0, 1}, shape and dtype of ``potential``.
     """
     if torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad):
-        spikes: Tensor = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
-        return spikes
+        spikes = fused_fire(potential, threshold, gamma)
+        if spikes is None:
+            spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
+        result: Tensor = spikes
+        return result
     # Acting with a batch of one is all overhead: skip the autograd machinery.
     return (potential > threshold).to(potential.dtype)

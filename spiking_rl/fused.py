@@ -1,0 +1,205 @@
+"""The scan in two passes over memory, one each way, for 32-bit floats on a CPU (``lif_scan.c``).
+
+What it takes: neurons that lie densely in memory, plain or channels-last, and parameters of which there is one for the
+layer, or one per entry of the first neuron axis. Everything else is left to the loops of :mod:`spiking_rl.neurons`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spiking_rl.compiling import library
+
+_BLOCK = 512  # neurons that are scanned together
+_GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
+_SMALL = 1 << 15  # neurons times timesteps that one thread has done before another has woken up
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("timesteps repeat batch neurons piece own pieces_differ groups threads").split()
+    ]
+
+
+class Plan(NamedTuple):
+    """How neurons and parameters lie in memory.
+
+    Attributes:
+        channels_last: of pictures, else plain.
+        channels: parameters of the layer; 1, or the size of the first neuron axis.
+        own: whether neighbouring neurons have parameters of their own.
+        piece: neurons after which parameters repeat, or up to which one holds.
+    """
+
+    channels_last: bool
+    channels: int
+    own: bool
+    piece: int
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Return torch's name of the layout."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def empty(self, steps: int, like: Tensor) -> Tensor:
+        """Return an uninitialised ``(steps, B, *N)``, its neurons shaped as those of ``like`` ``(S, B, *N)``."""
+        flat = torch.empty(steps * like.shape[1], *like.shape[2:], memory_format=self.memory_format)
+        return flat.view(steps, *like.shape[1:])
+
+    def dense(self, tensor: Tensor) -> Tensor:
+        """Return ``(S, B, *N)`` in this layout, a copy only where it lies otherwise."""
+        return tensor.flatten(0, 1).contiguous(memory_format=self.memory_format).view(tensor.shape)
+
+    def tiled(self, parameter: Tensor) -> Tensor:
+        """Return a parameter as the loops read it: all entries of a piece, or one per piece."""
+        flat = parameter.detach().reshape(-1)
+        if flat.numel() < self.channels:
+            flat = flat.expand(self.channels)
+        return flat.repeat(self.piece // self.channels) if self.own else flat.contiguous()
+
+    def summed(self, sums: Tensor, parameter: Tensor) -> Tensor:
+        """Return the gradient of a parameter from partial sums, rows of what :meth:`tiled` returned."""
+        total = sums.view(-1, self.channels).sum(0)
+        return (total if parameter.numel() > 1 else total.sum()).reshape(parameter.shape)
+
+
+def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
+    """Return how a scan over ``current`` (S, B, *N) goes in one pass, or None where it does not."""
+    if type(current) is not Tensor or current.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if any(tensor.dtype != torch.float32 for tensor in (current, leak, threshold)):
+        return None
+    neurons = current.shape[2:]
+    channels = max(leak.numel(), threshold.numel())
+    per_channel = torch.Size([*neurons[:1], *[1] * (len(neurons) - 1)])
+    if any(p.numel() > 1 and p.shape != per_channel for p in (leak, threshold)):
+        return None
+    if not current.numel() or library() is None:
+        return None
+    one, size = current[0], neurons.numel()
+    last = len(neurons) == 3 and not one.is_contiguous() and one.is_contiguous(memory_format=torch.channels_last)
+    if channels == 1:
+        return Plan(last, 1, False, _BLOCK)
+    if last or channels == size:
+        return Plan(last, channels, True, channels * max(1, min(_BLOCK, size) // channels))
+    return Plan(last, channels, False, size // channels)
+
+
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _addresses(*tensors: Tensor | None) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
+
+
+def _compiled() -> ctypes.CDLL:
+    compiled = library()
+    assert compiled is not None, "a plan says that there is one"
+    return compiled
+
+
+def _shape(plan: Plan, current: Tensor, repeat: int) -> _Shape:
+    rows, batch = current.shape[:2]
+    neurons = current[0, 0].numel()
+    pieces = -(-neurons // plan.piece)
+    differ = not plan.own and plan.channels > 1
+    small = current.numel() * repeat < _SMALL
+    threads = 1 if small else torch.get_num_threads()
+    groups = min(batch * pieces, _GROUPS)
+    return _Shape(rows * repeat, repeat, batch, neurons, plan.piece, plan.own, differ, groups, threads)
+
+
+class FusedScan(torch.autograd.Function):
+    """The scan of :func:`spiking_rl.neurons.lif_scan`, forwards and backwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        current: Tensor,
+        membrane: Tensor | None,
+        leak: Tensor,
+        threshold: Tensor,
+        keep: Tensor | None,
+        gamma: float,
+        repeat: int,
+        plan: Plan,
+        carry: bool,
+        trace: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return spikes, membranes after the last timestep, and potentials.
+
+        Args:
+            ctx: autograd's.
+            current: ``(S / repeat, B, *N)``.
+            membrane: ``(B, *N)``, None at rest.
+            leak: one, or one per entry of the first neuron axis.
+            threshold: likewise.
+            keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
+            gamma: height of the surrogate gradient.
+            repeat: timesteps that each current lasts.
+            plan: what :func:`plan` says of these tensors.
+            carry: return the membranes (else None).
+            trace: return the potentials (else None).
+        """
+        current = plan.dense(current)
+        before = None if membrane is None else plan.dense(membrane.unsqueeze(0))
+        tiles = plan.tiled(leak), plan.tiled(threshold)
+        steps = len(current) * repeat
+        learns = any(ctx.needs_input_grad)
+        # At one fresh timestep the potential is the current, which is there already.
+        bare = steps == 1 and before is None and not trace
+        potentials = plan.empty(steps, current) if (learns or trace) and not bare else None
+        after = plan.empty(1, current) if carry else None
+        spikes = plan.empty(steps, current)
+        _compiled().lif_forward(
+            ctypes.byref(_shape(plan, current, repeat)),
+            _addresses(*tiles, keep),
+            *map(_address, (current, before, spikes, potentials, after)),
+        )
+        if learns:
+            ctx.save_for_backward(current if bare else potentials, before, leak, threshold, keep, *tiles)
+            ctx.options = gamma, repeat, plan
+            ctx.set_materialize_grads(False)
+        return spikes, None if after is None else after[0], potentials if trace else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of current, membrane, leak and threshold."""
+        potentials, before, leak, threshold, keep, *tiles = ctx.saved_tensors
+        gamma, repeat, plan = ctx.options
+        by_spikes, by_after, by_trace = grads
+        arriving = (by_spikes, by_trace, None if by_after is None else by_after.unsqueeze(0))
+        arriving = tuple(None if grad is None else plan.dense(grad) for grad in arriving)
+        grad_current = plan.empty(len(potentials) // repeat, potentials)
+        grad_before = None if before is None else plan.empty(1, potentials)
+        shape = _shape(plan, grad_current, repeat)
+        sums = torch.zeros(2, shape.groups, len(tiles[0]))
+        by_leak = sums[1] if ctx.needs_input_grad[2] else None
+        _compiled().lif_backward(
+            ctypes.byref(shape),
+            _addresses(*tiles, keep),
+            ctypes.c_float(gamma),
+            *map(_address, (potentials, before)),
+            _addresses(*arriving),
+            _addresses(grad_current, grad_before, by_leak, sums[0]),
+        )
+        grad_membrane = None if grad_before is None else grad_before[0]
+        grad_leak = None if by_leak is None else plan.summed(by_leak, leak)
+        return grad_current, grad_membrane, grad_leak, plan.summed(sums[0], threshold), *[None] * 6
+
+
+def fused_fire(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor | None:
+    """Return the spikes of potentials ``(B, *N)``, None where the loops have to do it."""
+    current = potential.unsqueeze(0)
+    if potential.dim() < 1 or (found := plan(current, threshold, threshold)) is None:
+        return None
+    unused = threshold.detach()  # a membrane at rest leaks nothing
+    spikes, _, _ = FusedScan.apply(current, None, unused, threshold, None, gamma, 1, found, False, False)  # type: ignore[no-untyped-call]
+    result: Tensor = spikes[0]
+    return result
