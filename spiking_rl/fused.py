@@ -22,7 +22,17 @@ _SMALL = 1 << 15  # neurons times timesteps that one thread has done before anot
 class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("timesteps repeat batch neurons piece own pieces_differ groups threads").split()
+        for name in ("timesteps", "repeat", "batch", "neurons", "piece", "channels", "own", "groups", "threads")
+    ]
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [
+        ("leak", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+        ("leaks", ctypes.c_int64),
+        ("thresholds", ctypes.c_int64),
+        ("keep", ctypes.c_void_p),
     ]
 
 
@@ -55,18 +65,6 @@ class Plan(NamedTuple):
         """Return ``(S, B, *N)`` in this layout, a copy only where it lies otherwise."""
         return tensor.flatten(0, 1).contiguous(memory_format=self.memory_format).view(tensor.shape)
 
-    def tiled(self, parameter: Tensor) -> Tensor:
-        """Return a parameter as the loops read it: all entries of a piece, or one per piece."""
-        flat = parameter.detach().reshape(-1)
-        if flat.numel() < self.channels:
-            flat = flat.expand(self.channels)
-        return flat.repeat(self.piece // self.channels) if self.own else flat.contiguous()
-
-    def summed(self, sums: Tensor, parameter: Tensor) -> Tensor:
-        """Return the gradient of a parameter from partial sums, rows of what :meth:`tiled` returned."""
-        total = sums.view(-1, self.channels).sum(0)
-        return (total if parameter.numel() > 1 else total.sum()).reshape(parameter.shape)
-
 
 def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
     """Return how a scan over ``current`` (S, B, *N) goes in one pass, or None where it does not."""
@@ -90,29 +88,29 @@ def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
     return Plan(last, channels, False, size // channels)
 
 
-def _address(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _addresses(*tensors: Tensor | None) -> Any:
     return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
 
 
-def _compiled() -> ctypes.CDLL:
+def _run(name: str, shape: _Shape, leak: Tensor, threshold: Tensor, keep: Tensor | None, *arguments: Any) -> None:
     compiled = library()
     assert compiled is not None, "a plan says that there is one"
-    return compiled
+    flat = leak.contiguous(), threshold.contiguous()
+    parameters = _Parameters(*map(_address, flat), leak.numel(), threshold.numel(), _address(keep))
+    if not getattr(compiled, name)(ctypes.byref(shape), ctypes.byref(parameters), *arguments):
+        raise MemoryError("no memory for a scan")
 
 
 def _shape(plan: Plan, current: Tensor, repeat: int) -> _Shape:
     rows, batch = current.shape[:2]
-    neurons = current[0, 0].numel()
-    pieces = -(-neurons // plan.piece)
-    differ = not plan.own and plan.channels > 1
-    small = current.numel() * repeat < _SMALL
-    threads = 1 if small else torch.get_num_threads()
-    groups = min(batch * pieces, _GROUPS)
-    return _Shape(rows * repeat, repeat, batch, neurons, plan.piece, plan.own, differ, groups, threads)
+    size = current[0, 0].numel()
+    threads = 1 if current.numel() * repeat < _SMALL else torch.get_num_threads()
+    groups = min(batch * -(-size // plan.piece), _GROUPS)
+    return _Shape(rows * repeat, repeat, batch, size, plan.piece, plan.channels, plan.own, groups, threads)
 
 
 class FusedScan(torch.autograd.Function):
@@ -149,55 +147,51 @@ class FusedScan(torch.autograd.Function):
         """
         current = plan.dense(current)
         before = None if membrane is None else plan.dense(membrane.unsqueeze(0))
-        tiles = plan.tiled(leak), plan.tiled(threshold)
         steps = len(current) * repeat
-        learns = any(ctx.needs_input_grad)
-        # At one fresh timestep the potential is the current, which is there already.
-        bare = steps == 1 and before is None and not trace
-        potentials = plan.empty(steps, current) if (learns or trace) and not bare else None
-        after = plan.empty(1, current) if carry else None
         spikes = plan.empty(steps, current)
-        _compiled().lif_forward(
-            ctypes.byref(_shape(plan, current, repeat)),
-            _addresses(*tiles, keep),
-            *map(_address, (current, before, spikes, potentials, after)),
-        )
-        if learns:
-            ctx.save_for_backward(current if bare else potentials, before, leak, threshold, keep, *tiles)
-            ctx.options = gamma, repeat, plan
-            ctx.set_materialize_grads(False)
-        return spikes, None if after is None else after[0], potentials if trace else None
+        potentials = plan.empty(steps, current) if trace else None
+        after = plan.empty(1, current) if carry else None
+        pointers = map(ctypes.c_void_p, map(_address, (current, before, spikes, potentials, after)))
+        _run("lif_forward", _shape(plan, current, repeat), leak, threshold, keep, *pointers)
+        ctx.save_for_backward(current, before, leak, threshold, keep)
+        ctx.options = gamma, repeat, plan
+        ctx.set_materialize_grads(False)
+        return spikes, None if after is None else after[0], potentials
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
-        potentials, before, leak, threshold, keep, *tiles = ctx.saved_tensors
+        current, before, leak, threshold, keep = ctx.saved_tensors
         gamma, repeat, plan = ctx.options
         by_spikes, by_after, by_trace = grads
         arriving = (by_spikes, by_trace, None if by_after is None else by_after.unsqueeze(0))
         arriving = tuple(None if grad is None else plan.dense(grad) for grad in arriving)
-        grad_current = plan.empty(len(potentials) // repeat, potentials)
-        grad_before = None if before is None else plan.empty(1, potentials)
-        shape = _shape(plan, grad_current, repeat)
-        sums = torch.zeros(2, shape.groups, len(tiles[0]))
-        by_leak = sums[1] if ctx.needs_input_grad[2] else None
-        _compiled().lif_backward(
-            ctypes.byref(shape),
-            _addresses(*tiles, keep),
+        grad_current = plan.empty(len(current), current)
+        grad_before = None if before is None else plan.empty(1, current)
+        grad_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
+        grad_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
+        _run(
+            "lif_backward",
+            _shape(plan, current, repeat),
+            leak,
+            threshold,
+            keep,
             ctypes.c_float(gamma),
-            *map(_address, (potentials, before)),
+            *map(ctypes.c_void_p, map(_address, (current, before))),
             _addresses(*arriving),
-            _addresses(grad_current, grad_before, by_leak, sums[0]),
+            _addresses(grad_current, grad_before, grad_leak, grad_threshold),
         )
         grad_membrane = None if grad_before is None else grad_before[0]
-        grad_leak = None if by_leak is None else plan.summed(by_leak, leak)
-        return grad_current, grad_membrane, grad_leak, plan.summed(sums[0], threshold), *[None] * 6
+        return grad_current, grad_membrane, grad_leak, grad_threshold, *[None] * 6
 
 
 def fused_fire(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor | None:
     """Return the spikes of potentials ``(B, *N)``, None where the loops have to do it."""
+    if potential.dim() < 1:
+        return None
     current = potential.unsqueeze(0)
-    if potential.dim() < 1 or (found := plan(current, threshold, threshold)) is None:
+    found = plan(current, threshold, threshold)
+    if found is None:
         return None
     unused = threshold.detach()  # a membrane at rest leaks nothing
     spikes, _, _ = FusedScan.apply(current, None, unused, threshold, None, gamma, 1, found, False, False)  # type: ignore[no-untyped-call]

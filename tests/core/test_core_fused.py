@@ -1,0 +1,189 @@
+"""The compiled scan: the same values as the plain loop, gradients to rounding, and what happens without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spiking_rl import LIFState, build_network, compiling, fused, lif_scan, lif_scan_reference
+from spiking_rl.surrogate import fire
+
+needs_compiler = pytest.mark.skipif(compiling.library() is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def no_library() -> Iterator[None]:
+    """Forget what was built, before and after."""
+    compiling.library.cache_clear()
+    yield
+    compiling.library.cache_clear()
+
+
+def values(scan: object, tensors: dict[str, Tensor | None], arriving: list[Tensor], **options: object) -> list[Tensor]:
+    """Return spikes, potentials, membranes, then the gradients of all tensors that can have one."""
+    leaves = {
+        k: t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for k, t in tensors.items()
+    }
+    state = None if leaves["membrane"] is None else LIFState(leaves["membrane"])
+    args = (leaves["current"], state, leaves["leak"], leaves["threshold"], leaves["starts"])
+    found = scan(*args, trace=True, **options)  # type: ignore[operator]
+    outputs = [found.spikes, found.potential, found.state.membrane]
+    sum((output * weight).sum() for output, weight in zip(outputs, arriving, strict=True)).backward()  # type: ignore[union-attr]
+    return [*outputs, *(leaf.grad for leaf in leaves.values() if leaf is not None and leaf.grad is not None)]
+
+
+@needs_compiler
+@settings(max_examples=120, deadline=None)
+@given(
+    neurons=st.sampled_from([(), (1,), (5,), (700,), (6, 4, 5), (40, 1, 1), (32, 11, 9), (3, 17, 19)]),
+    steps=st.integers(1, 4),
+    repeat=st.integers(1, 3),
+    batch=st.integers(1, 5),
+    shared=st.sampled_from(["both", "leak", "neither"]),
+    channels_last=st.booleans(),
+    carried=st.booleans(),
+    reset=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_it_is_the_plain_loop(
+    neurons: tuple[int, ...],
+    steps: int,
+    repeat: int,
+    batch: int,
+    shared: str,
+    channels_last: bool,
+    carried: bool,
+    reset: bool,
+    seed: int,
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    current = torch.randn(steps * batch, *neurons, generator=draw)
+    if channels_last and len(neurons) == 3:
+        current = current.to(memory_format=torch.channels_last)
+    per_channel = (*neurons[:1], *[1] * (len(neurons) - 1))
+    tensors = {
+        "current": current.unflatten(0, (steps, batch)),
+        "membrane": torch.randn(batch, *neurons, generator=draw) if carried else None,
+        "leak": torch.rand(() if shared != "neither" else per_channel, generator=draw),
+        "threshold": torch.rand(() if shared == "both" else per_channel, generator=draw) + 0.2,
+        "starts": torch.rand(steps * repeat, batch, generator=draw) < 0.3 if reset else None,
+    }
+    assert fused.plan(tensors["current"], tensors["leak"], tensors["threshold"]) is not None  # type: ignore[arg-type]
+    shapes = [(steps * repeat, batch, *neurons)] * 2 + [(batch, *neurons)]
+    arriving = [torch.randn(shape, generator=draw) for shape in shapes]
+    expected = values(lif_scan_reference, tensors, arriving, repeat=repeat, gamma=0.7)
+    found = values(lif_scan, tensors, arriving, repeat=repeat, gamma=0.7)
+    assert all(map(torch.equal, found[:3], expected[:3])), "the forward pass must not round otherwise"
+    torch.testing.assert_close(found[3:], expected[3:], rtol=2e-4, atol=2e-4)
+    # Without a gradient nothing is saved, and the spikes are the same.
+    with torch.no_grad():
+        state = LIFState(tensors["membrane"]) if carried else None  # type: ignore[arg-type]
+        args = (tensors["current"], state, tensors["leak"], tensors["threshold"], tensors["starts"])
+        bare = lif_scan(*args, repeat=repeat)  # type: ignore[arg-type]
+    assert torch.equal(bare.spikes, found[0])
+    assert torch.equal(bare.state.membrane, found[2])
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_firing_alone_is_the_loop_too(channels_last: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    potential = torch.randn(7, 8, 5, 5, generator=draw)
+    if channels_last:
+        potential = potential.to(memory_format=torch.channels_last)
+    found = {}
+    for dtype in (torch.float32, torch.float64):  # double precision goes the other way
+        u = potential.clone().to(dtype).requires_grad_()
+        threshold = (torch.arange(8).reshape(8, 1, 1) / 8 + 0.1).to(dtype).requires_grad_()
+        spikes = fire(u, threshold, 0.9)
+        spikes.backward(torch.linspace(-1, 1, spikes.numel(), dtype=dtype).reshape(spikes.shape))
+        found[dtype] = [spikes.detach().double(), u.grad, threshold.grad]
+    assert found[torch.float32][0].sum() > 0
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+
+
+@needs_compiler
+def test_any_number_of_threads_gives_the_same_gradients() -> None:
+    draw = torch.Generator().manual_seed(3)
+    tensors = {
+        "current": torch.randn(12, 32, 15, 15, generator=draw).unflatten(0, (3, 4)),
+        "membrane": None,
+        "leak": torch.rand(32, 1, 1, generator=draw),
+        "threshold": torch.tensor(0.5),
+        "starts": None,
+    }
+    arriving = [torch.randn(3, 4, 32, 15, 15, generator=draw)] * 2 + [torch.randn(4, 32, 15, 15, generator=draw)]
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(values(lif_scan, tensors, arriving))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("current", "threshold"),
+    [
+        (torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)),
+        (torch.randn(2, 3, 4).bfloat16(), torch.tensor(0.5).bfloat16()),
+        (torch.randn(2, 3, 4, 2, 2), torch.rand(4, 2, 2)),  # one threshold per neuron of a picture
+    ],
+    ids=["double", "bfloat16", "per-neuron"],
+)
+def test_what_it_cannot_do_the_loops_do(current: Tensor, threshold: Tensor) -> None:
+    leak = torch.tensor(0.75, dtype=current.dtype)
+    assert fused.plan(current, leak, threshold) is None
+    found = lif_scan(current, None, leak, threshold)
+    assert torch.equal(found.spikes, lif_scan_reference(current, None, leak, threshold).spikes)
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize(
+    "variable", [{compiling.SWITCH: "0"}, {"CC": "false"}, {"PATH": ""}], ids=["off", "broken", "none"]
+)
+def test_without_a_compiler_a_network_learns_all_the_same(
+    variable: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def learn() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        network = build_network("mlp", (4,), 2, timesteps=3)
+        torch.nn.init.normal_(network.readout.weight)
+        outputs, _ = network(torch.randn(1, 16, 4))
+        outputs.square().sum().backward()
+        gradient = network.neurons[0].threshold.grad
+        assert isinstance(gradient, Tensor)
+        return outputs.detach(), gradient
+
+    expected = learn()
+    compiling.library.cache_clear()
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiling.library() is None
+    torch.testing.assert_close(learn(), expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("no_library")
+def test_it_is_built_once_and_only_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiling.library() is not None
+    (built,) = (tmp_path / "spiking-rl").glob("*.so")
+    made = built.stat().st_mtime_ns
+    compiling.library.cache_clear()
+    assert compiling.library() is not None
+    assert built.stat().st_mtime_ns == made
+    os.chmod(tmp_path / "spiking-rl", 0o777)
+    compiling.library.cache_clear()
+    assert compiling.library() is None, "a library that others can replace must not be loaded"
