@@ -195,5 +195,5 @@ def fused_fire(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor | N
         return None
     unused = threshold.detach()  # a membrane at rest leaks nothing
     spikes, _, _ = FusedScan.apply(current, None, unused, threshold, None, gamma, 1, found, False, False)  # type: ignore[no-untyped-call]
-    result: Tensor = spikes[0]
+    result: Tensor = spikes.squeeze(0)  # indexing would copy the gradient
     return result

@@ -35,13 +35,13 @@ typedef struct {
 typedef struct {
   Shape shape;
   const float *keep;
-  float *leak, *threshold;
+  float *leak, *threshold, *inverse, *height; /* 1 / threshold; of the surrogate gradient: gamma / threshold */
   int64_t pieces, width, block, all;
 } Pass;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static int begin(Pass *pass, const Shape *shape, const Parameters *p) {
+static int begin(Pass *pass, const Shape *shape, const Parameters *p, float gamma) {
   const int64_t width = shape->own ? shape->piece : shape->channels;
   pass->shape = *shape;
   pass->keep = p->keep;
@@ -50,12 +50,16 @@ static int begin(Pass *pass, const Shape *shape, const Parameters *p) {
   pass->block = smaller(BLOCK, (1 << 15) / shape->timesteps / 16 * 16); /* all timesteps of a block in the second cache */
   if (pass->block < 64) pass->block = 64;
   pass->all = shape->batch * shape->neurons;
-  pass->leak = malloc(2 * width * sizeof(float));
+  pass->leak = malloc(4 * width * sizeof(float));
   if (!pass->leak) return 0;
   pass->threshold = pass->leak + width;
+  pass->inverse = pass->threshold + width;
+  pass->height = pass->inverse + width;
   for (int64_t i = 0; i < width; i++) {
     pass->leak[i] = p->leak[p->leaks > 1 ? i % shape->channels : 0];
     pass->threshold[i] = p->threshold[p->thresholds > 1 ? i % shape->channels : 0];
+    pass->inverse[i] = 1.0f / pass->threshold[i];
+    pass->height[i] = gamma * pass->inverse[i];
   }
   return 1;
 }
@@ -70,13 +74,12 @@ INLINE float keep_at(const Pass *pass, int64_t t, int64_t sample) {
   return pass->keep ? pass->keep[t * pass->shape.batch + sample] : 1.0f;
 }
 
-INLINE void integrate(const Pass *pass, const Block *b, int64_t t, const float *current, const float *membrane,
-                      float *potential, const int own) {
-  const float *leak = pass->leak + b->first, *now = current + t / pass->shape.repeat * pass->all + b->at;
-  const float keep = keep_at(pass, t, b->sample);
-#pragma omp simd
-  for (int64_t j = 0; j < b->size; j++) potential[j] = leak[own * j] * keep * membrane[j] + now[j];
+INLINE const float *current_at(const Pass *pass, const Block *b, int64_t t, const float *current) {
+  return current + t / pass->shape.repeat * pass->all + b->at;
 }
+
+/* One fresh timestep: the potential is the current. */
+INLINE int alone(const Pass *pass, const float *before) { return pass->shape.timesteps == 1 && !before; }
 
 INLINE void rest(const Block *b, const float *before, float *membrane) {
   for (int64_t j = 0; j < b->size; j++) membrane[j] = before ? before[b->at + j] : 0.0f;
@@ -84,16 +87,27 @@ INLINE void rest(const Block *b, const float *before, float *membrane) {
 
 INLINE void forward_block(const Pass *pass, const Block *b, const float *current, const float *before, float *spikes,
                           float *potentials, float *after, const int own) {
-  const float *threshold = pass->threshold + b->first;
+  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
+  if (alone(pass, before) && !potentials && !after) {
+    const float *now = current + b->at;
+    float *spike = spikes + b->at;
+#pragma omp simd
+    for (int64_t j = 0; j < b->size; j++) spike[j] = now[j] > threshold[own * j] ? 1.0f : 0.0f;
+    return;
+  }
   float membrane[BLOCK];
   rest(b, before, membrane);
   for (int64_t t = 0; t < pass->shape.timesteps; t++) {
+    const float *now = current_at(pass, b, t, current);
+    const float keep = keep_at(pass, t, b->sample);
     float *spike = spikes + t * pass->all + b->at;
-    float *potential = potentials ? potentials + t * pass->all + b->at : membrane;
-    integrate(pass, b, t, current, membrane, potential, own);
+    if (potentials) {
+      float *potential = potentials + t * pass->all + b->at;
+      for (int64_t j = 0; j < b->size; j++) potential[j] = leak[own * j] * keep * membrane[j] + now[j];
+    }
 #pragma omp simd
     for (int64_t j = 0; j < b->size; j++) {
-      const float u = potential[j], limit = threshold[own * j];
+      const float u = leak[own * j] * keep * membrane[j] + now[j], limit = threshold[own * j];
       spike[j] = u > limit ? 1.0f : 0.0f;
       membrane[j] = u - (u > limit ? limit : 0.0f);
     }
@@ -119,7 +133,7 @@ INLINE void forward_block(const Pass *pass, const Block *b, const float *current
 int lif_forward(const Shape *shape, const Parameters *p, const float *current, const float *before, float *spikes,
                 float *potentials, float *after) {
   Pass pass;
-  if (!begin(&pass, shape, p)) return 0;
+  if (!begin(&pass, shape, p, 0.0f)) return 0;
 #pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
   for (int64_t unit = 0; unit < shape->batch * pass.pieces; unit++) {
     if (shape->own)
@@ -140,67 +154,132 @@ typedef struct {
   float *leak, *threshold; /* one, or one per channel, as Parameters says; leak may be NULL */
 } Leaving;
 
-/* `sums` is a row of leak's, then of threshold's, gradients; `scratch` holds S potentials of a block. */
-INLINE void backward_block(const Pass *pass, const Block *b, float gamma, const float *current, const float *before,
-                           const Arriving *in, const Leaving *out, float *sums, float *scratch, const int own) {
-  const int64_t size = b->size, all = pass->all, at = b->at;
+/* Adds a block's gradients of a parameter to a row: each to its own, or all to the one they share. */
+INLINE void add_sums(float *row, const float *values, int64_t size, const int own) {
+  float total = 0.0f;
+  if (own) {
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) row[j] += values[j];
+    return;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < size; j++) total += values[j];
+  *row += total;
+}
+
+/* ds/du times the gradient that arrives at a spike; `relative` is u/threshold. */
+INLINE float through_fire(float by_spike, float relative, float height) {
+  const float z = relative - 1.0f, slope = 1.0f - (z < 0.0f ? -z : z);
+  return by_spike * (slope > 0.0f ? slope : 0.0f) * height;
+}
+
+/* Gradients of a block at one timestep; `carried` is dL/du' at it, and dL/du' at the one before afterwards. */
+typedef struct {
+  float carried[BLOCK], shared[BLOCK], leak[BLOCK], threshold[BLOCK];
+} Gradients;
+
+/* `now` gets dL/dI of the timestep, added to what is there if the current lasts (`add`); `earlier` are potentials of the
+ * timestep before, if there is one (`more`). */
+INLINE void backward_step(const Pass *pass, const Block *b, float keep, const float *u, const float *earlier,
+                          const float *by_spike, float *now, Gradients *g, const int add, const int more, const int own) {
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
-  float *sum_leak = sums + b->first, *sum_threshold = sums + pass->width + b->first;
-  float membrane[BLOCK], carried[BLOCK], gathered[BLOCK]; /* u', dL/du', dL/dI over timesteps with one current */
+  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
+#pragma omp simd
+  for (int64_t j = 0; j < b->size; j++) {
+    /* z = u/threshold - 1, and the reset takes threshold * s from u'. */
+    const float limit = threshold[own * j], relative = u[j] * inverse[own * j];
+    const float fire = through_fire(by_spike[j], relative, height[own * j]);
+    float carried = g->carried[j];
+    g->threshold[j] -= fire * relative + (u[j] > limit ? carried : 0.0f);
+    carried += fire;
+    now[j] = (add ? now[j] : 0.0f) + carried;
+    if (more) {
+      carried *= keep;
+      g->leak[j] += carried * (earlier[j] - (earlier[j] > limit ? limit : 0.0f));
+      carried *= leak[own * j];
+    }
+    g->carried[j] = carried;
+  }
+}
+
+/* `sums` is a row of leak's, then of threshold's, gradients; `scratch` holds S potentials and a row of zeros. */
+INLINE void backward_block(const Pass *pass, const Block *b, const float *current, const float *before, const Arriving *in,
+                           const Leaving *out, float *sums, float *scratch, const int own) {
+  const int64_t size = b->size, all = pass->all, at = b->at, last = pass->shape.timesteps - 1;
+  const int64_t repeat = pass->shape.repeat;
+  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
+  float *none = scratch + pass->shape.timesteps * size, membrane[BLOCK];
+  Gradients g;
   rest(b, before, membrane);
-  for (int64_t t = 0; t < pass->shape.timesteps; t++) {
-    float *u = scratch + t * size;
-    integrate(pass, b, t, current, membrane, u, own);
-#pragma omp simd
-    for (int64_t j = 0; j < size; j++) membrane[j] = u[j] - (u[j] > threshold[own * j] ? threshold[own * j] : 0.0f);
-  }
-  for (int64_t j = 0; j < size; j++) carried[j] = in->after ? in->after[at + j] : 0.0f;
-  for (int64_t j = 0; j < size; j++) gathered[j] = 0.0f;
-  for (int64_t t = pass->shape.timesteps - 1; t >= 0; t--) {
-    const float *u = scratch + t * size;
-    const float *by_spike = in->spikes ? in->spikes + t * all + at : 0;
-    const float *by_trace = in->potentials ? in->potentials + t * all + at : 0;
+  for (int64_t t = 0; t <= last; t++) {
+    const float *now = current_at(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
-    float of_threshold = 0.0f, of_leak = 0.0f;
-#pragma omp simd reduction(+ : of_threshold)
-    for (int64_t j = 0; j < size; j++) {
-      const float limit = threshold[own * j], relative = u[j] / limit, z = relative - 1.0f;
-      const float slope = 1.0f - (z < 0.0f ? -z : z);
-      const float through_fire = by_spike ? by_spike[j] * (slope > 0.0f ? slope : 0.0f) * (gamma / limit) : 0.0f;
-      /* z = u/threshold - 1, and the reset takes threshold * s from u'. */
-      const float part = -through_fire * relative - (z > 0.0f ? carried[j] : 0.0f);
-      if (own)
-        sum_threshold[j] += part;
-      else
-        of_threshold += part;
-      carried[j] += through_fire + (by_trace ? by_trace[j] : 0.0f);
-      gathered[j] += carried[j];
-    }
-    if (!own) *sum_threshold += of_threshold;
-    const float *earlier = t ? u - size : 0;
-    if (out->leak && (earlier || before)) {
-#pragma omp simd reduction(+ : of_leak)
-      for (int64_t j = 0; j < size; j++) {
-        const float limit = threshold[own * j];
-        const float reset = earlier ? earlier[j] - (earlier[j] > limit ? limit : 0.0f) : before[at + j];
-        const float part = carried[j] * keep * reset;
-        if (own)
-          sum_leak[j] += part;
-        else
-          of_leak += part;
-      }
-      if (!own) *sum_leak += of_leak;
-    }
-    if (t % pass->shape.repeat == 0) {
-      float *now = out->current + t / pass->shape.repeat * all + at;
-      for (int64_t j = 0; j < size; j++) now[j] = gathered[j];
-      for (int64_t j = 0; j < size; j++) gathered[j] = 0.0f;
-    }
+    float *u = scratch + t * size;
 #pragma omp simd
-    for (int64_t j = 0; j < size; j++) carried[j] *= leak[own * j] * keep;
+    for (int64_t j = 0; j < size; j++) {
+      u[j] = leak[own * j] * keep * membrane[j] + now[j];
+      membrane[j] = u[j] - (u[j] > threshold[own * j] ? threshold[own * j] : 0.0f);
+    }
   }
-  if (out->before)
-    for (int64_t j = 0; j < size; j++) out->before[at + j] = carried[j];
+  for (int64_t j = 0; j < size; j++) {
+    g.carried[j] = in->after ? in->after[at + j] : 0.0f;
+    g.shared[j] = g.leak[j] = g.threshold[j] = none[j] = 0.0f;
+  }
+  for (int64_t t = last; t >= 0; t--) {
+    const float keep = keep_at(pass, t, b->sample), *u = scratch + t * size;
+    const float *by_spike = in->spikes ? in->spikes + t * all + at : none;
+    float *now = out->current + t / repeat * all + at;
+    if (in->potentials) /* arrives at u, which the reset hands on unchanged, as dL/du' would but for the threshold */
+      for (int64_t j = 0; j < size; j++) {
+        g.threshold[j] += u[j] > threshold[own * j] ? in->potentials[t * all + at + j] : 0.0f;
+        g.carried[j] += in->potentials[t * all + at + j];
+      }
+    if (t && repeat == 1)
+      backward_step(pass, b, keep, u, u - size, by_spike, now, &g, 0, 1, own);
+    else if (t)
+      backward_step(pass, b, keep, u, u - size, by_spike, g.shared, &g, 1, 1, own);
+    else
+      backward_step(pass, b, keep, u, 0, by_spike, g.shared, &g, 1, 0, own);
+    if (t % repeat == 0 && (repeat > 1 || !t))
+      for (int64_t j = 0; j < size; j++) {
+        now[j] = g.shared[j];
+        g.shared[j] = 0.0f;
+      }
+  }
+  if (before) {
+    const float keep = keep_at(pass, 0, b->sample);
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) {
+      const float carried = g.carried[j] * keep;
+      g.leak[j] += carried * before[at + j];
+      out->before[at + j] = carried * leak[own * j];
+    }
+  }
+  add_sums(sums + b->first, g.leak, size, own);
+  add_sums(sums + pass->width + b->first, g.threshold, size, own);
+}
+
+/* The same for one fresh timestep without a membrane afterwards, which is most of what is trained. */
+INLINE void backward_alone(const Pass *pass, const Block *b, const float *current, const Arriving *in, const Leaving *out,
+                           float *sums, const int own) {
+  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
+  const float *u = current + b->at, *by_spike = in->spikes + b->at;
+  float *now = out->current + b->at, of_threshold[BLOCK];
+#pragma omp simd
+  for (int64_t j = 0; j < b->size; j++) {
+    const float relative = u[j] * inverse[own * j];
+    now[j] = through_fire(by_spike[j], relative, height[own * j]);
+    of_threshold[j] = -now[j] * relative;
+  }
+  add_sums(sums + pass->width + b->first, of_threshold, b->size, own);
+}
+
+INLINE void backward_any(const Pass *pass, const Block *b, const float *current, const float *before, const Arriving *in,
+                         const Leaving *out, float *sums, float *scratch, const int own) {
+  if (alone(pass, before) && in->spikes && !in->potentials && !in->after)
+    backward_alone(pass, b, current, in, out, sums, own);
+  else
+    backward_block(pass, b, current, before, in, out, sums, scratch, own);
 }
 
 /* Adds up the groups' rows, and channels that share a parameter. */
@@ -215,8 +294,8 @@ static void gather(const Pass *pass, const float *sums, float *total, int64_t pa
 int lif_backward(const Shape *shape, const Parameters *p, float gamma, const float *current, const float *before,
                  const Arriving *in, const Leaving *out) {
   Pass pass;
-  if (!begin(&pass, shape, p)) return 0;
-  const int64_t units = shape->batch * pass.pieces, room = shape->timesteps * pass.block;
+  if (!begin(&pass, shape, p, gamma)) return 0;
+  const int64_t units = shape->batch * pass.pieces, room = (shape->timesteps + 1) * pass.block;
   float *sums = calloc(2 * shape->groups * pass.width, sizeof(float));
   float *scratch = malloc(shape->groups * room * sizeof(float));
   const int enough = sums && scratch;
@@ -226,9 +305,9 @@ int lif_backward(const Shape *shape, const Parameters *p, float gamma, const flo
       float *row = sums + 2 * pass.width * group, *own = scratch + room * group;
       for (int64_t unit = units * group / shape->groups; unit < units * (group + 1) / shape->groups; unit++) {
         if (shape->own)
-          EACH_BLOCK(&pass, unit, b, backward_block(&pass, &b, gamma, current, before, in, out, row, own, 1));
+          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, in, out, row, own, 1));
         else
-          EACH_BLOCK(&pass, unit, b, backward_block(&pass, &b, gamma, current, before, in, out, row, own, 0));
+          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, in, out, row, own, 0));
       }
     }
     if (out->leak) gather(&pass, sums, out->leak, p->leaks);
