@@ -164,8 +164,8 @@ class FusedScan(torch.autograd.Function):
         current, before, leak, threshold, keep = ctx.saved_tensors
         gamma, repeat, plan = ctx.options
         by_spikes, by_after, by_trace = grads
-        arriving = (by_spikes, by_trace, None if by_after is None else by_after.unsqueeze(0))
-        arriving = tuple(None if grad is None else plan.dense(grad) for grad in arriving)
+        grads = (by_spikes, by_trace, None if by_after is None else by_after.unsqueeze(0))
+        arriving = [None if grad is None else plan.dense(grad) for grad in grads]
         grad_current = plan.empty(len(current), current)
         grad_before = None if before is None else plan.empty(1, current)
         grad_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
