@@ -36,18 +36,16 @@ class Step(nn.Module):
         return current.gt_(0) if threshold is None else fire(current, threshold)
 
 
-def check_deployable(network: LayeredNetwork) -> None:
-    """Refuse a network that is more than thresholds in one pass.
+def check_plain(network: LayeredNetwork) -> None:
+    """Refuse codes and scores that only the network itself can compute.
 
     Raises:
         UserError: naming what stands in the way.
     """
-    if not network.spiking:
-        raise UserError("network", "relu", "has no spiking neurons; it is fast as it is")
-    if network.timesteps != 1:
-        raise UserError("timesteps", network.timesteps, "only a network pruned to one timestep can be deployed; prune it")
     if network.encoder is not None:
         raise UserError("encoding", network.encoder.name, "only direct encoding can be deployed")
+    if network.single_spike and network.timesteps > 1:
+        raise UserError("single_spike", True, "neurons that fire once can be deployed at one timestep only; prune it")
     if network.spike_time is not None:
         raise UserError("kappa", network.spike_time.kappa, "outputs scored by spike times cannot be deployed; use 0")
 
@@ -67,9 +65,13 @@ def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
         The network in evaluation mode. Spikes differ where a current comes within rounding of its threshold.
 
     Raises:
-        UserError: the network is more than thresholds in one pass; see :func:`check_deployable`.
+        UserError: the network is more than thresholds in one pass.
     """
-    check_deployable(network)
+    if not network.spiking:
+        raise UserError("network", "relu", "has no spiking neurons; it is fast as it is")
+    if network.timesteps != 1:
+        raise UserError("timesteps", network.timesteps, "only a network at one timestep can be deployed; prune it")
+    check_plain(network)
     folded = fold_batch_norm(network).eval().requires_grad_(False)
     for i, neuron in enumerate(folded.neurons):
         assert isinstance(neuron, LIF)
