@@ -26,14 +26,15 @@ class Step(nn.Module):
         threshold: where it could not be folded away.
     """
 
+    threshold: Tensor | None
+
     def __init__(self, threshold: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("threshold", threshold)
 
     def forward(self, current: Tensor) -> Tensor:
-        """Return spikes, written over the current where it is this layer's own."""
-        threshold = self.threshold
-        return current.gt_(0) if threshold is None else fire(current, threshold)
+        """Return spikes, written over the current where the threshold is folded."""
+        return current.gt_(0) if self.threshold is None else fire(current, self.threshold)
 
 
 def check_plain(network: LayeredNetwork) -> None:
