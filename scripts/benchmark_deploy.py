@@ -122,10 +122,12 @@ def _networks(kind: str, observations: int) -> tuple[Networks, Tensor]:
     plain = build_network(kind, shape, int(actions), neuron="relu", **options)
     spiking = build_network(kind, shape, int(actions), timesteps=1, **options)
     calibrate_thresholds(spiking, inputs, _RATE)
-    relu_norm = build_network(kind, shape, int(actions), neuron="relu")
+    control, relu_norm = "", build_network(kind, shape, int(actions), neuron="relu")
+    if kind == "nature_cnn":  # its activity is that of a network that has learned
+        control, relu_norm = " (pong-relu)", load_agent("pong-relu", device="cpu").model.policy.q_net.network
     named = [
         (kind, plain),
-        (f"{kind}, normalised", relu_norm),
+        (f"{kind}, normalised{control}", relu_norm),
         (kind, spiking),
         (f"{kind}, normalised ({_PRETRAINED[kind]})", trained),
     ]
@@ -140,9 +142,8 @@ def _pytorch(networks: Networks) -> Iterator[Variant]:
             yield Variant(name, "deployed", "spiking-rl", timesteps, deploy(network))
         else:
             yield Variant(name, "forward", "pytorch", timesteps, _inference(_sequential(network)))
-    kind, plain = networks[0]
-    if kind == "nature_cnn":
-        yield Variant(kind, "forward, silent inputs skipped", "pytorch", None, _inference(_skipping(plain)))
+            if name.startswith("nature_cnn"):
+                yield Variant(name, "silent inputs skipped", "pytorch", timesteps, _inference(_skipping(network)))
 
 
 def _onnxruntime(networks: Networks, threads: int) -> Iterator[Variant]:
@@ -166,13 +167,15 @@ def _sequential(relu: LayeredNetwork) -> nn.Sequential:
 
 
 def _skipping(relu: LayeredNetwork) -> Decision:
-    """Return the ReLU network with our trick for spikes: silent inputs of its large linear layer are skipped."""
-    plain = list(_sequential(relu))
-    where = next(i for i, part in enumerate(plain) if isinstance(part, nn.Sequential))
-    flatten, dense = plain[where].children()
-    assert isinstance(dense, nn.Linear)
-    sparse = SparseLinear(dense, binary=False)
-    before, after = nn.Sequential(*plain[:where], flatten), nn.Sequential(*plain[where + 1 :])
+    """Return a ReLU network with our trick for spikes: silent inputs of its large linear layer are skipped."""
+    parts = [part for layer in _sequential(relu) for part in (layer if isinstance(layer, nn.Sequential) else [layer])]
+    dense = max((part for part in parts if isinstance(part, nn.Linear)), key=lambda part: part.weight.numel())
+    where = parts.index(dense)
+    before, sparse, after = (
+        nn.Sequential(*parts[:where]),
+        SparseLinear(dense, False),
+        nn.Sequential(*parts[where + 1 :]),
+    )
     return lambda x: after(sparse(before(x)))
 
 
