@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from spiking_rl.agents.loading import find_checkpoint, load_agent
-from spiking_rl.checkpoint import load_checkpoint, read_json
+from spiking_rl.checkpoint import read_json
 from spiking_rl.describing import LayerFacts, Spread, describe
 from spiking_rl.energy import FLOAT32, membrane_traffic
 from spiking_rl.errors import UserError
-from spiking_rl.networks import LayeredNetwork
 from spiking_rl.runs import RunFolder, checkpoint_name
+from spiking_rl.scripts.loading import Loaded, load
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.published import checked_rows
 from spiking_rl.settings import read_yaml
-from spiking_rl.vision.building import build_empty, facts_of, load_classifier
-from spiking_rl.vision.config import load_config
 
 DESCRIPTION = """Show what a checkpoint is made of: every layer, its thresholds and leaks, MACs, energy, provenance.
 
@@ -45,33 +39,12 @@ class Options:
     """T of the run; default its lowest."""
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A checkpoint with its network.
-
-    Attributes:
-        network: of the agent or the classifier.
-        stateful: membranes are carried from decision to decision.
-        checkpoint: its folder.
-        run: that it belongs to, where there is one.
-        config: content of its config.json.
-        measure: the command that measures it; empty where there is none.
-    """
-
-    network: LayeredNetwork
-    stateful: bool
-    checkpoint: Path
-    run: RunFolder | None
-    config: dict[str, Any]
-    measure: str
-
-
 def run(args: list[str]) -> dict[str, Any]:
     """Print the tables; return what they say."""
     name, rest = first_argument(args, "checkpoint", "a run or checkpoint folder, or a pretrained agent")
     options = parse(Options, "inspect CHECKPOINT", rest, DESCRIPTION)
     assert name is not None
-    loaded = _load(name, options.timesteps)
+    loaded = load(name, options.timesteps)
     layers = describe(loaded.network)
     _require_numbers(layers, loaded.checkpoint)
     facts = {**_totals(loaded, layers), "provenance": _provenance(loaded), "layers": [asdict(x) for x in layers]}
@@ -81,50 +54,6 @@ def run(args: list[str]) -> dict[str, Any]:
     return facts
 
 
-def _load(name: str, timesteps: int | None) -> _Loaded:
-    """Load what a user names.
-
-    Raises:
-        UserError: nothing there, T not in the run, damaged, or a classifier without its run.
-    """
-    folder, found = find_checkpoint(name, timesteps)
-    tensors, config = load_checkpoint(folder)
-    owner = found or _run_of(folder)
-    own_t = config.get("timesteps")
-    which = "" if found is None or own_t is None else f" --timesteps {own_t}"
-    if config.get("kind") != "classifier":
-        agent = load_agent(folder, device="cpu")
-        command = f"spiking-rl evaluate {shlex.quote(name)}{which}"
-        return _Loaded(agent.model.policy.q_net.network, bool(agent.model.stateful), folder, owner, config, command)
-    if owner is None:
-        raise UserError(
-            "checkpoint", name, "is a classifier away from its run, whose config.yaml has its width; name the run"
-        )
-    settings = load_config(owner.config)
-    settings.check()
-    images = facts_of(settings, config, folder)
-    _require_fit(tensors, build_empty(settings, images, spiking=own_t is not None), folder)
-    network = load_classifier(folder, settings, images)
-    which = "" if own_t is None else f" --timesteps {own_t}"
-    command = f"spiking-rl classify evaluate {shlex.quote(str(owner.path))}{which} --data FOLDER"
-    if folder.name != checkpoint_name(own_t):
-        command = ""  # it scores the kept best, and this is the end of a stage
-    return _Loaded(network, False, folder, owner, config, command)
-
-
-def _require_fit(tensors: Mapping[str, Tensor], network: LayeredNetwork, origin: Path) -> None:
-    """Refuse settings that ask for another network than the weights', before it takes its memory."""
-    asked, stored = (sum(t.numel() for t in x.values()) for x in (network.state_dict(), tensors))
-    if asked > 2 * stored:
-        raise UserError("checkpoint", str(origin), f"holds {stored:,} numbers, its run's network {asked:,}; no match")
-
-
-def _run_of(checkpoint: Path) -> RunFolder | None:
-    """Return the run in whose ``checkpoints/`` a folder lies."""
-    owner = RunFolder(checkpoint.absolute().parent.parent)
-    return owner if checkpoint.absolute().parent == owner.checkpoints and owner.config.is_file() else None
-
-
 def _require_numbers(layers: Sequence[LayerFacts], origin: Path) -> None:
     for layer in layers:
         for spread in (layer.threshold, layer.leak):
@@ -132,7 +61,7 @@ def _require_numbers(layers: Sequence[LayerFacts], origin: Path) -> None:
                 raise UserError("checkpoint", str(origin), f"{layer.name} holds a threshold or leak that is no number")
 
 
-def _totals(loaded: _Loaded, layers: Sequence[LayerFacts]) -> dict[str, Any]:
+def _totals(loaded: Loaded, layers: Sequence[LayerFacts]) -> dict[str, Any]:
     """Return everything about the network as a whole."""
     network, macs = loaded.network, sum(layer.macs for layer in layers)
     measured = _measured(loaded)
@@ -155,7 +84,7 @@ def _totals(loaded: _Loaded, layers: Sequence[LayerFacts]) -> dict[str, Any]:
     }
 
 
-def _measured(loaded: _Loaded) -> dict[str, Any] | None:
+def _measured(loaded: Loaded) -> dict[str, Any] | None:
     """Return the run's results of exactly these weights, None where there are none.
 
     Raises:
@@ -182,7 +111,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-def _provenance(loaded: _Loaded) -> dict[str, Any]:
+def _provenance(loaded: Loaded) -> dict[str, Any]:
     """Return where the weights come from; None for what nobody has recorded."""
     config = loaded.config
     policy = config.get("policy")

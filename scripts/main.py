@@ -19,7 +19,7 @@ COMMANDS = {
     "exit": "score what deciding early, where the readout is clear, costs and saves",
     "render": "film episodes, optionally with the spikes beside the picture",
     "classify": "train, prune and score image classifiers on the same core",
-    "export": "write an agent as a Stable-Baselines3 zip",
+    "export": "write an agent as a Stable-Baselines3 zip or an ONNX file",
     "inspect": "show what a checkpoint is made of, layer by layer",
     "plot": "draw learning curves and the continuum of timesteps",
     "report": "write one self-contained HTML page about a run",

@@ -261,7 +261,8 @@ class LayeredNetwork(nn.Module):
                 # One timestep of all decisions for spikes, one step per decision for ReLU.
                 steps = 1 if self.spiking else length
                 observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
-            x = self._drop(i, x.unsqueeze(0)).squeeze(0)
+            if self.training and self.dropout[i]:
+                x = self._drop(i, x.unsqueeze(0)).squeeze(0)
             if i in self._feeds:
                 held[i] = x
         out: Tensor = self.readout(x)

@@ -70,5 +70,5 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
             spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
         result: Tensor = spikes
         return result
-    # Acting with a batch of one is all overhead: skip the autograd machinery.
-    return (potential > threshold).to(potential.dtype)
+    # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way.
+    return torch.gt(potential, threshold, out=torch.empty_like(potential))

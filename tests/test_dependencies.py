@@ -14,7 +14,9 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(text) for text in PROJECT["dependencies"]]
-EXTRAS = [Requirement(text) for name in ("contrib", "vision") for text in PROJECT["optional-dependencies"][name]]
+EXTRAS = [
+    Requirement(text) for name in ("contrib", "export", "vision") for text in PROJECT["optional-dependencies"][name]
+]
 PINS = dict(
     line.strip().split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()

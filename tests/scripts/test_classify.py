@@ -8,11 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import Cli, as_flags, environment, last_json, write_shades
 
 from spiking_rl import load_checkpoint
+from spiking_rl.vision.building import load_classifier
+from spiking_rl.vision.config import load_config
+from spiking_rl.vision.data import load_dataset, normalise
 
 SMALL = {
     "width": 0.03125,
@@ -62,6 +68,28 @@ def test_one_command_trains_prunes_and_scores(finished: tuple[Path, dict[str, ob
     ):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("which", ["T1", "relu"])
+def test_a_classifier_becomes_an_onnx_model_of_raw_images(
+    finished: tuple[Path, dict[str, object]], cli: Cli, data: Path, tmp_path: Path, which: str
+) -> None:
+    run, _ = finished
+    path = tmp_path / "classifier.onnx"
+    done = cli("export", run / "checkpoints" / which, "--format", "onnx", "--output", path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert (last_json(done.stdout)["inputs"], last_json(done.stdout)["outputs"]) == (["image"], ["logits"])
+    config, images = load_config(run / "config.yaml"), load_dataset("folder", data, size=32)
+    network = load_classifier(run / "checkpoints" / which, config, images)
+    with torch.no_grad():
+        inputs = normalise(images.test_images, images.mean, images.std)
+        expected = network(inputs.unsqueeze(0))[0][0].numpy()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"image": images.test_images.numpy()})
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert len(np.unique(logits.argmax(1))) == 2
+    (stored,) = [prop for prop in onnx.load(path).metadata_props if prop.key == "classes"]
+    assert json.loads(stored.value) == ["dark", "light"]
 
 
 def test_a_score_is_evaluated_again_and_its_predictions_checked(

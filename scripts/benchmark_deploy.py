@@ -1,0 +1,222 @@
+"""Latency of one decision at T=1 against the plain ReLU network: as trained, deployed, and in ONNX Runtime.
+
+python -m spiking_rl.scripts.benchmark_deploy --output results/deploy-speed.json
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.agents.loading import load_agent
+from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.deploy import SparseLinear, deploy
+from spiking_rl.envs.make import make_vectorised
+from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.onnx_graph import require
+from spiking_rl.onnx_model import onnx_model
+from spiking_rl.scripts.options import parse, script
+from spiking_rl.scripts.published import write_results
+
+DESCRIPTION = """Time one decision (batch 1) of the Nature-CNN and of CartPole's perceptron, at T=1 and with ReLU.
+
+Inputs are observations that the shipped agents pong and cartpole meet, scaled. Compared with nn.Sequential of the
+same layers with ReLU and without normalisation; ONNX Runtime with that network exported the same way.
+
+Example: python -m spiking_rl.scripts.benchmark_deploy --output results/deploy-speed.json"""
+
+_PRETRAINED = {"nature_cnn": "pong", "mlp": "cartpole"}
+_RATE = 0.1  # spikes per neuron in the networks that are not trained
+_WARM_UP = 5
+
+Decision = Callable[[Tensor], Any]
+Networks = list[tuple[str, LayeredNetwork]]
+
+
+@dataclass(kw_only=True)
+class Options:
+    """How to measure."""
+
+    threads: tuple[int, ...] = (1, 2)
+    """Threads of PyTorch and of ONNX Runtime, one measurement each."""
+    rounds: int = 100
+    """Rounds; each times every variant once, in random order, so that a slow moment meets all of them."""
+    observations: int = 32
+    """Different observations, met in turn."""
+    output: Path | None = None
+    """Results as JSON."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed.
+
+    Attributes:
+        network: the layers.
+        way: how they are run.
+        library: whose code that is.
+        timesteps: 1 for spikes, None for ReLU.
+        decide: the function of an input ``(1, *input_shape)``.
+    """
+
+    network: str
+    way: str
+    library: str
+    timesteps: int | None
+    decide: Decision
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse(Options, "benchmark_deploy", sys.argv[1:], DESCRIPTION)
+    rows: list[dict[str, Any]] = []
+    for kind in _PRETRAINED:
+        networks, inputs = _networks(kind, options.observations)
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for variants in (_pytorch(networks), _onnxruntime(networks, threads)):
+                for row in _measured(list(variants), inputs, options.rounds):
+                    rows.append(row | {"threads": threads})
+                    print(_line(rows[-1]), flush=True)
+    if options.output is not None:
+        write_results(options.output, "benchmark_deploy", rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    low, high = row["quartiles"]
+    name = f"{row['network']}, {'ReLU' if row['timesteps'] is None else 'T=1'}"
+    return (
+        f"{row['threads']} threads  {name:45} {row['pass']:28} {row['ms']:.4f} ms ({low:.4f} to {high:.4f})  "
+        f"{row['ratio_to_relu']:.2f} x ReLU"
+    )
+
+
+def _networks(kind: str, observations: int) -> tuple[Networks, Tensor]:
+    """Return the networks by name, the plain ReLU one first, and inputs ``(N, *input_shape)``."""
+    agent = load_agent(_PRETRAINED[kind], device="cpu")
+    q_net = agent.model.policy.q_net
+    trained = q_net.network
+    seen, venv = [], make_vectorised(agent.environment, 1, seed=0)
+    observation = venv.reset()
+    for _ in range(observations):
+        for _ in range(8):  # neighbours look alike
+            assert isinstance(observation, np.ndarray)
+            action, _ = agent.model.predict(observation, deterministic=True)
+            observation = venv.step(action)[0]
+        with torch.no_grad():
+            seen.append(q_net.features(torch.as_tensor(observation)))
+    venv.close()
+    inputs = torch.cat(seen)
+    torch.manual_seed(0)
+    shape, actions = trained.input_shape, q_net.action_space.n
+    options: dict[str, Any] = {"layer_norm": False}
+    plain = build_network(kind, shape, int(actions), neuron="relu", **options)
+    spiking = build_network(kind, shape, int(actions), timesteps=1, **options)
+    calibrate_thresholds(spiking, inputs, _RATE)
+    control, relu_norm = "", build_network(kind, shape, int(actions), neuron="relu")
+    if kind == "nature_cnn":  # its activity is that of a network that has learned
+        control, relu_norm = " (pong-relu)", load_agent("pong-relu", device="cpu").model.policy.q_net.network
+    named = [
+        (kind, plain),
+        (f"{kind}, normalised{control}", relu_norm),
+        (kind, spiking),
+        (f"{kind}, normalised ({_PRETRAINED[kind]})", trained),
+    ]
+    return [(name, network.eval()) for name, network in named], inputs
+
+
+def _pytorch(networks: Networks) -> Iterator[Variant]:
+    for name, network in networks:
+        timesteps = 1 if network.spiking else None
+        if network.spiking:
+            yield Variant(name, "forward", "spiking-rl", timesteps, _forward(network))
+            yield Variant(name, "deployed", "spiking-rl", timesteps, deploy(network))
+        else:
+            yield Variant(name, "forward", "pytorch", timesteps, _inference(_sequential(network)))
+            if name.startswith("nature_cnn"):
+                yield Variant(name, "silent inputs skipped", "pytorch", timesteps, _inference(_skipping(network)))
+
+
+def _onnxruntime(networks: Networks, threads: int) -> Iterator[Variant]:
+    runtime = require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else idle sessions slow the timed one
+    for name, network in networks:
+        session = runtime.InferenceSession(onnx_model(network), options, providers=["CPUExecutionProvider"])
+
+        def decide(x: Tensor, session: Any = session) -> object:
+            return session.run(None, {"observation": x.numpy()})
+
+        yield Variant(name, "onnx", "onnxruntime", 1 if network.spiking else None, decide)
+
+
+def _sequential(relu: LayeredNetwork) -> nn.Sequential:
+    """Return a ReLU network as anyone would write it."""
+    layers = [part for pair in zip(relu.maps, relu.neurons, strict=True) for part in pair]
+    return nn.Sequential(*layers, relu.readout)
+
+
+def _skipping(relu: LayeredNetwork) -> Decision:
+    """Return a ReLU network with our trick for spikes: silent inputs of its large linear layer are skipped."""
+    parts = [part for layer in _sequential(relu) for part in (layer if isinstance(layer, nn.Sequential) else [layer])]
+    dense = max((part for part in parts if isinstance(part, nn.Linear)), key=lambda part: part.weight.numel())
+    where = parts.index(dense)
+    before, sparse, after = (
+        nn.Sequential(*parts[:where]),
+        SparseLinear(dense, False),
+        nn.Sequential(*parts[where + 1 :]),
+    )
+    return lambda x: after(sparse(before(x)))
+
+
+def _inference(module: Decision) -> Decision:
+    return torch.inference_mode()(module)
+
+
+def _forward(network: LayeredNetwork) -> Decision:
+    return _inference(lambda x: network(x.unsqueeze(0)))
+
+
+def _measured(variants: Sequence[Variant], inputs: Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield a row per variant; the first one is the ReLU network that the others are compared with."""
+    batches = [x.unsqueeze(0) for x in inputs]
+    times: list[list[float]] = [[] for _ in variants]
+    order = list(range(len(variants)))
+    generator = random.Random(0)
+    for number in range(rounds + _WARM_UP):
+        generator.shuffle(order)
+        for i in order:
+            decide = variants[i].decide
+            decide(batches[-1])  # what ran before has left the caches to itself
+            start = time.perf_counter()
+            for batch in batches:
+                decide(batch)
+            if number >= _WARM_UP:
+                times[i].append((time.perf_counter() - start) / len(batches) * 1e3)
+    for variant, values in zip(variants, times, strict=True):
+        low, median, high = np.percentile(values, [25, 50, 75])
+        yield {
+            "network": variant.network,
+            "pass": variant.way,
+            "library": variant.library,
+            "timesteps": variant.timesteps,
+            "batch": 1,
+            "ratio_to_relu": round(float(median / np.median(times[0])), 3),
+            "extra_mb": None,
+            "ms": round(float(median), 5),
+            "quartiles": [round(float(low), 5), round(float(high), 5)],
+        }
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,205 @@
+"""A network pruned to one timestep, made ready for use: thresholds folded away, no membrane, silent inputs skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.errors import UserError
+from spiking_rl.folding import fold_batch_norm
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.neurons import LIF
+from spiking_rl.surrogate import fire
+
+_GATHER_FROM = 2**18  # weights of a linear layer from which reading only the active inputs' rows wins
+_GATHER_DENSITY = 0.5  # part of the inputs that may be active for it
+
+_Module = Callable[[Tensor], Tensor]
+
+
+class Step(nn.Module):
+    """Neurons at one fresh timestep, whose threshold is folded into their layer: they fire where the current is > 0.
+
+    Args:
+        threshold: where it could not be folded away.
+    """
+
+    threshold: Tensor | None
+
+    def __init__(self, threshold: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("threshold", threshold)
+
+    def forward(self, current: Tensor) -> Tensor:
+        """Return spikes, written over the current where the threshold is folded."""
+        return current.gt_(0) if self.threshold is None else fire(current, self.threshold)
+
+
+def check_plain(network: LayeredNetwork) -> None:
+    """Refuse codes and scores that only the network itself can compute.
+
+    Raises:
+        UserError: naming what stands in the way.
+    """
+    if network.encoder is not None:
+        raise UserError("encoding", network.encoder.name, "only direct encoding can be deployed")
+    if network.single_spike and network.timesteps > 1:
+        raise UserError("single_spike", True, "neurons that fire once can be deployed at one timestep only; prune it")
+    if network.spike_time is not None:
+        raise UserError("kappa", network.spike_time.kappa, "outputs scored by spike times cannot be deployed; use 0")
+
+
+@torch.no_grad()
+def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
+    """Return an equal network of :class:`Step` neurons, for one timestep with fresh membranes.
+
+    ``I > threshold`` is ``I - threshold > 0``: the threshold goes into the bias of the layer's convolution or linear
+    map, or into the shift of the normalisation behind it. Batch norm, at rest, is folded before. A layer that ends
+    with neither keeps its threshold.
+
+    Args:
+        network: at T=1, used without a state; it stays as it is.
+
+    Returns:
+        The network in evaluation mode. Spikes differ where a current comes within rounding of its threshold.
+
+    Raises:
+        UserError: the network is more than thresholds in one pass.
+    """
+    if not network.spiking:
+        raise UserError("network", "relu", "has no spiking neurons; it is fast as it is")
+    if network.timesteps != 1:
+        raise UserError("timesteps", network.timesteps, "only a network at one timestep can be deployed; prune it")
+    check_plain(network)
+    folded = fold_batch_norm(network).eval().requires_grad_(False)
+    for i, neuron in enumerate(folded.neurons):
+        assert isinstance(neuron, LIF)
+        shifted = _shift(folded.maps[i], -neuron.threshold)
+        folded.neurons[i] = Step(None if shifted else neuron.threshold.detach())
+    folded.spiking = False  # to the network these are plain functions, as ReLU
+    return folded
+
+
+def _shift(layer: nn.Module, by: Tensor) -> bool:
+    """Add ``by``, one number or one per channel, to what a map gives; False where nothing in it can take that."""
+    last = list(layer.modules())[-1]
+    if isinstance(last, (nn.Conv2d, nn.Linear)):
+        channels = last.weight.shape[0]
+    elif isinstance(last, nn.GroupNorm) or (isinstance(last, nn.LayerNorm) and len(last.normalized_shape) == 1):
+        channels = last.num_channels if isinstance(last, nn.GroupNorm) else last.normalized_shape[0]
+    else:
+        return False
+    shift = by.flatten().expand(channels)
+    last.bias = nn.Parameter(shift.clone() if last.bias is None else last.bias + shift, requires_grad=False)
+    return True
+
+
+class SparseLinear:
+    """A linear map that reads only the weights of active inputs, where the batch is one and few are active.
+
+    A single decision is bound by memory: the 1.6 million weights of the Nature-CNN's linear layer take longer to
+    read than to use, and nine inputs in ten are silent.
+
+    Args:
+        layer: the map.
+        binary: its inputs are spikes, 0 or 1, and not means of spikes over a pool.
+    """
+
+    def __init__(self, layer: nn.Linear, binary: bool) -> None:
+        self.rows = layer.weight.detach().t().contiguous()  # (inputs, outputs)
+        self.bias = self.rows.new_zeros(self.rows.shape[1]) if layer.bias is None else layer.bias.detach()
+        self.binary = binary
+        self.most = int(_GATHER_DENSITY * len(self.rows))
+        self.first = torch.zeros(1, dtype=torch.int64, device=self.rows.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``(B, outputs)`` of ``(B, inputs)``."""
+        if len(x) == 1:
+            flat = x.view(-1)
+            active = flat.nonzero().view(-1)
+            if len(active) <= self.most:
+                amounts = None if self.binary else flat[active]
+                summed: Tensor = torch.embedding_bag(self.rows, active, self.first, False, 0, False, amounts)[0]
+                return summed.add_(self.bias)
+        return torch.addmm(self.bias, x, self.rows)
+
+
+class DeployedNetwork:
+    """A network at one timestep as a function, without autograd; see :func:`deploy`.
+
+    Attributes:
+        input_shape: shape of one input.
+    """
+
+    def __init__(self, folded: LayeredNetwork) -> None:
+        self.input_shape = folded.input_shape
+        self._sources = dict(folded.sources)
+        self._shortcuts = {int(i): module.forward for i, module in folded.shortcuts.items()}
+        self._feeds = frozenset(folded.sources.values())
+        self._neurons: list[_Module] = [neuron.forward for neuron in folded.neurons]
+        # Layers as flat lists of bound methods: at a batch of one, calling modules costs as much as a small layer.
+        self._maps = [_flat(layer, spikes=i > 0) for i, layer in enumerate(folded.maps)]
+        self._readout = _flat(folded.readout, spikes=True)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return outputs ``(B, n)`` of independent inputs ``(B, *input_shape)``.
+
+        Raises:
+            UserError: the inputs have another shape.
+        """
+        if tuple(inputs.shape[1:]) != self.input_shape:
+            raise UserError("inputs", tuple(inputs.shape), f"must have the shape (batch, *{self.input_shape})")
+        held: dict[int, Tensor] = {}
+        x = inputs
+        for i, (layer, neuron) in enumerate(zip(self._maps, self._neurons, strict=True)):
+            for part in layer:
+                x = part(x)
+            if i in self._sources:
+                x = x + self._shortcuts[i](held.pop(self._sources[i]))
+            x = neuron(x)
+            if i in self._feeds:
+                held[i] = x
+        for part in self._readout:
+            x = part(x)
+        return x
+
+
+def _flat(layer: nn.Module, spikes: bool) -> list[_Module]:
+    """Return the parts of a map in order, its large linear ones reading only active inputs.
+
+    Args:
+        layer: the map.
+        spikes: it sees the spikes of another layer.
+    """
+    parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+    flat: list[_Module] = []
+    binary = True  # until a part turns spikes into something else
+    for part in parts:
+        if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
+            flat.append(SparseLinear(part, binary))
+        else:
+            flat.append(part.forward)
+        binary = binary and isinstance(part, nn.Flatten)
+    return flat
+
+
+def deploy(network: LayeredNetwork) -> DeployedNetwork:
+    """Return a network pruned to T=1 as a function ``(B, *input_shape) -> (B, n)``, faster and with equal outputs.
+
+    Thresholds are folded into the layers (:func:`fold_thresholds`), no membrane and nothing for a gradient is
+    kept, and a single decision skips the silent inputs of large linear layers.
+
+    The outputs are those of ``network`` with fresh membranes, to rounding; where a current comes within rounding of
+    its threshold a spike may differ, and with it what depends on it.
+
+    Args:
+        network: any registered network of spiking neurons at T=1; it stays as it is, and later changes to it do
+            not reach the deployed one.
+
+    Raises:
+        UserError: the network has ReLU neurons, more than one timestep, a code, or scores spike times.
+    """
+    return DeployedNetwork(fold_thresholds(network))

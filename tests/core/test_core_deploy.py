@@ -1,0 +1,177 @@
+"""Deployed networks compute what the networks they come from do."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spiking_rl import LIF, NETWORKS, LayeredNetwork, UserError, build_network, calibrate_thresholds
+from spiking_rl.deploy import SparseLinear, deploy, fold_thresholds
+
+SHAPES = [(6,), (3, 32, 32), (4, 84, 84)]
+EVERY = pytest.mark.parametrize("name", sorted(NETWORKS))
+
+
+def network_at_one(name: str, **options: object) -> tuple[LayeredNetwork, Tensor]:
+    """Build a network whose spikes are neither all nor none, and inputs for it, in float64.
+
+    There a current lies within rounding of its threshold about never: equal means equal.
+    """
+    torch.manual_seed(0)
+    if "width" in inspect.signature(NETWORKS[name]).parameters:
+        options = {"width": 1 / 8, **options}
+    for shape in SHAPES:
+        try:
+            network = build_network(name, shape, 4, timesteps=1, **options).double().eval()
+            network.neuron_shapes()
+            break
+        except (RuntimeError, ValueError):
+            continue
+    inputs = torch.randn(64, *network.input_shape, dtype=torch.float64)
+    calibrate_thresholds(network, inputs, 0.2)
+    for module in network.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            nn.init.normal_(module.weight)  # of either sign
+            nn.init.normal_(module.bias)
+    nn.init.normal_(network.readout.weight)  # type: ignore[arg-type]
+    return network, inputs
+
+
+@torch.no_grad()
+def outputs_of(network: LayeredNetwork, inputs: Tensor) -> Tensor:
+    return network(inputs.unsqueeze(0))[0].squeeze(0)
+
+
+def require_equal(network: LayeredNetwork, inputs: Tensor) -> None:
+    expected = outputs_of(network, inputs)
+    assert len(expected.unique(dim=0)) > len(inputs) / 2
+    deployed, before = deploy(network), inputs.clone()
+    for got in (deployed(inputs), torch.cat([deployed(x.unsqueeze(0)) for x in inputs])):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        assert torch.equal(got.argmax(1), expected.argmax(1))
+    assert torch.equal(inputs, before)
+
+
+@EVERY
+def test_every_registered_network_gives_equal_outputs(name: str) -> None:
+    require_equal(*network_at_one(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mlp", {"layer_norm": False}),
+        ("mlp", {"per_channel": True, "hidden": (700, 600)}),
+        ("nature_cnn", {"layer_norm": False, "per_channel": False}),
+        ("vgg6", {"width": 0.25, "per_channel": True}),  # a large linear layer behind a pool
+        ("vgg6", {"batch_norm": True}),
+        ("resnet12", {"batch_norm": True, "per_channel": True}),
+        ("mlp", {"single_spike": True}),
+    ],
+)
+def test_so_do_networks_with_other_options(name: str, options: dict[str, object]) -> None:
+    require_equal(*network_at_one(name, **options))
+
+
+def test_thousands_of_inputs_in_float32() -> None:
+    """Only where a current comes within rounding of its threshold may a spike differ."""
+    torch.manual_seed(0)
+    network = build_network("mlp", (8,), 4, timesteps=1, hidden=(128, 128)).eval()
+    inputs = torch.randn(20_000, 8)
+    calibrate_thresholds(network, inputs[:500], 0.2)
+    nn.init.normal_(network.readout.weight)  # type: ignore[arg-type]
+    nearest = torch.full((len(inputs),), torch.inf)
+
+    def observe(layer: str, _: Tensor, potential: Tensor) -> None:
+        threshold = network.neurons[int(layer[-1]) - 1].threshold
+        nearest.copy_(torch.minimum(nearest, (potential - threshold).abs().flatten(2).amin(2)[0]))
+
+    with torch.no_grad():
+        expected = network(inputs.unsqueeze(0), observer=observe)[0].squeeze(0)
+    got = deploy(network)(inputs)
+    clear = nearest > 1e-5
+    assert clear.float().mean() > 0.99
+    torch.testing.assert_close(got[clear], expected[clear], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[clear].argmax(1), expected[clear].argmax(1))
+
+
+def test_the_thresholds_are_in_the_biases() -> None:
+    network, _ = network_at_one("nature_cnn", layer_norm=False)
+    folded = fold_thresholds(network)
+    assert not any(isinstance(module, LIF) for module in folded.modules())
+    for before, after, neuron in zip(network.maps, folded.maps, network.neurons, strict=True):
+        old, new = list(before.modules())[-1], list(after.modules())[-1]
+        assert torch.equal(new.bias, old.bias - neuron.threshold.flatten())
+        assert torch.equal(new.weight, old.weight)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [nn.Tanh(), nn.LayerNorm(5, elementwise_affine=False), nn.LayerNorm((5,), bias=False), nn.GroupNorm(5, 5)],
+    ids=lambda end: str(end).split("(")[0],
+)
+def test_layers_of_other_kinds(end: nn.Module) -> None:
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Linear(6, 5, bias=False), end)
+    network = LayeredNetwork([chain], [LIF(5, threshold=0.1)], nn.Linear(5, 3), input_shape=(6,)).double().eval()
+    inputs = torch.randn(200, 6, dtype=torch.float64)
+    torch.testing.assert_close(deploy(network)(inputs), outputs_of(network, inputs))
+
+
+def test_the_network_stays_as_it_is_and_may_go_on_learning() -> None:
+    network, inputs = network_at_one("resnet12", batch_norm=True)
+    network.train()
+    before = copy.deepcopy(network.state_dict())
+    deployed = deploy(network)
+    first = deployed(inputs)
+    assert network.training
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert all(p.requires_grad for p in network.parameters())
+    assert not first.requires_grad
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1)
+    assert torch.equal(deployed(inputs), first)
+
+
+@pytest.mark.parametrize("active", [0, 1, 10, 39, 40])
+@pytest.mark.parametrize("binary", [True, False])
+def test_silent_inputs_are_skipped_and_nothing_else(active: int, binary: bool) -> None:
+    torch.manual_seed(0)
+    for layer in (nn.Linear(40, 7), nn.Linear(40, 7, bias=False)):
+        x = torch.zeros(1, 40)
+        x[0, torch.randperm(40)[:active]] = 1.0 if binary else 0.25
+        sparse = SparseLinear(layer, binary)
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(x), layer(x))
+            torch.testing.assert_close(sparse(x.expand(3, -1)), layer(x.expand(3, -1)))
+            torch.testing.assert_close(sparse(x), layer(x))  # the bias has not been added to itself
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"neuron": "relu"}, "network"),
+        ({"timesteps": 2}, "timesteps"),
+        ({"encoding": "hybrid"}, "encoding"),
+        ({"encoding": "poisson"}, "encoding"),
+        ({"kappa": 0.5}, "kappa"),
+    ],
+)
+def test_what_is_more_than_one_pass_is_refused(options: dict[str, object], field: str) -> None:
+    network = build_network("mlp", (6,), 3, **{"timesteps": 1, **options})
+    with pytest.raises(UserError) as caught:
+        deploy(network)
+    assert caught.value.field == field
+
+
+def test_inputs_of_another_shape_are_refused() -> None:
+    deployed = deploy(build_network("mlp", (6,), 3, timesteps=1))
+    with pytest.raises(UserError, match="inputs"):
+        deployed(torch.zeros(6))
+    with pytest.raises(UserError, match="inputs"):
+        deployed(torch.zeros(1, 1, 6))
