@@ -46,15 +46,50 @@ def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]], before: Sequence[str] = ()) -> None:
     """Write ``{"command", "commit", "date", "machine", "rows"}``.
 
     Args:
         path: the JSON file; its folder is made.
         script: name of the script of this package that measured, without its arguments.
         rows: one per measurement.
+        before: commands that made some of the rows before this one.
     """
-    command = f"python -m spiking_rl.scripts.{script} " + " ".join(sys.argv[1:])
-    results = {"command": command.strip(), "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
+    command = f"python -m spiking_rl.scripts.{script} {' '.join(sys.argv[1:])}".strip()
+    commands = " && ".join(dict.fromkeys([*before, command]))
+    results = {"command": commands, "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1) + "\n")
+
+
+def add_results(path: Path, script: str, rows: Sequence[dict[str, Any]], same: Sequence[str]) -> list[dict[str, Any]]:
+    """Write results as :func:`write_results` does, beside the rows of other parts of the same measurement.
+
+    Rows that the file has already stay if it was made at the same commit, but for those that agree with a new one
+    in the fields ``same``. Its command is then that of all parts, ``a && b``.
+
+    Args:
+        path: the JSON file.
+        script: name of the script of this package that measured.
+        rows: the new rows.
+        same: fields that say which part a row belongs to.
+
+    Returns:
+        All rows of the file.
+
+    Raises:
+        UserError: the file exists and holds no results.
+    """
+    kept: list[dict[str, Any]] = []
+    commands: list[str] = []
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text())
+            if earlier["commit"] == commit():
+                parts = {tuple(row.get(field) for field in same) for row in rows}
+                kept = [r for r in earlier["rows"] if tuple(r.get(field) for field in same) not in parts]
+                commands = earlier["command"].split(" && ") if kept else []
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError("output", str(path), "exists and holds no results; remove it or name another") from None
+    write_results(path, script, [*kept, *rows], before=commands)
+    return [*kept, *rows]
