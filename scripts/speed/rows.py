@@ -51,15 +51,15 @@ def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -
     times = interleave(runs, rounds=rounds, seconds=seconds, passes=passes)
     shared = {"case": name, "network": case.network, "pass": case.kind, "batch": case.batch}
     rows = []
-    for (library, timesteps), values in times.items():
-        limit = times.get((LIMIT, timesteps))
+    for (library, steps), values in times.items():
+        limit = times.get((LIMIT, steps))
         told = {
             "library": library,
-            "timesteps": timesteps,
+            "timesteps": steps,
             "ratio_to_relu": median_ratio(values, times[RELU, None]),
             "ratio_to_limit": None if limit is None else median_ratio(values, limit),
             "extra_mb": None,
-            "differing_spikes": differing.get((library, timesteps)),
+            "differing_spikes": differing.get((library, steps)),
             "memory_format": "channels_last" if channels_last else "contiguous",
             "threads": torch.get_num_threads(),
         }

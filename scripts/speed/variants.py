@@ -12,7 +12,7 @@ from spiking_rl.scripts.speed.cases import Case
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
 from spiking_rl.scripts.speed.plain import Limit, PeerNetwork, ReLUNetwork
 
-Pass = Callable[[], None]
+Pass = Callable[[], object]
 
 OURS, RELU, LIMIT = "spiking-rl", "torch-relu", "limit"
 
@@ -33,7 +33,7 @@ def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor
     """
     module, forward = _forward(library, network, inputs)
     if not case.backward:
-        return torch.inference_mode()(forward)  # type: ignore[no-any-return]
+        return torch.inference_mode()(forward)
 
     def train() -> None:
         module.zero_grad(set_to_none=True)
