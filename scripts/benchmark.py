@@ -19,12 +19,12 @@ from spiking_rl.allocator import keep_memory
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import save_figure
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import add_results
+from spiking_rl.scripts.published import add_results, earlier_rows
 from spiking_rl.scripts.speed.cases import CASES
 from spiking_rl.scripts.speed.figure import speed_figure
 from spiking_rl.scripts.speed.latency import latency_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
-from spiking_rl.scripts.speed.rows import add_memory, fastest_format_is_channels_last, printed, timed_rows
+from spiking_rl.scripts.speed.rows import WITH_MEMORY, add_memory, fastest_format_is_channels_last, printed, timed_rows
 from spiking_rl.scripts.speed.stateful import stateful_rows
 
 DESCRIPTION = """Time spiking-rl, SpikingJelly, snnTorch, Norse, Sinabs, the ReLU network and the limit in turns.
@@ -48,6 +48,8 @@ class Options:
     """Torch threads (the CartPole network always runs on one)."""
     timesteps: tuple[int, ...] = (5, 4, 3, 2, 1)
     """T of the CartPole network."""
+    time: bool = True
+    """Time passes; --no-time only adds the memory to the rows of the output file, also on a busy machine."""
     memory: bool = True
     """Measure peak memory too, in a process per variant."""
     stock_allocator: bool = False
@@ -66,12 +68,40 @@ def main() -> None:
         if not is_installed(peer):
             print(f"{peer}: not installed, left out")
     for name in options.cases:
-        measured = _MEASURE.get(name, _shared_case(name))(options, kept)
-        for row in measured:
-            row["allocator"] = "keeps" if kept else "stock"
-        if options.output is not None:
-            everything = add_results(options.output, "benchmark", measured, same=("case", "allocator"))
-            save_figure(speed_figure(everything), options.output.with_suffix(".png"))
+        if name in _OWN_CASES:
+            _keep(options, _OWN_CASES[name](options), kept)
+        else:
+            _measure_shared(name, options, kept)
+
+
+def _measure_shared(name: str, options: Options, kept: bool) -> None:
+    """Time a case that every library runs, then measure its memory, which takes a process per row."""
+    if options.time:
+        channels_last = fastest_format_is_channels_last(name)
+        rows = timed_rows(name, rounds=options.rounds, seconds=options.seconds, channels_last=channels_last)
+        print(printed(rows), flush=True)
+        _keep(options, rows, kept)
+    else:
+        assert options.output is not None
+        chosen = {"case": name, "allocator": _allocator(kept)}
+        rows = [row for row in earlier_rows(options.output) if chosen.items() <= row.items()]
+    if options.memory and name in WITH_MEMORY:
+        add_memory(rows, keep=kept)
+        print(printed(rows), flush=True)
+        _keep(options, rows, kept)
+
+
+def _keep(options: Options, rows: list[dict[str, Any]], kept: bool) -> None:
+    """Put rows into the output file, and draw all that it has."""
+    for row in rows:
+        row["allocator"] = _allocator(kept)
+    if options.output is not None:
+        everything = add_results(options.output, "benchmark", rows, same=("case", "allocator"))
+        save_figure(speed_figure(everything), options.output.with_suffix(".png"))
+
+
+def _allocator(kept: bool) -> str:
+    return "keeps" if kept else "stock"
 
 
 def _check(options: Options) -> None:
@@ -81,26 +111,13 @@ def _check(options: Options) -> None:
     for field in ("rounds", "threads"):
         if getattr(options, field) < 1:
             raise UserError(field, getattr(options, field), "must be at least 1")
+    if not options.time and (options.output is None or not options.output.exists()):
+        raise UserError("output", None, "--no-time adds memory to rows that were timed before: name their file")
     if options.output is not None and options.output.suffix != ".json":
         raise UserError("output", str(options.output), "must end with .json")
 
 
-Measured = Callable[[Options, bool], list[dict[str, Any]]]
-
-
-def _shared_case(name: str) -> Measured:
-    def measure(options: Options, kept: bool) -> list[dict[str, Any]]:
-        channels_last = fastest_format_is_channels_last(name)
-        rows = timed_rows(name, rounds=options.rounds, seconds=options.seconds, channels_last=channels_last)
-        if options.memory:
-            add_memory(rows, keep=kept)
-        print(printed(rows), flush=True)
-        return rows
-
-    return measure
-
-
-def _stateful(options: Options, kept: bool) -> list[dict[str, Any]]:
+def _stateful(options: Options) -> list[dict[str, Any]]:
     rows = stateful_rows(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
         told = f"{row['ratio_to_stateless']:.2f} x stateless"
@@ -108,7 +125,7 @@ def _stateful(options: Options, kept: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _latency(options: Options, kept: bool) -> list[dict[str, Any]]:
+def _latency(options: Options) -> list[dict[str, Any]]:
     rows = latency_rows(options.timesteps, rounds=options.rounds, seconds=options.seconds)
     for row in rows:
         name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
@@ -116,7 +133,10 @@ def _latency(options: Options, kept: bool) -> list[dict[str, Any]]:
     return rows
 
 
-_MEASURE: dict[str, Measured] = {"stateful": _stateful, "latency-cartpole": _latency}
+_OWN_CASES: dict[str, Callable[[Options], list[dict[str, Any]]]] = {
+    "stateful": _stateful,
+    "latency-cartpole": _latency,
+}
 
 
 if __name__ == "__main__":

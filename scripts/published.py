@@ -80,16 +80,31 @@ def add_results(path: Path, script: str, rows: Sequence[dict[str, Any]], same: S
     Raises:
         UserError: the file exists and holds no results.
     """
-    kept: list[dict[str, Any]] = []
-    commands: list[str] = []
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text())
-            if earlier["commit"] == commit():
-                parts = {tuple(row.get(field) for field in same) for row in rows}
-                kept = [r for r in earlier["rows"] if tuple(r.get(field) for field in same) not in parts]
-                commands = earlier["command"].split(" && ") if kept else []
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError("output", str(path), "exists and holds no results; remove it or name another") from None
-    write_results(path, script, [*kept, *rows], before=commands)
+    earlier = _earlier(path)
+    parts = {tuple(row.get(field) for field in same) for row in rows}
+    kept = [row for row in earlier["rows"] if tuple(row.get(field) for field in same) not in parts]
+    write_results(path, script, [*kept, *rows], before=earlier["command"].split(" && ") if earlier["rows"] else [])
     return [*kept, *rows]
+
+
+def earlier_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of results that were made at this commit; none where the file is of another one, or missing.
+
+    Raises:
+        UserError: the file exists and holds no results.
+    """
+    rows: list[dict[str, Any]] = _earlier(path)["rows"]
+    return rows
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    none: dict[str, Any] = {"command": "", "rows": []}
+    if not path.exists():
+        return none
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(earlier["command"], str) or not all(isinstance(row, dict) for row in earlier["rows"]):
+            raise ValueError("no results")
+        return earlier if earlier["commit"] == commit() else none
+    except (ValueError, KeyError, TypeError):
+        raise UserError("output", str(path), "exists and holds no results; remove it or name another") from None

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.errors import UserError
 from spiking_rl.networks import LayeredNetwork, build_network
 
 LEAK = 0.5  # an exact power of two: every library's way to write the decay rounds alike, so spikes can be compared
@@ -48,9 +47,9 @@ CASES = {
 
 
 def build_case(
-    case: Case, timesteps: int, *, channels_last: bool = True, seed: int = 0
+    case: Case, timesteps: int, *, channels_last: bool = True, calibrated: bool = True, seed: int = 0
 ) -> tuple[LayeredNetwork, Tensor]:
-    """Return the spiking network of a case, its thresholds calibrated so that it fires, and a batch.
+    """Return the spiking network of a case and a batch.
 
     Both are the same for the same seed, in any process.
 
@@ -58,6 +57,7 @@ def build_case(
         case: what to build.
         timesteps: T.
         channels_last: memory format of weights and inputs; else contiguous.
+        calibrated: set the thresholds so that every layer fires.
         seed: of weights and inputs.
 
     Returns:
@@ -70,19 +70,8 @@ def build_case(
     assert isinstance(network.readout, nn.Linear)
     nn.init.normal_(network.readout.weight, std=network.readout.in_features**-0.5)  # at zero nothing would flow back
     inputs = torch.rand(case.batch, *case.input_shape)
-    calibrate_thresholds(network, torch.rand(max(8, min(case.batch, 16)), *case.input_shape), _RATE)
+    if calibrated:
+        calibrate_thresholds(network, torch.rand(max(8, min(case.batch, 16)), *case.input_shape), _RATE)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]
     return network, inputs.to(memory_format=layout)
-
-
-def chosen(names: tuple[str, ...], known: dict[str, Any]) -> list[str]:
-    """Return names of cases in the order asked, all of them where none is.
-
-    Raises:
-        UserError: one is unknown.
-    """
-    for name in names:
-        if name not in known:
-            raise UserError("cases", name, f"unknown; choose among {', '.join(known)}")
-    return list(names or known)

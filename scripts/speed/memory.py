@@ -48,7 +48,7 @@ def extra_mb(case: str, library: str, timesteps: int, *, channels_last: bool, ke
 
 def _measure(case: str, library: str, timesteps: int, channels_last: bool, keep: bool, threads: int) -> float:
     torch.set_num_threads(threads)
-    network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last)
+    network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last, calibrated=False)
     build_pass(library, CASES[case], network, inputs[:1])()  # loads what is loaded at the first call
     run = build_pass(library, CASES[case], network, inputs)
     network.zero_grad(set_to_none=True)

@@ -16,6 +16,9 @@ from spiking_rl.scripts.speed.variants import LIMIT, RELU, Pass, build_pass, dif
 Key = tuple[str, int | None]
 _LATENCY_PASSES = 10  # per timing
 
+WITH_MEMORY = tuple(name for name, case in CASES.items() if case.backward)
+"""Cases whose memory is measured too: those that keep activations for a backward pass."""
+
 
 def fastest_format_is_channels_last(name: str, rounds: int = 3) -> bool:
     """Say which memory format of a case is the fastest for the ReLU network: all get that one."""
@@ -68,17 +71,16 @@ def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -
 
 
 def add_memory(rows: Sequence[dict[str, Any]], *, keep: bool) -> None:
-    """Fill in ``extra_mb`` of rows of cases that train, each measured in a process of its own."""
+    """Fill in ``extra_mb`` of rows, each measured in a process of its own."""
     for row in rows:
-        if row["pass"] == "forward+backward":
-            row["extra_mb"] = extra_mb(
-                row["case"],
-                row["library"],
-                row["timesteps"] or 1,
-                channels_last=row["memory_format"] == "channels_last",
-                keep=keep,
-                threads=row["threads"],
-            )
+        row["extra_mb"] = extra_mb(
+            row["case"],
+            row["library"],
+            row["timesteps"] or 1,
+            channels_last=row["memory_format"] == "channels_last",
+            keep=keep,
+            threads=row["threads"],
+        )
 
 
 def printed(rows: Sequence[dict[str, Any]]) -> str:

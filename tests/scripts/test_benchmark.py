@@ -13,8 +13,10 @@ import torch
 from conftest import as_flags, environment
 from torch import Tensor, nn
 
-from spiking_rl import lif_scan
+from spiking_rl import UserError, lif_scan
 from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.scripts.benchmark import main
+from spiking_rl.scripts.published import add_results
 from spiking_rl.scripts.speed import cases, rows
 from spiking_rl.scripts.speed.cases import LEAK, Case, build_case
 from spiking_rl.scripts.speed.peers import PEERS, is_installed, peer_neuron, time_axis
@@ -191,9 +193,37 @@ def test_one_command_times_prints_and_writes_and_parts_add_up(tmp_path: Path) ->
     assert output.with_suffix(".png").stat().st_size > 5_000
 
 
+def test_memory_joins_the_rows_that_were_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    timed = {"case": "nature", "allocator": "stock", "network": "nature_cnn", "pass": "forward+backward", "threads": 1}
+    timed |= {"batch": 32, "differing_spikes": None, "memory_format": "channels_last", "extra_mb": None, "ms": 2.0}
+    timed |= {"timesteps": 4, "ratio_to_relu": 2.0, "ratio_to_limit": 1.0, "quartiles": [1.0, 3.0], "library": LIMIT}
+    add_results(output, "benchmark", [timed, timed | {"case": "vgg16"}], same=("case",))
+    monkeypatch.setattr(rows, "extra_mb", lambda case, library, timesteps, **_: len(case) + timesteps)
+    asked = ["--cases", "nature", "--no-time", "--stock-allocator", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *asked])
+    main()
+    after = json.loads(output.read_text())["rows"]
+    assert {row["case"]: row["extra_mb"] for row in after} == {"nature": 10, "vgg16": None}
+    assert next(row for row in after if row["case"] == "nature") == timed | {"extra_mb": 10}
+
+
+def test_rows_of_another_commit_are_not_mixed_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    for made_at, part in (("one", "a"), ("two", "b"), ("two", "c"), ("two", "b")):
+        monkeypatch.setattr("spiking_rl.scripts.published.commit", lambda made_at=made_at: made_at)
+        everything = add_results(output, "benchmark", [{"case": part}], same=("case",))
+    assert [row["case"] for row in everything] == ["c", "b"]
+    assert json.loads(output.read_text())["rows"] == everything
+    output.write_text("[]")
+    with pytest.raises(UserError, match="holds no results"):
+        add_results(output, "benchmark", [], same=("case",))
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (("--no-time",), "name their file"),
         (("--cases", "vgg"), "cases = 'vgg': unknown"),
         (("--rounds", 0), "rounds = 0"),
         (("--output", "speed.txt"), "must end with .json"),
