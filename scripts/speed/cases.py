@@ -12,6 +12,7 @@ from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.networks import LayeredNetwork, build_network
 
 LEAK = 0.5  # an exact power of two: every library's way to write the decay rounds alike, so spikes can be compared
+_CALIBRATED_ON = 8  # inputs
 _RATE = 0.2  # spikes per neuron and timestep
 
 
@@ -71,7 +72,7 @@ def build_case(
     nn.init.normal_(network.readout.weight, std=network.readout.in_features**-0.5)  # at zero nothing would flow back
     inputs = torch.rand(case.batch, *case.input_shape)
     if calibrated:
-        calibrate_thresholds(network, torch.rand(max(8, min(case.batch, 16)), *case.input_shape), _RATE)
+        calibrate_thresholds(network, torch.rand(_CALIBRATED_ON, *case.input_shape), _RATE)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]
     return network, inputs.to(memory_format=layout)
