@@ -10,7 +10,7 @@ import torch
 from spiking_rl.scripts.speed.cases import CASES, build_case
 from spiking_rl.scripts.speed.memory import extra_mb
 from spiking_rl.scripts.speed.peers import PEERS
-from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
+from spiking_rl.scripts.speed.timing import interleave, median_ratio, ratio_quartiles, times_of
 from spiking_rl.scripts.speed.variants import LIMIT, RELU, Pass, build_pass, differing_spikes, libraries
 
 Key = tuple[str, int | None]
@@ -63,6 +63,7 @@ def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -
             "library": library,
             "timesteps": steps,
             "ratio_to_relu": median_ratio(values, times[RELU, None]),
+            "ratio_quartiles": ratio_quartiles(values, times[RELU, None]),
             "ratio_to_limit": None if limit is None else median_ratio(values, limit),
             "extra_mb": None,
             "differing_spikes": differing.get((library, steps)),

@@ -47,6 +47,11 @@ def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
     return round(float(np.median(np.asarray(values) / np.asarray(base))), 3)
 
 
+def ratio_quartiles(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Return the quartiles over rounds of ``values / base``."""
+    return [round(float(q), 3) for q in np.percentile(np.asarray(values) / np.asarray(base), [25, 75])]
+
+
 def times_of(values: Sequence[float]) -> dict[str, Any]:
     """Return the fields of a row that tell a variant's time: ``ms``, the median, and its ``quartiles``."""
     low, median, high = (round(float(q), 5) for q in np.percentile(values, [25, 50, 75]))

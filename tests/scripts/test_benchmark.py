@@ -157,6 +157,7 @@ def test_rows_say_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = by_key[OURS, 3]
     assert ours["ratio_to_relu"] == 3.0
     assert ours["ratio_to_limit"] == 1.5
+    assert ours["ratio_quartiles"] == [3.0, 3.5]
     assert (ours["network"], ours["pass"], ours["batch"]) == ("nature_cnn", "forward+backward", 4)
     assert by_key[RELU, None]["ratio_to_limit"] is None
 
@@ -198,6 +199,7 @@ def test_memory_joins_the_rows_that_were_timed(monkeypatch: pytest.MonkeyPatch, 
     timed = {"case": "nature", "allocator": "stock", "network": "nature_cnn", "pass": "forward+backward", "threads": 1}
     timed |= {"batch": 32, "differing_spikes": None, "memory_format": "channels_last", "extra_mb": None, "ms": 2.0}
     timed |= {"timesteps": 4, "ratio_to_relu": 2.0, "ratio_to_limit": 1.0, "quartiles": [1.0, 3.0], "library": LIMIT}
+    timed |= {"ratio_quartiles": [1.5, 2.5]}
     add_results(output, "benchmark", [timed, timed | {"case": "vgg16"}], same=("case",))
     monkeypatch.setattr(rows, "extra_mb", lambda case, library, timesteps, **_: len(case) + timesteps)
     asked = ["--cases", "nature", "--no-time", "--stock-allocator", "--output", str(output)]
