@@ -1,108 +1,142 @@
-"""Latency of a decision against the ReLU network's, in the same run on the same machine.
+"""Speed and memory against the ReLU network, the limit of the machine and other spiking libraries, in one run.
 
-python -m spiking_rl.scripts.benchmark --output results/latency.json
+pip install -c constraints.txt '.[benchmark]'    # the other libraries; those that are missing are left out
+python -m spiking_rl.scripts.benchmark --output results/speed.json
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import torch
-from gymnasium import spaces
+import tyro
 
-from spiking_rl.agents.policies import SpikingMlpPolicy
-from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.allocator import keep_memory
+from spiking_rl.errors import UserError
+from spiking_rl.plotting import save_figure
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import write_results
+from spiking_rl.scripts.published import add_results, earlier_rows
+from spiking_rl.scripts.speed.cases import CASES
+from spiking_rl.scripts.speed.figure import speed_figure
+from spiking_rl.scripts.speed.latency import latency_rows
+from spiking_rl.scripts.speed.peers import PEERS, is_installed
+from spiking_rl.scripts.speed.rows import WITH_MEMORY, add_memory, fastest_format_is_channels_last, printed, timed_rows
+from spiking_rl.scripts.speed.stateful import stateful_rows
 
-DESCRIPTION = """Time one decision of the CartPole network (4-256-256-2, batch 1) at each T and as ReLU network.
+DESCRIPTION = """Time spiking-rl, SpikingJelly, snnTorch, Norse, Sinabs, the ReLU network and the limit in turns.
 
-Example: python -m spiking_rl.scripts.benchmark --output results/latency.json"""
+Example: python -m spiking_rl.scripts.benchmark --cases nature latency-nature --output results/speed.json"""
+
+_OWN = ("stateful", "latency-cartpole")  # no other library runs these
 
 
 @dataclass(kw_only=True)
 class Options:
     """How to measure."""
 
-    timesteps: tuple[int, ...] = (5, 4, 3, 2, 1)
-    """Timesteps T to time."""
-    rounds: int = 60
+    cases: tuple[str, ...] = (*CASES, *_OWN)
+    """What to measure. Parts add up in the output file as long as the commit is the same."""
+    rounds: int = 40
     """Rounds; each times every variant once, so that a slow moment meets all of them."""
-    decisions: int = 100
-    """Decisions per timing."""
-    threads: int = 1
-    """Torch threads."""
-    output: Path | None = None
-    """Results as JSON."""
+    seconds: float = 240
+    """No round of a case begins after that many, once there are 3."""
+    threads: int = 2
+    """Torch threads (the CartPole network always runs on one)."""
+    timesteps: tuple[int, ...] = (5, 4, 3, 2, 1)
+    """T of the CartPole network."""
+    time: bool = True
+    """Time passes; --no-time only adds the memory to the rows of the output file, also on a busy machine."""
+    memory: bool = True
+    """Measure peak memory too, in a process per variant."""
+    stock_allocator: bool = False
+    """Leave the allocator as it is; by default it keeps freed memory, for everyone (spiking_rl.keep_memory)."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=("--json",))] = None
+    """Results as JSON; the figure is written beside it as PNG."""
 
 
 def main() -> None:
     """Measure, print, write."""
     options = parse(Options, "benchmark", sys.argv[1:], DESCRIPTION)
+    _check(options)
     torch.set_num_threads(options.threads)
-    variants: dict[tuple[str, int | None], Callable[[], object]] = {}
-    for timesteps in (None, *options.timesteps):
-        policy = _policy(timesteps)
-        observation = np.array([0.1, -0.2, 0.05, 0.3], dtype=np.float32)
-        batch = torch.as_tensor(observation)[None]
-        variants["forward", timesteps] = partial(_forward, policy.q_net, batch)
-        variants["predict", timesteps] = partial(policy.predict, observation, deterministic=True)
-    times: dict[tuple[str, int | None], list[float]] = {key: [] for key in variants}
-    for number in range(options.rounds + 5):
-        for key, decide in variants.items():
-            start = time.perf_counter()
-            for _ in range(options.decisions):
-                decide()
-            if number >= 5:  # warm-up
-                times[key].append((time.perf_counter() - start) / options.decisions * 1e3)
-    rows = [_row(what, timesteps, values, times[what, None]) for (what, timesteps), values in times.items()]
+    kept = not options.stock_allocator and keep_memory()
+    for peer in PEERS:
+        if not is_installed(peer):
+            print(f"{peer}: not installed, left out")
+    for name in options.cases:
+        if name in _OWN_CASES:
+            _keep(options, _OWN_CASES[name](options), kept)
+        else:
+            _measure_shared(name, options, kept)
+
+
+def _measure_shared(name: str, options: Options, kept: bool) -> None:
+    """Time a case that every library runs, then measure its memory, which takes a process per row."""
+    if options.time:
+        channels_last = fastest_format_is_channels_last(name)
+        rows = timed_rows(name, rounds=options.rounds, seconds=options.seconds, channels_last=channels_last)
+        print(printed(rows), flush=True)
+        _keep(options, rows, kept)
+    else:
+        assert options.output is not None
+        chosen = {"case": name, "allocator": _allocator(kept)}
+        rows = [row for row in earlier_rows(options.output) if chosen.items() <= row.items()]
+    if options.memory and name in WITH_MEMORY:
+        add_memory(rows, keep=kept)
+        print(printed(rows), flush=True)
+        _keep(options, rows, kept)
+
+
+def _keep(options: Options, rows: list[dict[str, Any]], kept: bool) -> None:
+    """Put rows into the output file, and draw all that it has."""
+    for row in rows:
+        row["allocator"] = _allocator(kept)
+    if options.output is not None:
+        everything = add_results(options.output, "benchmark", rows, same=("case", "allocator"))
+        save_figure(speed_figure(everything), options.output.with_suffix(".png"))
+
+
+def _allocator(kept: bool) -> str:
+    return "keeps" if kept else "stock"
+
+
+def _check(options: Options) -> None:
+    for name in options.cases:
+        if name not in (*CASES, *_OWN):
+            raise UserError("cases", name, f"unknown; choose among {', '.join((*CASES, *_OWN))}")
+    for field in ("rounds", "threads"):
+        if getattr(options, field) < 1:
+            raise UserError(field, getattr(options, field), "must be at least 1")
+    if not options.time and (options.output is None or not options.output.exists()):
+        raise UserError("output", None, "--no-time adds memory to rows that were timed before: name their file")
+    if options.output is not None and options.output.suffix != ".json":
+        raise UserError("output", str(options.output), "must end with .json")
+
+
+def _stateful(options: Options) -> list[dict[str, Any]]:
+    rows = stateful_rows(rounds=options.rounds, seconds=options.seconds)
+    for row in rows:
+        told = f"{row['ratio_to_stateless']:.2f} x stateless"
+        print(f"{row['network']:10} {row['variant']:9} {row['ms']:9.2f} ms  {told}", flush=True)
+    return rows
+
+
+def _latency(options: Options) -> list[dict[str, Any]]:
+    rows = latency_rows(options.timesteps, rounds=options.rounds, seconds=options.seconds)
     for row in rows:
         name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
-        print(f"{row['pass']:8} {name:5} {row['ms']:.4f} ms  {row['ratio_to_relu']:.2f} x ReLU")
-    if options.output is not None:
-        write_results(options.output, "benchmark", rows)
+        print(f"{row['pass']:8} {name:5} {row['ms']:.4f} ms  {row['ratio_to_relu']:.2f} x ReLU", flush=True)
+    return rows
 
 
-def _policy(timesteps: int | None) -> SpikingMlpPolicy:
-    """Build the CartPole policy; None gives the ReLU network."""
-    torch.manual_seed(0)
-    observations = spaces.Box(-1, 1, (4,), np.float32)
-    # The control is the plain ReLU network: it can do without the normalisation that spikes need.
-    network = {"neuron": "relu", "layer_norm": False} if timesteps is None else {"neuron": "lif"}
-    policy = SpikingMlpPolicy(
-        observations, spaces.Discrete(2), lambda _: 1e-3, timesteps=timesteps or 1, network_kwargs=network
-    )
-    policy.set_training_mode(False)
-    if timesteps is not None:
-        calibrate_thresholds(policy.q_net.network, torch.randn(1000, 4))
-    return policy
-
-
-def _forward(q_net: Any, batch: torch.Tensor) -> object:
-    with torch.no_grad():
-        return q_net(batch)
-
-
-def _row(what: str, timesteps: int | None, values: list[float], relu: list[float]) -> dict[str, Any]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return {
-        "network": "mlp 4-256-256-2",
-        "pass": what,
-        "library": "spiking-rl",
-        "timesteps": timesteps,
-        "batch": 1,
-        "ratio_to_relu": round(float(median / np.median(relu)), 3),
-        "extra_mb": None,
-        "ms": round(float(median), 5),
-        "quartiles": [round(float(low), 5), round(float(high), 5)],
-    }
+_OWN_CASES: dict[str, Callable[[Options], list[dict[str, Any]]]] = {
+    "stateful": _stateful,
+    "latency-cartpole": _latency,
+}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import sys
 from typing import NoReturn, Protocol, cast
 
+from spiking_rl.allocator import keep_memory
 from spiking_rl.errors import UserError, WorkError
 
 COMMANDS = {
@@ -48,6 +49,7 @@ class Command(Protocol):
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed while working, 2 bad input, 130 interrupted."""
+    keep_memory()  # here and not in run: a process that imports us decides for itself
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 

@@ -46,15 +46,65 @@ def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]]) -> None:
+def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]], before: Sequence[str] = ()) -> None:
     """Write ``{"command", "commit", "date", "machine", "rows"}``.
 
     Args:
         path: the JSON file; its folder is made.
         script: name of the script of this package that measured, without its arguments.
         rows: one per measurement.
+        before: commands that made some of the rows before this one.
     """
-    command = f"python -m spiking_rl.scripts.{script} " + " ".join(sys.argv[1:])
-    results = {"command": command.strip(), "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
+    command = f"python -m spiking_rl.scripts.{script} {' '.join(sys.argv[1:])}".strip()
+    commands = " && ".join(dict.fromkeys([*before, command]))
+    results = {"command": commands, "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1) + "\n")
+
+
+def add_results(path: Path, script: str, rows: Sequence[dict[str, Any]], same: Sequence[str]) -> list[dict[str, Any]]:
+    """Write results as :func:`write_results` does, beside the rows of other parts of the same measurement.
+
+    Rows that the file has already stay if it was made at the same commit, but for those that agree with a new one
+    in the fields ``same``. Its command is then that of all parts, ``a && b``.
+
+    Args:
+        path: the JSON file.
+        script: name of the script of this package that measured.
+        rows: the new rows.
+        same: fields that say which part a row belongs to.
+
+    Returns:
+        All rows of the file.
+
+    Raises:
+        UserError: the file exists and holds no results.
+    """
+    earlier = _earlier(path)
+    parts = {tuple(row.get(field) for field in same) for row in rows}
+    kept = [row for row in earlier["rows"] if tuple(row.get(field) for field in same) not in parts]
+    write_results(path, script, [*kept, *rows], before=earlier["command"].split(" && ") if earlier["rows"] else [])
+    return [*kept, *rows]
+
+
+def earlier_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of results that were made at this commit; none where the file is of another one, or missing.
+
+    Raises:
+        UserError: the file exists and holds no results.
+    """
+    rows: list[dict[str, Any]] = _earlier(path)["rows"]
+    return rows
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    none: dict[str, Any] = {"command": "", "rows": []}
+    if not path.exists():
+        return none
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(earlier["command"], str) or not all(isinstance(row, dict) for row in earlier["rows"]):
+            raise ValueError("no results")
+        return earlier if earlier["commit"] == commit() else none
+    except (ValueError, KeyError, TypeError):
+        raise UserError("output", str(path), "exists and holds no results; remove it or name another") from None

@@ -5,6 +5,7 @@ knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_r
 """
 
 from spiking_rl import vision  # registers the networks for images
+from spiking_rl.allocator import keep_memory
 from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds, convert, take_weights
@@ -53,6 +54,7 @@ __all__ = [
     "energy_ratio",
     "fire",
     "fold_batch_norm",
+    "keep_memory",
     "lif_scan",
     "lif_scan_reference",
     "load_checkpoint",

@@ -26,17 +26,20 @@ def _version(package: str) -> str | None:
 def commit() -> str | None:
     """Return the git commit of the source tree that is running, None outside one.
 
-    ``-dirty`` is appended where tracked files differ from it.
+    ``-dirty`` is appended where tracked files differ from it, other than results: those are written, not run.
     """
     source = Path(__file__).resolve().parent
     if not (source.parent / ".git").exists():
         return None
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(source.parent)]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        found, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno", "--", ".", ":!results"))
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return f"{found}-dirty" if changed else found
 
 
 def machine() -> str:

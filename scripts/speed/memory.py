@@ -1,0 +1,68 @@
+"""Peak memory of a pass: how far the resident set of a process of its own rises above the idle network.
+
+Run as a process per variant: weights, inputs and code are resident and freed blocks are given back before the
+peak is reset; the allocator is then the one that is timed. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from spiking_rl.allocator import keep_memory
+from spiking_rl.provenance import rss_mb
+from spiking_rl.scripts.speed.cases import CASES, build_case
+from spiking_rl.scripts.speed.variants import build_pass
+
+_PASSES = 3
+_RESET_PEAK = "5"  # proc(5), clear_refs
+
+
+def extra_mb(case: str, library: str, timesteps: int, *, channels_last: bool, keep: bool, threads: int) -> float | None:
+    """Return MB of peak memory of forward and backward, gradients included, over the idle network.
+
+    Args:
+        case: name of a case.
+        library: who runs it.
+        timesteps: T.
+        channels_last: memory format.
+        keep: whether the allocator keeps freed memory.
+        threads: of torch.
+
+    Returns:
+        None where the system does not tell.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    given = {"case": case, "library": library, "timesteps": timesteps, "channels_last": channels_last}
+    given |= {"keep": keep, "threads": threads}
+    command = [sys.executable, "-W", "ignore", "-m", "spiking_rl.scripts.speed.memory", json.dumps(given)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _measure(case: str, library: str, timesteps: int, channels_last: bool, keep: bool, threads: int) -> float:
+    torch.set_num_threads(threads)
+    network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last, calibrated=False)
+    build_pass(library, CASES[case], network, inputs[:1])()  # loads what is loaded at the first call
+    run = build_pass(library, CASES[case], network, inputs)
+    network.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
+    if keep:
+        keep_memory()
+    idle = rss_mb()
+    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    for _ in range(_PASSES):
+        run()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert idle is not None
+    return round(int(status["VmHWM"].split()[0]) / 2**10 - idle, 1)
+
+
+if __name__ == "__main__":
+    print(_measure(**json.loads(sys.argv[1])))
