@@ -7,6 +7,8 @@ layer, or one per entry of the first neuron axis. Everything else is left to the
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,52 +42,63 @@ class Plan(NamedTuple):
     """How neurons and parameters lie in memory.
 
     Attributes:
-        channels_last: of pictures, else plain.
+        strides: of one timestep ``(B, *N)``, densely packed: plain, or channels-last for pictures.
+        neurons: how many ``N`` is.
         channels: parameters of the layer; 1, or the size of the first neuron axis.
         own: whether neighbouring neurons have parameters of their own.
         piece: neurons after which parameters repeat, or up to which one holds.
     """
 
-    channels_last: bool
+    strides: tuple[int, ...]
+    neurons: int
     channels: int
     own: bool
     piece: int
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Return torch's name of the layout."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
     def empty(self, steps: int, like: Tensor) -> Tensor:
-        """Return an uninitialised ``(steps, B, *N)``, its neurons shaped as those of ``like`` ``(S, B, *N)``."""
-        flat = torch.empty(steps * like.shape[1], *like.shape[2:], memory_format=self.memory_format)
-        return flat.view(steps, *like.shape[1:])
+        """Return an uninitialised ``(steps, B, *N)``, B and N as in ``like`` ``(S, B, *N)``."""
+        shape = like.shape[1:]
+        return torch.empty_strided((steps, *shape), (shape[0] * self.neurons, *self.strides), dtype=torch.float32)
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return ``(S, B, *N)`` in this layout, a copy only where it lies otherwise."""
-        return tensor.flatten(0, 1).contiguous(memory_format=self.memory_format).view(tensor.shape)
+        if tensor.stride() == (tensor.shape[1] * self.neurons, *self.strides):
+            return tensor
+        return self.empty(len(tensor), tensor).copy_(tensor)
 
 
 def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
     """Return how a scan over ``current`` (S, B, *N) goes in one pass, or None where it does not."""
     if type(current) is not Tensor or current.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if any(tensor.dtype != torch.float32 for tensor in (current, leak, threshold)):
+    if not current.dtype == leak.dtype == threshold.dtype == torch.float32:
         return None
-    neurons = current.shape[2:]
+    shape = current.shape
     channels = max(leak.numel(), threshold.numel())
-    per_channel = torch.Size([*neurons[:1], *[1] * (len(neurons) - 1)])
-    if any(p.numel() > 1 and p.shape != per_channel for p in (leak, threshold)):
+    if channels > 1:
+        per_channel = (shape[2], *[1] * (len(shape) - 3))
+        if any(p.numel() > 1 and p.shape != per_channel for p in (leak, threshold)):
+            return None
+    neurons = math.prod(shape[2:])
+    if not neurons or not shape[1] or library() is None:
         return None
-    if not current.numel() or library() is None:
-        return None
-    one, size = current[0], neurons.numel()
-    last = len(neurons) == 3 and not one.is_contiguous() and one.is_contiguous(memory_format=torch.channels_last)
+    strides = current.stride()[1:]
+    last = len(shape) == 5 and strides == (neurons, 1, shape[2] * shape[4], shape[2]) != _plain(shape[1:])
+    if not last:
+        strides = _plain(shape[1:])
     if channels == 1:
-        return Plan(last, 1, False, _BLOCK)
-    if last or channels == size:
-        return Plan(last, channels, True, channels * max(1, min(_BLOCK, size) // channels))
-    return Plan(last, channels, False, size // channels)
+        return Plan(strides, neurons, 1, False, _BLOCK)
+    if last or channels == neurons:
+        return Plan(strides, neurons, channels, True, channels * max(1, min(_BLOCK, neurons) // channels))
+    return Plan(strides, neurons, channels, False, neurons // channels)
+
+
+def _plain(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -107,10 +120,9 @@ def _run(name: str, shape: _Shape, leak: Tensor, threshold: Tensor, keep: Tensor
 
 def _shape(plan: Plan, current: Tensor, repeat: int) -> _Shape:
     rows, batch = current.shape[:2]
-    size = current[0, 0].numel()
     threads = 1 if current.numel() * repeat < _SMALL else torch.get_num_threads()
-    groups = min(batch * -(-size // plan.piece), _GROUPS)
-    return _Shape(rows * repeat, repeat, batch, size, plan.piece, plan.channels, plan.own, groups, threads)
+    groups = min(batch * -(-plan.neurons // plan.piece), _GROUPS)
+    return _Shape(rows * repeat, repeat, batch, plan.neurons, plan.piece, plan.channels, plan.own, groups, threads)
 
 
 class FusedScan(torch.autograd.Function):

@@ -55,12 +55,13 @@ static int begin(Pass *pass, const Shape *shape, const Parameters *p, float gamm
   pass->threshold = pass->leak + width;
   pass->inverse = pass->threshold + width;
   pass->height = pass->inverse + width;
-  for (int64_t i = 0; i < width; i++) {
-    pass->leak[i] = p->leak[p->leaks > 1 ? i % shape->channels : 0];
-    pass->threshold[i] = p->threshold[p->thresholds > 1 ? i % shape->channels : 0];
-    pass->inverse[i] = 1.0f / pass->threshold[i];
-    pass->height[i] = gamma * pass->inverse[i];
-  }
+  for (int64_t i = 0; i < width; i += shape->channels)
+    for (int64_t c = 0; c < shape->channels; c++) {
+      pass->leak[i + c] = p->leak[p->leaks > 1 ? c : 0];
+      pass->threshold[i + c] = p->threshold[p->thresholds > 1 ? c : 0];
+      pass->inverse[i + c] = 1.0f / pass->threshold[i + c];
+      pass->height[i + c] = gamma * pass->inverse[i + c];
+    }
   return 1;
 }
 
@@ -286,8 +287,9 @@ INLINE void backward_any(const Pass *pass, const Block *b, const float *current,
 static void gather(const Pass *pass, const float *sums, float *total, int64_t parameters) {
   for (int64_t i = 0; i < parameters; i++) total[i] = 0.0f;
   for (int64_t group = 0; group < pass->shape.groups; group++)
-    for (int64_t i = 0; i < pass->width; i++)
-      total[parameters > 1 ? i % parameters : 0] += sums[2 * pass->width * group + i];
+    for (int64_t i = 0; i < pass->width; i += parameters)
+#pragma omp simd
+      for (int64_t c = 0; c < parameters; c++) total[c] += sums[2 * pass->width * group + i + c];
 }
 
 /* Returns 0 where memory ran out. */
