@@ -222,6 +222,8 @@ class SpikingMlpPolicy(DQNPolicy):
         check_spaces(observation_space, action_space, network, normalize_images)
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"fused": True}  # a third of a small network's update is Adam's many small steps
+        if optimizer_kwargs is None and optimizer_class is torch.optim.RAdam:
+            optimizer_kwargs = {"foreach": True}  # likewise, and RAdam has no fused form
         if stateful and not self.carries_state:
             raise UserError(
                 "stateful",

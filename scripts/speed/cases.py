@@ -73,6 +73,7 @@ def build_case(
     inputs = torch.rand(case.batch, *case.input_shape)
     if calibrated:
         calibrate_thresholds(network, torch.rand(_CALIBRATED_ON, *case.input_shape), _RATE)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = len(case.input_shape) == 3  # (C, H, W)
+    layout = torch.channels_last if channels_last and images else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]
     return network, inputs.to(memory_format=layout)

@@ -337,3 +337,9 @@ def test_a_relu_network_learns_in_bfloat16() -> None:
     model.precision = "bfloat16"
     model.learn(12_000)
     assert evaluate(model, "Match-v0", episodes=20, measure_latency=False).mean_return > 7
+
+
+def test_small_updates_are_not_spent_on_launching_operations() -> None:
+    model = SpikingPQN("MlpPolicy", "CartPole-v1", policy_kwargs={"network_kwargs": {"hidden": (8,)}})
+    assert isinstance(model.policy.optimizer, torch.optim.RAdam)
+    assert model.policy.optimizer.param_groups[0]["foreach"]
