@@ -20,7 +20,7 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.published import checked_rows
-from spiking_rl.settings import read_yaml
+from spiking_rl.settings import read_settings
 from spiking_rl.vision.building import build_empty, facts_of, load_classifier
 from spiking_rl.vision.config import load_config
 
@@ -192,17 +192,10 @@ def _provenance(loaded: _Loaded) -> dict[str, Any]:
         facts["network"] = policy["network"]
     made: Any = {}
     if loaded.run is not None:
-        made = _settings(loaded.run).get("provenance")
+        made = read_settings(loaded.run.config).get("provenance")
     facts |= {name: made.get(name) if isinstance(made, dict) else None for name in _FROM_RUN}
     plain: dict[str, Any] = _plain(facts)
     return plain
-
-
-def _settings(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return read_yaml(folder.config.read_text(), str(folder.config))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("run", str(folder.path), f"holds no readable config.yaml ({error})") from None
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ class Facts:
         rows: its rows, one per T, highest first.
         controls: rows of other runs.
         video: an mp4 to embed.
+        still: a picture of it (PNG), which is shown before it plays, and printed.
         missing: what the run does not have, one sentence each.
     """
 
@@ -39,6 +40,7 @@ class Facts:
     rows: list[dict[str, Any]] = field(default_factory=list)
     controls: list[dict[str, Any]] = field(default_factory=list)
     video: Path | None = None
+    still: bytes | None = None
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -307,9 +309,14 @@ def _video(facts: Facts) -> str:
         return ""
     data = base64.b64encode(facts.video.read_bytes()).decode()
     label = f"Greedy play of {facts.title}, {facts.video.stem}"
+    poster = image = ""
+    if facts.still is not None:
+        picture = f"data:image/png;base64,{base64.b64encode(facts.still).decode()}"
+        poster = f' poster="{picture}"'
+        image = f'<img class="still" src="{picture}" alt="A picture of the video">'
     return (
-        f'<figure class="film"><video controls muted playsinline preload="auto" aria-label="{escape(label)}" '
-        f'src="data:video/mp4;base64,{data}"></video><figcaption>{escape(label)}</figcaption></figure>'
+        f'<figure class="film"><video controls muted playsinline preload="auto" aria-label="{escape(label)}"{poster} '
+        f'src="data:video/mp4;base64,{data}"></video>{image}<figcaption>{escape(label)}</figcaption></figure>'
     )
 
 
@@ -352,9 +359,14 @@ svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:13px
 .legend li::before{content:"";display:inline-block;width:1rem;height:3px;margin-right:.4rem;
 vertical-align:middle;background:var(--c)}
 video{width:100%;max-width:60rem;border:1px solid var(--line);border-radius:.4rem;background:var(--soft)}
+.still{display:none;width:100%;border:1px solid var(--line)}
 summary{cursor:pointer}:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
-@media(max-width:30rem){main{padding:.5rem .9rem 2rem}svg text{font-size:19px}h1{font-size:1.35rem}}
+@media(max-width:40rem){main{padding:.5rem .9rem 2rem}svg text{font-size:19px}h1{font-size:1.35rem}}
 @media print{:root{--paper:#fff;--ink:#000;--faint:#444;--line:#bbb;--soft:#f4f4f4;
 --c0:#2b6cb0;--c1:#c05621;--c2:#2f855a;--c3:#6b46c1;--c4:#c53030;--c5:#0a7480}
-main{max-width:none;padding:0}section{break-inside:avoid}.film{display:none}.wide{overflow:visible}}
+body{font-size:13px}main{max-width:none;padding:0}figure,tr,.tiles{break-inside:avoid}.wide{overflow:visible}
+h2,caption{break-after:avoid}h2{margin-top:1.2rem}.tiles li{border:1px solid var(--line)}
+figure{max-width:38rem}svg text{font-size:13px}video{display:none}.still{display:block}
+details::details-content{display:block;content-visibility:visible;block-size:auto}summary{list-style:none}
+summary::-webkit-details-marker{display:none}}
 """

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from spiking_rl.checkpoint import read_json
+from spiking_rl.envs.video import still
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.page import Facts, page
 from spiking_rl.scripts.published import checked_rows
-from spiking_rl.settings import read_yaml
+from spiking_rl.settings import read_settings
 
 DESCRIPTION = """Write one self-contained HTML page about a run: settings, curves, every T, spikes, energy, video.
 
@@ -67,10 +68,7 @@ def read_facts(folder: RunFolder) -> Facts:
     Raises:
         UserError: a file is damaged.
     """
-    try:
-        settings = read_yaml(folder.config.read_text(), str(folder.config))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("run", str(folder.path), f"holds no readable config.yaml ({error})") from None
+    settings = read_settings(folder.config)
     provenance = settings.pop("provenance", None)
     facts = Facts(folder.path.name, settings, provenance if isinstance(provenance, dict) else {})
     if folder.progress.is_file():
@@ -84,10 +82,12 @@ def read_facts(folder: RunFolder) -> Facts:
         facts.missing.append("scores at every T, energy and latency: no final table yet; go on with train --resume")
     if facts.classifies:
         return facts
-    videos = [v for v in sorted(folder.videos.glob("*.mp4")) if v.stat().st_size <= _LARGEST_VIDEO]
+    films = (v for v in sorted(folder.videos.glob("*.mp4")) if v.is_file())
+    videos = [v for v in films if v.stat().st_size <= _LARGEST_VIDEO]
     if videos:
         # The lowest T is what the run is for, and a film with spikes says more.
         facts.video = min(videos, key=lambda v: (_timesteps_of(v), "-spikes" not in v.stem))
+        facts.still = still(facts.video)
     else:
         facts.missing.append("a video: spiking-rl render RUN --spikes makes one")
     return facts

@@ -7,6 +7,7 @@ figures/  videos/
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spiking_rl.errors import UserError
-from spiking_rl.files import write_atomically, write_table
+from spiking_rl.files import read_bounded, write_atomically, write_table
 
+_MAX_PROGRESS_BYTES = 64 * 2**20
 _WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
 
 
@@ -119,12 +121,12 @@ class RunFolder:
             UserError: missing or damaged.
         """
         try:
-            with self.progress.open(newline="") as file:
-                raw = list(csv.DictReader(file))
+            text = read_bounded(self.progress, _MAX_PROGRESS_BYTES).decode()
+            raw = list(csv.DictReader(io.StringIO(text, newline="")))
             return [
                 {k: None if v == "" else int(v) if k in _WHOLE else float(v) for k, v in row.items()} for row in raw
             ]
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, csv.Error) as error:
             raise UserError("run", str(self.progress), f"cannot be read ({error}); wait for an evaluation") from None
 
     def write_report(self, report: Mapping[str, Any]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from numpy.typing import NDArray
 
 from spiking_rl.errors import UserError
+from spiking_rl.files import read_bounded, require_regular, sha256_of
+
+_MAX_TENSOR_BYTES = 16 * 2**30  # weights, their average and the optimiser's moments
 
 REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 """What to do where a training state cannot be continued."""
@@ -19,7 +23,7 @@ REMEDY = "start the run again in another folder, or name the run's checkpoints i
 def hashes_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder, by its path in it."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
 def verify(folder: Path, hashes: dict[str, str]) -> None:
@@ -32,8 +36,38 @@ def verify(folder: Path, hashes: dict[str, str]) -> None:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError("resume", name, f"points outside the run folder; {REMEDY}")
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise UserError("resume", str(path), f"is missing, truncated or altered; {REMEDY}")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file of a training state.
+
+    Raises:
+        OSError: missing, too large, or no regular file.
+        ValueError: not a safetensors file.
+    """
+    try:
+        return safetensors.torch.load(read_bounded(path, _MAX_TENSOR_BYTES))
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{path.name} is not a safetensors file ({error})") from None
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a .npy file; what its header says of its size must be there before memory is taken for it.
+
+    Raises:
+        OSError: missing, or no regular file.
+        ValueError: not such a file, or not whole.
+    """
+    require_regular(path)
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, OverflowError, SyntaxError, TypeError) as error:
+        raise ValueError(f"{path.name} is not an array ({error})") from None
+    if not isinstance(mapped, np.ndarray):  # an archive of several
+        raise ValueError(f"{path.name} is not an array")
+    return np.array(mapped)
 
 
 def pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

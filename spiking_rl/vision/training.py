@@ -29,7 +29,16 @@ from spiking_rl.neurons import LIF, clamp_after_step
 from spiking_rl.provenance import rss_mb
 from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
-from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
+from spiking_rl.state import (
+    REMEDY,
+    generators,
+    hashes_of,
+    pack_optimiser,
+    read_tensors,
+    restore_generators,
+    unpack_optimiser,
+    verify,
+)
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
 from spiking_rl.tracking import layer_columns
 from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
@@ -554,7 +563,7 @@ class Trainer:
         state = read_json(folder / "state.json", "resume")
         try:
             verify(folder, state["sha256"])
-            tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
+            tensors = read_tensors(folder / "tensors.safetensors")
             self.pruning = TemporalPruning.from_state_dict(state["pruning"])
             if state["spiking"] and not self.spiking:
                 self.network = build(self.config, self.images, spiking=True)

@@ -1,0 +1,93 @@
+"""What a stranger's run may not do: run code, read without end, say too much."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Cli
+
+from spiking_rl import UserError, load_checkpoint
+from spiking_rl.agents.config import load_config
+
+MODULE = "import pathlib\npathlib.Path('was-run').touch()\n"
+
+
+@pytest.fixture
+def stranger(small_run: Path, tmp_path: Path) -> Path:
+    """Return a folder with a run whose environment is of a module that lies beside it."""
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run, ignore=shutil.ignore_patterns(".lock"))
+    (tmp_path / "evil.py").write_text(MODULE)
+    for path in (run / "checkpoints").glob("*/config.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "environment": "evil:Env-v0"}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "env": "evil:Env-v0"}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "run", "--episodes", 1),
+        ("render", "run"),
+        ("prune", "run", "--to", 1),
+        ("exit", "run"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_module_that_only_a_file_names_is_not_run(stranger: Path, cli: Cli, command: tuple[object, ...]) -> None:
+    done = cli(*command, cwd=stranger)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "--env evil:Env-v0" in line
+    assert not (stranger / "was-run").exists()
+
+
+def test_nor_where_the_run_only_reports_in_it(stranger: Path, cli: Cli) -> None:
+    path = stranger / "run" / "config.yaml"
+    config = {**yaml.safe_load(path.read_text()), "env": "CartPole-v1", "report_also": ["evil:Env-v0"]}
+    path.write_text(yaml.safe_dump(config))
+    done = cli("train", "cartpole", "--run", "run", "--resume", cwd=stranger)
+    assert done.returncode == 2
+    assert "'evil'" in done.stderr
+    assert not (stranger / "was-run").exists()
+
+
+def test_what_needs_no_environment_shows_the_run_all_the_same(stranger: Path, cli: Cli) -> None:
+    for command in (("inspect", "run"), ("report", "run"), ("plot", "run"), ("export", "run")):
+        done = cli(*command, cwd=stranger)
+        assert done.returncode == 0, done.stderr
+    assert not (stranger / "was-run").exists()
+
+
+def test_a_module_that_the_user_names_is_imported(stranger: Path, cli: Cli) -> None:
+    done = cli("evaluate", "run", "--env", "evil:Env-v0", cwd=stranger)
+    assert done.returncode == 2
+    assert "no such environment" in done.stderr, "the module registers none"
+    assert (stranger / "was-run").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a pipe, and links to devices")
+@pytest.mark.parametrize("kind", ["device", "pipe", "sparse"])
+@pytest.mark.parametrize("name", ["checkpoints/T2/config.json", "checkpoints/T2/model.safetensors", "config.yaml"])
+def test_a_file_without_an_end_is_refused(small_run: Path, tmp_path: Path, kind: str, name: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run, ignore=shutil.ignore_patterns(".lock"))
+    (run / name).unlink()
+    if kind == "device":
+        (run / name).symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        with (run / name).open("wb") as file:
+            file.truncate(2**40)  # a terabyte that takes no room on the disk
+    with pytest.raises(UserError):
+        if name == "config.yaml":
+            load_config(run / name)
+        else:
+            load_checkpoint(run / "checkpoints" / "T2")
