@@ -233,15 +233,14 @@ def _controls(facts: Facts) -> str:
         [
             str(r.get("run") or r.get("method") or "published"),
             _stage(r.get("timesteps")) + (f", {r['method']}" if r.get("method") else ""),
-            _number(r.get(score), 2),
-            "" if r.get("ci95") is None else f"± {_number(r['ci95'], 2)}",
+            _number(r.get(score), 2) + ("" if r.get("ci95") is None else f" ± {_number(r['ci95'], 2)}"),
             f"{_number(r.get('energy_ratio'), 2)}x",
         ]
         for r in rows
     ]
-    unit = "top-1, %" if facts.classifies else "return"
+    unit = "top-1, %" if facts.classifies else "return, 95 % interval"
     caption = "What it is compared with, and this run at its lowest T"
-    return _table(caption, ("run", "stage", unit, "95 % interval", "energy ANN / SNN"), body)
+    return _table(caption, ("run", "stage", unit, "energy ANN / SNN"), body)
 
 
 def _ticks(rows: Sequence[Row]) -> list[tuple[float, str]]:
@@ -356,17 +355,18 @@ svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:13px
 .line{stroke:var(--c);fill:none;stroke-width:2;stroke-linejoin:round}.dot{fill:var(--c)}
 .band{fill:var(--c);opacity:.18}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.2rem 0;font-size:.92rem}
-.legend li::before{content:"";display:inline-block;width:1rem;height:3px;margin-right:.4rem;
-vertical-align:middle;background:var(--c)}
+.sample{display:inline-block;width:26px;height:4px;margin-right:.4rem;vertical-align:middle}
 video{width:100%;max-width:60rem;border:1px solid var(--line);border-radius:.4rem;background:var(--soft)}
 .still{display:none;width:100%;border:1px solid var(--line)}
 summary{cursor:pointer}:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
-@media(max-width:40rem){main{padding:.5rem .9rem 2rem}svg text{font-size:19px}h1{font-size:1.35rem}}
+@media(max-width:40rem){main{padding:.5rem .9rem 2rem}svg text{font-size:19px}h1{font-size:1.35rem}
+table{font-size:.85rem}td,th{padding-right:.55rem}}
 @media print{:root{--paper:#fff;--ink:#000;--faint:#444;--line:#bbb;--soft:#f4f4f4;
 --c0:#2b6cb0;--c1:#c05621;--c2:#2f855a;--c3:#6b46c1;--c4:#c53030;--c5:#0a7480}
-body{font-size:13px}main{max-width:none;padding:0}figure,tr,.tiles{break-inside:avoid}.wide{overflow:visible}
+body{font-size:13px}main{max-width:none;padding:0}figure,tr,.tiles,section>.wide{break-inside:avoid}.wide{overflow:visible}
 h2,caption{break-after:avoid}h2{margin-top:1.2rem}.tiles li{border:1px solid var(--line)}
 figure{max-width:38rem}svg text{font-size:13px}video{display:none}.still{display:block}
 details::details-content{display:block;content-visibility:visible;block-size:auto}summary{list-style:none}
+details td,details th{padding:0 .9rem 0 0;font-size:.85rem}
 summary::-webkit-details-marker{display:none}}
 """

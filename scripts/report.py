@@ -51,7 +51,7 @@ def run(args: list[str]) -> dict[str, Any]:
         raise UserError("output", str(path), "is a folder; name a file")
     facts = read_facts(folder)
     for control in options.controls:
-        facts.controls += _rows_of(RunFolder(control))
+        facts.controls += control_rows(RunFolder(control))
     if options.results is not None:
         facts.controls += _published(options.results)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +98,21 @@ def _timesteps_of(video: Path) -> int:
     return int(digits) if digits.isdigit() else 10_000
 
 
-def _rows_of(folder: RunFolder) -> list[dict[str, Any]]:
+def control_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the rows of a run that another is compared with.
+
+    Raises:
+        UserError: no run there, or not a finished one.
+    """
     folder.require()
     if not folder.results.is_file():
         raise UserError("controls", str(folder.path), "has no final table yet; go on with train --resume")
     rows = checked_rows(read_json(folder.results, "results"), folder.results)
-    return [{**row, "run": folder.path.name} for row in rows]
+    settings = read_settings(folder.config)
+    start = settings.get("timesteps")
+    direct = settings.get("prune_to") == start  # there was no stage above it
+    found = [{**row, "run": folder.path.name} for row in rows]
+    return [{**row, "method": "trained directly"} if direct and row.get("timesteps") == start else row for row in found]
 
 
 def _published(path: Path) -> list[dict[str, Any]]:

@@ -86,8 +86,7 @@ def test_a_file_without_an_end_is_refused(small_run: Path, tmp_path: Path, kind:
     else:
         with (run / name).open("wb") as file:
             file.truncate(2**40)  # a terabyte that takes no room on the disk
+    read = load_config if name == "config.yaml" else load_checkpoint
+    place = run / name if name == "config.yaml" else run / "checkpoints" / "T2"
     with pytest.raises(UserError):
-        if name == "config.yaml":
-            load_config(run / name)
-        else:
-            load_checkpoint(run / "checkpoints" / "T2")
+        read(place)
