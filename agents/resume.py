@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.torch
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from spiking_rl.agents.fitting import require_fit
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.spaces import space_to_json
@@ -163,9 +164,12 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         model.action_space.np_random.bit_generator.state = state.get(
             "action_space", state["generators"].get("action_space")
         )
+        require_fit(model, state["episodes"])
         extra: dict[str, Any] = state["extra"]
+        if not isinstance(extra, dict):
+            raise TypeError("extra is no mapping")
         return extra
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:200]

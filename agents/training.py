@@ -64,10 +64,17 @@ def start_run(
             ) from None
     resolve_device(device)
     model = _new_model(config, device)  # before anything is written: the replay may be too large
-    folder.create()
-    save_config(folder.config, config, provenance())
+    _begin(folder, config)
     ann = _ann_session(config, folder, device, hours, progress)
     return TrainingSession(config, folder, model, hours, progress, ann)
+
+
+def _begin(folder: RunFolder, config: TrainConfig) -> None:
+    """Make the folder of a new run, with its settings."""
+    folder.create()
+    with folder.locked():
+        folder.require_free()  # once more: another process may have begun in it at this moment
+        save_config(folder.config, config, provenance())
 
 
 def resume_run(
@@ -240,8 +247,7 @@ def prune(
     if config.imitation and config.teacher is not None:
         imitate(model, config.teacher, config.imitation)
     with _run_folder(run) as folder:
-        folder.create()
-        save_config(folder.config, config, provenance())
+        _begin(folder, config)
         model.set_env(make_vectorised(config.env, config.num_envs, config.seed))
         session = TrainingSession(config, folder, model, progress=progress)
         model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spiking_rl.scripts.charts import Line, chart
+from spiking_rl.scripts.published import is_number
 
 Row = Mapping[str, Any]
 
@@ -100,7 +101,7 @@ def _table(caption: str, header: Sequence[str], body: Iterable[Sequence[str]]) -
 
 
 def _number(value: Any, digits: int) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return "" if value is None else str(value)
     return f"{value:,.{digits}f}"
 
@@ -249,7 +250,7 @@ def _ticks(rows: Sequence[Row]) -> list[tuple[float, str]]:
 
 
 def _rates(facts: Facts) -> str:
-    rows = [r for r in facts.rows if r.get("spike_rate")]
+    rows = [r for r in facts.rows if r.get("spike_rate") and r.get("timesteps") is not None]
     if not rows:
         return ""
     layers = list(rows[0]["spike_rate"])
@@ -287,7 +288,7 @@ def _energy(facts: Facts) -> str:
     }
     shown = [n for n in names if any(r.get(n) is not None for r in facts.rows)]
     body = [[_stage(r.get("timesteps")), *(_number(r.get(n), names[n][1]) for n in shown)] for r in facts.rows]
-    rows = [r for r in facts.rows if r.get("timesteps") is not None and isinstance(r.get("energy_ratio"), (int, float))]
+    rows = [r for r in facts.rows if r.get("timesteps") is not None and is_number(r.get("energy_ratio"))]
     drawn = ""
     if rows:
         lines = [

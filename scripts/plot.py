@@ -17,6 +17,7 @@ from spiking_rl.files import write_table
 from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, learning_curves, save_figure
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.published import checked_rows
 from spiking_rl.settings import load_settings
 from spiking_rl.vision import config as vision
 
@@ -92,7 +93,7 @@ def draw_run(folder: RunFolder) -> list[Path]:
     """
     progress, rows = folder.read_progress(), []
     if folder.results.is_file():
-        rows = read_json(folder.results, "results").get("rows", [])
+        rows = checked_rows(read_json(folder.results, "results"), folder.results)
     if _classifies(folder):
         classifier = vision.load_config(folder.config)
         about = {"network": classifier.network, "dataset": classifier.dataset, "seed": classifier.seed}

@@ -73,6 +73,8 @@ def read_facts(folder: RunFolder) -> Facts:
     facts = Facts(folder.path.name, settings, provenance if isinstance(provenance, dict) else {})
     if folder.progress.is_file():
         facts.progress = folder.read_progress()
+        if not facts.classifies and any(row.get("agent_steps") is None for row in facts.progress):
+            raise UserError("run", str(folder.progress), "is not that of an agent: a line has no agent_steps")
     if not facts.progress:
         facts.missing.append("learning curves: no evaluation yet")
     if folder.results.is_file():

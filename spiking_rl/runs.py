@@ -21,6 +21,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.files import read_bounded, write_atomically, write_table
 
 _MAX_PROGRESS_BYTES = 64 * 2**20
+_MOST = 10**15
 _WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
 
 
@@ -123,9 +124,14 @@ class RunFolder:
         try:
             text = read_bounded(self.progress, _MAX_PROGRESS_BYTES).decode()
             raw = list(csv.DictReader(io.StringIO(text, newline="")))
-            return [
+            rows: list[dict[str, Any]] = [
                 {k: None if v == "" else int(v) if k in _WHOLE else float(v) for k, v in row.items()} for row in raw
             ]
+            for row in rows:
+                whole = [row[name] for name in _WHOLE if row.get(name) is not None]
+                if row.get("score") is None or "timesteps" not in row or any(abs(v) > _MOST for v in whole):
+                    raise ValueError("a line without score or timesteps, or with an absurd number")
+            return rows
         except (OSError, ValueError, TypeError, csv.Error) as error:
             raise UserError("run", str(self.progress), f"cannot be read ({error}); wait for an evaluation") from None
 

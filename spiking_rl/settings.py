@@ -22,9 +22,9 @@ class _Loader(yaml.SafeLoader):
     """Reads plain values alone: an alias, repeated within itself, makes gigabytes out of ten lines."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has an alias (*name), which settings do not need")
-        return super().compose_node(parent, index)  # type: ignore[no-any-return]
+        return super().compose_node(parent, index)
 
 
 def settings_from_dict(kind: type[T], values: dict[str, Any], origin: str) -> T:

@@ -1,8 +1,10 @@
-"""What every layer was like at an evaluation: columns of progress.csv."""
+"""What every layer was like at an evaluation: columns of progress.csv, and what has gone wrong in which layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+import torch
 
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
@@ -27,4 +29,29 @@ def layer_columns(network: LayeredNetwork, rates: Mapping[str, float] | None) ->
             found[f"spike_rate_{name}"] = rates[name]
         found[f"threshold_{name}"] = neuron.threshold.detach().mean().item()
         found[f"leak_{name}"] = neuron.leak.detach().mean().item()
+    return found
+
+
+def spoiled_layer(network: LayeredNetwork) -> str | None:
+    """Return which parameter of which layer is no number any more, such as ``threshold of layer2``; None: all are.
+
+    A threshold of NaN silences its layer and leaves the loss finite, so the loss alone does not tell.
+    """
+    named = list(network.named_parameters())
+    sums = torch.stack([parameter.detach().double().sum() for _, parameter in named]).tolist()  # one transfer
+    for (name, _), total in zip(named, sums, strict=True):
+        if not -float("inf") < total < float("inf"):
+            part, *inner = name.split(".")
+            layer = network.layer_names[int(inner[0])] if inner[0].isdigit() else part
+            return f"{inner[-1]} of {layer}"
+    return None
+
+
+def exploded_thresholds(network: LayeredNetwork, most: float = 1e3) -> list[str]:
+    """Return a warning for each layer whose mean threshold is far above any current."""
+    found = []
+    for name, neuron in zip(network.layer_names, network.neurons, strict=True):
+        threshold = neuron.threshold.detach().mean().item() if isinstance(neuron, LIF) else 0.0
+        if threshold > most:
+            found.append(f"{name}'s threshold has exploded ({threshold:.3g})")
     return found

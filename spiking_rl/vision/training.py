@@ -40,7 +40,7 @@ from spiking_rl.state import (
     verify,
 )
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
-from spiking_rl.tracking import layer_columns
+from spiking_rl.tracking import exploded_thresholds, layer_columns, spoiled_layer
 from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
@@ -487,7 +487,7 @@ class Trainer:
         spikes = "" if row["spike_rate"] is None else f" spikes={row['spike_rate']:.3f}"
         name = f"T={row['timesteps']}" if self.spiking else "ReLU"
         self.note(f"{name} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
-        for warning in odd_layers(rates):
+        for warning in [*odd_layers(rates), *exploded_thresholds(self.network)]:
             setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
             self.note(f"warning: {warning}; see {setting}, and --learning-rate")
         step = len(self.rows)
@@ -515,9 +515,11 @@ class Trainer:
             raise Interrupted("interrupt" if stop else "time")
 
     def _require_number(self, loss: float) -> None:
-        if not math.isfinite(loss):
+        spoiled = spoiled_layer(self.network)
+        if not math.isfinite(loss) or spoiled:
             name = "learning_rate" if self.spiking else "ann_learning_rate"
-            text = f"is too high: the loss is {loss}, no number any more; start again with a lower one"
+            where = f" and the {spoiled} no number" if spoiled else ""
+            text = f"is too high: the loss is {loss}{where}; start again with a lower one"
             raise WorkError(name, self.highest_rate, text)
 
     def save(self) -> None:

@@ -21,7 +21,7 @@ _SHARD = re.compile(r"(?P<split>[a-z]+)(-(?P<number>\d+)-of-(?P<total>\d+)(-[0-9
 _IMAGE_COLUMNS = ("image", "img")
 # Repetition costs a parquet file nothing: a few bytes may stand for any number of rows.
 _MOST_ROWS = 20_000_000  # of a file; ImageNet has 1.3 million in all
-_MOST_GROUP_BYTES = 4 * 2**30  # of the encoded images of a row group
+_MOST_GROUP_BYTES = 2**30  # of the encoded images of a row group
 _READ = 64  # rows at once
 
 
@@ -70,10 +70,16 @@ def _columns(file: Any, path: Path, label: str) -> tuple[str, list[str]]:
     image = next((name for name in _IMAGE_COLUMNS if name in names), None)
     if image is None or label not in names:
         raise UserError("data", str(path), f"has the columns {names}, but 'image' (or 'img') and {label!r} are needed")
+    kind = file.schema_arrow.field(image).type
+    encoded = {field.name: str(field.type) for field in kind} if str(kind).startswith("struct") else {}
+    if encoded.get("bytes") not in ("binary", "large_binary"):
+        raise UserError(
+            "data", str(path), f"holds {str(kind)[:100]} in column {image!r}, where a struct with bytes belongs"
+        )
     try:
         features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
         classes = [str(name) for name in features[label]["names"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
             "data", str(path), f"does not name the classes of {label!r} in its schema; take the Hugging Face hub's file"
         ) from None
@@ -101,7 +107,8 @@ class ParquetImages(ImageSource):
     def read(self, group: int) -> list[bytes]:
         """Return the encoded images of a row group."""
         path, number, _ = self.places[group]
-        first, images, total = int(self.bounds[group]), [], 0
+        first, total = int(self.bounds[group]), 0
+        images: list[bytes] = []
         with _opened(path) as file:
             # No threads: this may run in a forked worker, where the parent's threads do not exist.
             parts = file.iter_batches(_READ, row_groups=[number], columns=[f"{self.column}.bytes"], use_threads=False)
@@ -110,14 +117,16 @@ class ParquetImages(ImageSource):
                     images.append(self._present(raw, first + len(images)))
                     total += len(images[-1])
                 if total > _MOST_GROUP_BYTES:
-                    raise UserError("data", path, f"row group {number} holds over {_MOST_GROUP_BYTES:,} bytes of images")
+                    raise UserError(
+                        "data", path, f"row group {number} holds over {_MOST_GROUP_BYTES:,} bytes of images"
+                    )
         return images
 
     def _present(self, raw: bytes | None, index: int) -> bytes:
         if raw is None:
             raise UserError("data", self.name(index), "has no image bytes; take a file that holds its images")
         if len(raw) > LARGEST_IMAGE_FILE:
-            raise UserError("data", self.name(index), f"has {len(raw):,} bytes, more than any image; replace or remove it")
+            raise UserError("data", self.name(index), f"has {len(raw):,} bytes, more than any image; remove it")
         return raw
 
 
