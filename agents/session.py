@@ -25,7 +25,7 @@ from spiking_rl.energy import odd_layers
 from spiking_rl.errors import UserError
 from spiking_rl.files import replace_folder
 from spiking_rl.neurons import LIF
-from spiking_rl.provenance import rss_mb
+from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.stopping import Interrupted, stopping_on_signals
@@ -269,7 +269,7 @@ class TrainingSession:
             "epsilon": float(model.exploration_rate),
             "learning_rate": model.policy.optimizer.param_groups[0]["lr"],
             "loss": model.last_loss,
-            "rss_mb": rss_mb(),
+            **memory_columns(self.model.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             **layers,
         }

@@ -201,7 +201,7 @@ class StagedAlgorithm(BaseAlgorithm):
         spoiled = spoiled_layer(self.policy.q_net.network)
         if not math.isfinite(self.last_loss) or spoiled:
             rate = self.policy.optimizer.param_groups[0]["lr"]
-            where = f" and the {spoiled} no number" if spoiled else ""
+            where = f" and the {spoiled} no number any more" if spoiled else ""
             raise WorkError(
                 "learning_rate",
                 rate,

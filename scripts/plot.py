@@ -90,7 +90,20 @@ def draw_run(folder: RunFolder) -> list[Path]:
 
     Returns:
         The pictures (.png); a .svg and the data as .csv lie beside each.
+
+    Raises:
+        UserError: its files are missing or damaged, or hold what cannot be drawn.
     """
+    try:
+        return _draw_run(folder)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(repr(error).split())[:200]
+        raise UserError("run", str(folder.path), f"holds results that cannot be drawn ({reason})") from None
+
+
+def _draw_run(folder: RunFolder) -> list[Path]:
     progress, rows = folder.read_progress(), []
     if folder.results.is_file():
         rows = checked_rows(read_json(folder.results, "results"), folder.results)

@@ -33,7 +33,7 @@ def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
 
 
 def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """Return the rows of results that were read from a file.
+    """Return the rows of results that were read from a file; what a ReLU network's may leave out is None in them.
 
     Raises:
         UserError: there are none, or their ``timesteps`` or ``spike_rate`` cannot be.
@@ -47,7 +47,7 @@ def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
         known = known and all(isinstance(other, dict) for other in also or [])
         if not known or not all(is_number(rate) for rate in (rates or {}).values()):
             raise UserError("results", str(path), "holds a row whose timesteps or spike_rate cannot be; score it again")
-    return rows
+    return [{"timesteps": None, "spike_rate": None, **row} for row in rows]
 
 
 def is_number(value: Any) -> bool:

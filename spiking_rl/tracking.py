@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -35,16 +36,16 @@ def layer_columns(network: LayeredNetwork, rates: Mapping[str, float] | None) ->
 def spoiled_layer(network: LayeredNetwork) -> str | None:
     """Return which parameter of which layer is no number any more, such as ``threshold of layer2``; None: all are.
 
-    A threshold of NaN silences its layer and leaves the loss finite, so the loss alone does not tell.
+    A last update can spoil a single threshold, behind a loss that was still a number.
     """
     named = list(network.named_parameters())
     sums = torch.stack([parameter.detach().double().sum() for _, parameter in named]).tolist()  # one transfer
-    for (name, _), total in zip(named, sums, strict=True):
-        if not -float("inf") < total < float("inf"):
-            part, *inner = name.split(".")
-            layer = network.layer_names[int(inner[0])] if inner[0].isdigit() else part
-            return f"{inner[-1]} of {layer}"
-    return None
+    spoiled = [name for (name, _), total in zip(named, sums, strict=True) if not math.isfinite(total)]
+    if not spoiled or len(spoiled) == len(named):
+        return "weights of every layer" if spoiled else None
+    part, *inner = spoiled[0].split(".")
+    layer = network.layer_names[int(inner[0])] if inner[0].isdigit() else part
+    return f"{inner[-1]} of {layer}"
 
 
 def exploded_thresholds(network: LayeredNetwork, most: float = 1e3) -> list[str]:

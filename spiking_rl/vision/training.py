@@ -26,7 +26,7 @@ from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, clamp_after_step
-from spiking_rl.provenance import rss_mb
+from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import (
@@ -478,7 +478,7 @@ class Trainer:
             "score": score,
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "rss_mb": rss_mb(),
+            **memory_columns(self.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             **layer_columns(self.network, rates),
         }
@@ -518,7 +518,7 @@ class Trainer:
         spoiled = spoiled_layer(self.network)
         if not math.isfinite(loss) or spoiled:
             name = "learning_rate" if self.spiking else "ann_learning_rate"
-            where = f" and the {spoiled} no number" if spoiled else ""
+            where = f" and the {spoiled} no number any more" if spoiled else ""
             text = f"is too high: the loss is {loss}{where}; start again with a lower one"
             raise WorkError(name, self.highest_rate, text)
 

@@ -54,10 +54,18 @@ def strike(session: TrainingSession, disaster: Callable[[LayeredNetwork], object
 def test_a_layer_that_is_no_number_any_more_is_named(
     whole: tuple[str, Path], tmp_path: Path, disaster: Callable[[LayeredNetwork], object], named: str
 ) -> None:
-    """A threshold of NaN leaves the loss finite: its layer only falls silent."""
+    """The last update of a training spoils one parameter, when the loss was still a number."""
     algo, expected = whole
     session = session_in(tmp_path / "run", algo)
-    strike(session, disaster)
+    average = session.model.update_average
+
+    def spoiled() -> None:
+        average()
+        if session.model.num_timesteps >= AT:
+            with torch.no_grad():
+                disaster(session.model.policy.q_net.network)
+
+    session.model.update_average = spoiled  # type: ignore[method-assign]
     with pytest.raises(WorkError) as caught:
         session.run()
     assert named in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def assert_ends_alike(whole: Path, run: Path) -> None:
         assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
+def test_the_same_seed_is_the_same_classifier(whole: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    torch.rand(100)
+    new_run(tmp_path / "run").run()
+    assert_ends_alike(whole, tmp_path / "run")
+    new_run(tmp_path / "other", replace(SMALL, seed=1)).run()
+    expected, other = (load_checkpoint(path / "checkpoints" / "T1").tensors for path in (whole, tmp_path / "other"))
+    assert any(not torch.equal(expected[key], other[key]) for key in expected)
+
+
 def strike_first_threshold(trainer: Trainer, value: float) -> None:
     """Set the first threshold before the second spiking epoch."""
     epoch = trainer._epoch
@@ -48,7 +59,15 @@ def strike_first_threshold(trainer: Trainer, value: float) -> None:
 
 def test_a_threshold_that_is_no_number_is_named(whole: Path, tmp_path: Path) -> None:
     trainer = new_run(tmp_path / "run")
-    strike_first_threshold(trainer, float("nan"))
+    score = trainer._score
+
+    def spoiled() -> tuple[float, dict[str, float]]:
+        if trainer.spiking:
+            with torch.no_grad():
+                trainer.network.get_parameter("neurons.0.threshold").fill_(torch.nan)
+        return score()
+
+    trainer._score = spoiled  # type: ignore[method-assign]
     with pytest.raises(WorkError) as caught:
         trainer.run()
     assert "threshold of layer1" in str(caught.value)

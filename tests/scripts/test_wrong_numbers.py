@@ -189,9 +189,7 @@ def test_a_full_disk_is_told_by_classify_too(cli: Cli, tmp_path: Path) -> None:
     done = cli(*command, preexec_fn=limit)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert "free some space, then go on with --resume" in last
-    assert "safetensors" in last
+    assert "free some space, then go on with --resume" in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["agent", "classifier"])
