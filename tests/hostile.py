@@ -84,5 +84,5 @@ def damaged(data: Any, raw: bytes) -> bytes:
     return bytes(changed)
 
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
 few = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))

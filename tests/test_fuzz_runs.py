@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from spiking_rl import UserError, save_checkpoint
 from spiking_rl.agents.building import build_model
-from spiking_rl.agents.config import load_config, load_recipe, save_config
+from spiking_rl.agents.config import load_config, load_recipe, recipes, save_config
 from spiking_rl.agents.resume import load_training_state
 from spiking_rl.agents.session import TrainingSession
 from spiking_rl.agents.training import replace_settings, start_run
@@ -31,6 +32,7 @@ from spiking_rl.scripts import inspection
 from spiking_rl.scripts.page import page
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.scripts.report import control_rows, read_facts
+from spiking_rl.settings import read_yaml
 from spiking_rl.state import hashes_of
 from spiking_rl.vision import config as vision
 from spiking_rl.vision.building import build, facts_of
@@ -119,6 +121,27 @@ def test_damaged_settings(runs: Path, tmp_path_factory: pytest.TempPathFactory, 
     raw = (runs / data.draw(st.sampled_from(["pqn", "dqn", "classifier"])) / "config.yaml").read_bytes()
     path.write_bytes(damaged(data, raw))
     _read_settings(path)
+
+
+@few
+@given(st.data())
+def test_damaged_recipes(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """As if a recipe of the package, or one that somebody contributes, were damaged or absurd."""
+    folder = Path(str(resources.files("spiking_rl.agents"))) / "recipes"
+    path = data.draw(st.sampled_from(sorted(folder.glob("*.yaml"))))
+    if data.draw(st.booleans()):
+        text = damaged(data, path.read_bytes()).decode(errors="replace")
+    else:
+        values = yaml.safe_load(path.read_text())
+        place = data.draw(st.sampled_from(list(places(values))))
+        text = yaml.safe_dump(changed(values, place, data.draw(st.sampled_from(ABSURD))))
+    with bounded(), pytest.MonkeyPatch.context() as patch:
+        try:
+            found = {**recipes(), path.stem: read_yaml(text, path.stem)}
+            patch.setattr("spiking_rl.agents.config.recipes", lambda: found)
+            load_recipe("CartPole-v1" if path.stem == "default" else path.stem)[1].check()
+        except UserError as error:
+            clear(error)
 
 
 @few
