@@ -25,6 +25,11 @@ _MOST = 10**15
 _WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
 
 
+def _is_content(path: Path) -> bool:
+    """Tell what a run has written from what says that one may begin, here or in another process."""
+    return path.name != ".lock" and not path.name.startswith(".writable-")
+
+
 class RunFolder:
     """Paths of a run folder, and reading and writing what lies in it.
 
@@ -50,7 +55,7 @@ class RunFolder:
         Raises:
             UserError: a run or something else is there already.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(_is_content, self.path.iterdir()))):
             raise UserError(
                 "run", str(self.path), "is in use already; add --resume to go on with it, or name another --run"
             )
@@ -64,8 +69,9 @@ class RunFolder:
         try:
             self.require_free()
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / ".writable", "")
-            (self.path / ".writable").unlink()
+            trial = self.path / f".writable-{os.getpid()}"
+            trial.touch()
+            trial.unlink()
         except OSError as error:
             raise UserError(
                 "run", str(self.path), f"cannot be written to ({error.strerror}); name another folder with --run"
