@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -64,13 +63,6 @@ def _require_tensors(model: StagedAlgorithm) -> None:
             "membrane", model.stateful and [s.membrane.shape for s in model.membranes] == [r.shape for r in resting]
         )
         _require("membrane", all(s.membrane.dtype == r.dtype for s, r in zip(model.membranes, resting, strict=True)))
-    for group in model.policy.optimizer.param_groups:
-        for parameter in group["params"]:
-            for name, slot in model.policy.optimizer.state.get(parameter, {}).items():
-                shape = () if name == "step" else parameter.shape
-                _require(
-                    "optimiser", isinstance(slot, torch.Tensor) and slot.shape == shape and slot.is_floating_point()
-                )
 
 
 def _require_replay(replay: Any, n_actions: int) -> None:

@@ -16,6 +16,9 @@ from spiking_rl.files import read_bounded, require_regular, sha256_of
 
 _MAX_TENSOR_BYTES = 16 * 2**30  # weights, their average and the optimiser's moments
 
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = {torch.optim.Adam: _ADAM, torch.optim.RAdam: _ADAM, torch.optim.SGD: ("momentum_buffer",)}
+
 REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 """What to do where a training state cannot be continued."""
 
@@ -86,13 +89,25 @@ def pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
 def unpack_optimiser(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]
 ) -> None:
-    """Restore :func:`pack_optimiser`; the groups are those of the fresh optimiser."""
+    """Restore :func:`pack_optimiser`; the groups are those of the fresh optimiser.
+
+    Raises:
+        ValueError: a parameter has other moments than the optimiser keeps, or of another shape.
+    """
     packed: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **scalars}.items():
         if key.startswith("optimiser."):
             _, index, name = key.split(".", 2)
             packed.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group in optimizer.param_groups:
+        kept = {*_MOMENTS[type(optimizer)], *(["max_exp_avg_sq"] if group.get("amsgrad") else [])}
+        for parameter in group["params"]:
+            slots = optimizer.state.get(parameter, {})
+            shapes = {name: () if name == "step" else tuple(parameter.shape) for name in kept}
+            found = {n: tuple(t.shape) for n, t in slots.items() if torch.is_tensor(t) and t.is_floating_point()}
+            if slots and (len(slots) != len(found) or found != shapes):
+                raise ValueError("the optimiser's moments are not those of the network")
 
 
 def generators() -> dict[str, Any]:

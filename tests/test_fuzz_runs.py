@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from spiking_rl.vision.building import build, facts_of
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data.datasets import Dataset
 from spiking_rl.vision.evaluation import check_predictions
+from spiking_rl.vision.training import Trainer
 
 TINY = {**SMALL, "hidden": (8, 8), "num_envs": 2, "agent_steps": 600, "prune_steps": 128, "save_every": 128}
 RUNS = {
@@ -160,24 +162,18 @@ def test_an_absurd_classifier(runs: Path, tmp_path_factory: pytest.TempPathFacto
             clear(error)
 
 
-@few
-@given(st.data())
-def test_a_training_state_that_was_tampered_with(
-    runs: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
-) -> None:
-    """Refused, or continued: whoever tampers can fit the hashes too."""
-    name = data.draw(st.sampled_from(sorted(RUNS)))
-    folder = tmp_path_factory.mktemp("case") / "resume"
-    shutil.copytree(runs / name / "resume", folder)
+def tamper(data: Any, folder: Path) -> None:
+    """Change something in a training state, and fit the hashes, as whoever tampers can."""
     state = json.loads((folder / "state.json").read_text())
-    what = data.draw(st.sampled_from(["state", "array", "tensors", "bytes"]))
+    what = data.draw(st.sampled_from(["state", "state", "array", "tensors", "bytes"]))
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "state.json")
+    arrays = [p for p in files if p.suffix == ".npy"]
     if what == "state":
         # The random generators' thousands of numbers would be hit nearly always.
         found = [p for p in places(state) if not (p[0] == "generators" and len(p) > 2)]
         state = changed(state, data.draw(st.sampled_from(found)), data.draw(st.sampled_from(ABSURD)))
-    elif what == "array":
-        path = data.draw(st.sampled_from([p for p in files if p.suffix == ".npy"]))
+    elif what == "array" and arrays:
+        path = data.draw(st.sampled_from(arrays))
         shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
         kind = data.draw(st.sampled_from(["f4", "f8", "i8", "?", "u1", "c8", "U3", "M8[s]"]))
         np.save(path, np.zeros(shape, kind))
@@ -186,18 +182,30 @@ def test_a_training_state_that_was_tampered_with(
         tensors = safetensors.torch.load(path.read_bytes())
         key = data.draw(st.sampled_from(sorted(tensors)))
         shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
-        new = data.draw(
-            st.sampled_from([None, torch.zeros(shape), torch.full(shape, torch.nan), torch.ones(shape).long()])
-        )
+        wrong = [None, torch.zeros(shape), torch.full(shape, torch.nan), torch.ones(shape).long()]
+        wrong += [torch.full_like(tensors[key], torch.nan), tensors[key].to(torch.complex64)]
+        new = data.draw(st.sampled_from(wrong))
         tensors = {k: v for k, v in tensors.items() if k != key} | ({} if new is None else {key: new})
         path.write_bytes(safetensors.torch.save(tensors))
     else:
         path = data.draw(st.sampled_from(files))
         path.write_bytes(damaged(data, path.read_bytes()))
-    if isinstance(state.get("sha256"), dict) and what != "state":
-        state["sha256"] = hashes_of(folder) | {"state.json": None}
-        del state["sha256"]["state.json"]
+    (folder / "state.json").unlink()
+    if what != "state":
+        state["sha256"] = hashes_of(folder)
     (folder / "state.json").write_text(json.dumps(state))
+
+
+@few
+@given(st.data())
+def test_a_training_state_that_was_tampered_with(
+    runs: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    """Refused, or gone on with."""
+    name = data.draw(st.sampled_from(sorted(RUNS)))
+    folder = tmp_path_factory.mktemp("case") / "resume"
+    shutil.copytree(runs / name / "resume", folder)
+    tamper(data, folder)
     config = load_config(runs / name / "config.yaml")
     session = TrainingSession(config, RunFolder(folder.parent), build_model(config, "cpu"))
     with bounded():
@@ -205,6 +213,56 @@ def test_a_training_state_that_was_tampered_with(
             session.restore()
             session.model.learn(96, reset_num_timesteps=False)
             assert session.pruning.finished or session.pruning.report(1.0, 1.0)
+        except UserError as error:
+            clear(error)
+
+
+SMALL_CLASSIFIER = ClassifyConfig(
+    network="vgg6", dataset="folder", width=1 / 32, timesteps=2, epochs=1, prune_epochs=1, threads=1
+)
+
+
+def trainer_in(path: Path, optimizer: str) -> Trainer:
+    """Return a classifier's trainer, of a ReLU network (sgd) or of spikes from the start (adam), on 64 images."""
+    folder = RunFolder(path)
+    folder.path.mkdir(exist_ok=True)
+    config = replace(SMALL_CLASSIFIER, ann_epochs=2 if optimizer == "sgd" else 0, ann_batch_size=32, batch_size=32)
+    if optimizer == "sgd":
+        config = replace(config, epochs=0)
+    pixels = torch.arange(64 * 3072).reshape(64, 3, 32, 32).mul(7).remainder(256).to(torch.uint8)
+    labels = torch.arange(64) % 2
+    parts = (pixels, labels, pixels[:8], labels[:8], pixels[:8], labels[:8])
+    return Trainer(config, folder, Dataset(*parts, ["a", "b"], (0.5,) * 3, (0.3,) * 3), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stop classifiers after their first epoch."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for optimizer in ("sgd", "adam"):
+        trainer = trainer_in(folder / optimizer, optimizer)
+        trainer.board = None
+        trainer.team.alike(trainer.network)
+        trainer._epoch()
+    return folder
+
+
+@few
+@given(st.data())
+def test_a_classifiers_state_that_was_tampered_with(
+    classifiers: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    optimizer = data.draw(st.sampled_from(["sgd", "adam"]))
+    folder = tmp_path_factory.mktemp("case") / "run"
+    shutil.copytree(classifiers / optimizer, folder)
+    tamper(data, folder / "resume")
+    with bounded():
+        try:
+            trainer = trainer_in(folder, optimizer)
+            trainer.restore()
+            trainer.board = None
+            if not trainer.finished:
+                trainer._epoch()
         except UserError as error:
             clear(error)
 
