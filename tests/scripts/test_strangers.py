@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Cli
 
 from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents.config import load_config
+from spiking_rl.scripts import main
 
 MODULE = "import pathlib\npathlib.Path('was-run').touch()\n"
 
@@ -30,46 +32,53 @@ def stranger(small_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def here(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Stand in the folder with the module, as one who has just unpacked it."""
+    monkeypatch.chdir(stranger)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command line looks for modules in the current folder
+    yield stranger
+    sys.modules.pop("evil", None)
+
+
 @pytest.mark.parametrize(
     "command",
     [
-        ("evaluate", "run", "--episodes", 1),
+        ("evaluate", "run", "--episodes", "1"),
         ("render", "run"),
-        ("prune", "run", "--to", 1),
+        ("prune", "run", "--to", "1"),
         ("exit", "run"),
     ],
     ids=lambda command: command[0],
 )
-def test_a_module_that_only_a_file_names_is_not_run(stranger: Path, cli: Cli, command: tuple[object, ...]) -> None:
-    done = cli(*command, cwd=stranger)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+def test_a_module_that_only_a_file_names_is_not_run(
+    here: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    assert main.run(list(command)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--env evil:Env-v0" in line
-    assert not (stranger / "was-run").exists()
+    assert not (here / "was-run").exists()
 
 
-def test_nor_where_the_run_only_reports_in_it(stranger: Path, cli: Cli) -> None:
-    path = stranger / "run" / "config.yaml"
+def test_nor_where_the_run_only_reports_in_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = here / "run" / "config.yaml"
     config = {**yaml.safe_load(path.read_text()), "env": "CartPole-v1", "report_also": ["evil:Env-v0"]}
     path.write_text(yaml.safe_dump(config))
-    done = cli("train", "cartpole", "--run", "run", "--resume", cwd=stranger)
-    assert done.returncode == 2
-    assert "'evil'" in done.stderr
-    assert not (stranger / "was-run").exists()
+    assert main.run(["train", "cartpole", "--run", "run", "--resume"]) == 2
+    assert "'evil'" in capsys.readouterr().err
+    assert not (here / "was-run").exists()
 
 
-def test_what_needs_no_environment_shows_the_run_all_the_same(stranger: Path, cli: Cli) -> None:
-    for command in (("inspect", "run"), ("report", "run"), ("plot", "run"), ("export", "run")):
-        done = cli(*command, cwd=stranger)
-        assert done.returncode == 0, done.stderr
-    assert not (stranger / "was-run").exists()
+def test_what_needs_no_environment_shows_the_run_all_the_same(here: Path) -> None:
+    for command in ("inspect", "report", "plot", "export"):
+        assert main.run([command, "run"]) == 0
+    assert not (here / "was-run").exists()
 
 
-def test_a_module_that_the_user_names_is_imported(stranger: Path, cli: Cli) -> None:
-    done = cli("evaluate", "run", "--env", "evil:Env-v0", cwd=stranger)
-    assert done.returncode == 2
-    assert "no such environment" in done.stderr, "the module registers none"
-    assert (stranger / "was-run").exists()
+def test_a_module_that_the_user_names_is_imported(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["evaluate", "run", "--env", "evil:Env-v0"]) == 2
+    assert "no such environment" in capsys.readouterr().err, "the module registers none"
+    assert (here / "was-run").exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="makes a pipe, and links to devices")
