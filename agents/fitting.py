@@ -55,8 +55,11 @@ def require_fit(model: StagedAlgorithm, episodes: Any) -> None:
 def _require_tensors(model: StagedAlgorithm) -> None:
     q_net = model.policy.q_net
     if model.average is not None:
-        shapes = {name: tensor.shape for name, tensor in q_net.state_dict().items()}
-        _require("average", {name: tensor.shape for name, tensor in model.average.items()} == shapes)
+        own, averaged = (
+            {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            for tensors in (q_net.state_dict(), model.average)
+        )
+        _require("average", averaged == own)
     if model.membranes is not None:
         resting = [state.membrane for state in q_net.network.initial_state(model.n_envs)]
         _require(

@@ -66,7 +66,9 @@ def read_array(path: Path) -> NDArray[Any]:
     require_regular(path)
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (EOFError, OverflowError, SyntaxError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged headers raise many types: EOFError, SyntaxError, tokenize.TokenError ...
         raise ValueError(f"{path.name} is not an array ({error})") from None
     if not isinstance(mapped, np.ndarray):  # an archive of several
         raise ValueError(f"{path.name} is not an array")

@@ -183,7 +183,7 @@ def tamper(data: Any, folder: Path) -> None:
         key = data.draw(st.sampled_from(sorted(tensors)))
         shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
         wrong = [None, torch.zeros(shape), torch.full(shape, torch.nan), torch.ones(shape).long()]
-        wrong += [torch.full_like(tensors[key], torch.nan), tensors[key].to(torch.complex64)]
+        wrong += [torch.full_like(tensors[key], torch.nan, dtype=torch.float32), tensors[key].to(torch.complex64)]
         new = data.draw(st.sampled_from(wrong))
         tensors = {k: v for k, v in tensors.items() if k != key} | ({} if new is None else {key: new})
         path.write_bytes(safetensors.torch.save(tensors))
