@@ -313,7 +313,7 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
         UserError: unknown algorithm, or a recipe with a mistake in it.
     """
     known = recipes()
-    by_env = {r.get("env"): n for n, r in known.items()}
+    by_env = {str(r.get("env")): n for n, r in known.items()}
     atari = None if name in known else parse_atari(name)
     env = name if atari is None else str(atari)  # options in their order, defaults spelled out
     chosen = name if name in known and name != "default" else by_env.get(env, "default")
@@ -327,9 +327,11 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     recipe.setdefault("env", name)
     default_algo = recipe.pop("algo", "pqn")
     algo = default_algo if algo is None else algo
-    if algo not in CONFIGS:
+    if algo not in tuple(CONFIGS):  # a recipe may hold what cannot be looked up
         raise UserError("algo", algo, f"must be one of {', '.join(CONFIGS)}")
     sections = {key: recipe.pop(key, {}) for key in CONFIGS}
+    if not isinstance(sections[algo], dict):
+        raise UserError(algo, sections[algo], f"must hold settings by name in recipe {chosen}")
     config = settings_from_dict(CONFIGS[algo], {**recipe, **sections[algo]}, f"recipe {chosen}")
     return short, config
 

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.checkpoint import CONFIG, load_checkpoint
+from spiking_rl.envs.make import require_named
 from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
 
 ALGORITHMS: dict[str, type[SpikingPQN] | type[SpikingDQN]] = {"pqn": SpikingPQN, "dqn": SpikingDQN}
 
 
-class LoadedAgent(NamedTuple):
-    """An agent, the environment it was trained in, and the folder it came from."""
+@dataclass(frozen=True)
+class LoadedAgent:
+    """An agent and where it comes from.
+
+    Attributes:
+        model: the agent.
+        trained_in: id of its environment, as the file has it: not to be made unseen.
+        checkpoint: the folder it came from.
+        run: that this belongs to, where a run was named.
+    """
 
     model: SpikingPQN | SpikingDQN
-    environment: str
+    trained_in: str
     checkpoint: Path
     run: RunFolder | None
+
+    @property
+    def environment(self) -> str:
+        """The environment that it was trained in, to play in.
+
+        Raises:
+            UserError: making it would import a module that nobody has named or imported yet.
+        """
+        require_named(self.trained_in)
+        return self.trained_in
 
 
 def pretrained() -> dict[str, Path]:

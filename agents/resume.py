@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.torch
 from stable_baselines3.common.buffers import ReplayBuffer
 
+from spiking_rl.agents.fitting import require_fit
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.spaces import space_to_json
@@ -27,7 +28,17 @@ from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
 from spiking_rl.errors import UserError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.neurons import LIFState
-from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
+from spiking_rl.state import (
+    REMEDY,
+    generators,
+    hashes_of,
+    pack_optimiser,
+    read_array,
+    read_tensors,
+    restore_generators,
+    unpack_optimiser,
+    verify,
+)
 
 _COUNTERS = (
     "num_timesteps",
@@ -122,7 +133,7 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         verify(folder, state["sha256"])
         if state.get("spaces", _spaces(model)) != _spaces(model):
             raise UserError("resume", str(folder), f"was saved with other observations or actions; {REMEDY}")
-        tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
+        tensors = read_tensors(folder / "tensors.safetensors")
         model.policy.set_timesteps(state["timesteps"])
         model.policy_kwargs["timesteps"] = state["timesteps"]
         model.policy.load_state_dict(
@@ -144,7 +155,7 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         replay = getattr(model, "replay_buffer", None)
         if replay is not None:
             _load_replay(folder / "replay", replay, state["replay"])
-        model._last_obs = np.load(folder / "last_obs.npy", allow_pickle=False)
+        model._last_obs = read_array(folder / "last_obs.npy")
         model._last_original_obs = None
         model.ep_info_buffer = deque(state["episodes"], maxlen=model._stats_window_size)
         model.ep_success_buffer = deque(maxlen=model._stats_window_size)
@@ -153,9 +164,12 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         model.action_space.np_random.bit_generator.state = state.get(
             "action_space", state["generators"].get("action_space")
         )
+        require_fit(model, state["episodes"])
         extra: dict[str, Any] = state["extra"]
+        if not isinstance(extra, dict):
+            raise TypeError("extra is no mapping")
         return extra
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -185,12 +199,12 @@ def _replay_counters(replay: AnyReplay | None) -> dict[str, Any] | None:
 
 def _load_replay(folder: Path, replay: AnyReplay, state: dict[str, Any]) -> None:
     if isinstance(replay, SequenceReplay):
-        membranes = np.load(folder / "membranes.npy", allow_pickle=False)
+        membranes = read_array(folder / "membranes.npy")
         replay.membranes = np.zeros((*replay.membranes.shape[:2], *membranes.shape[2:]), dtype=np.float16)
     names = _REPLAY if isinstance(replay, ReplayBuffer) else replay.ARRAYS
     for name in names:
         target = getattr(replay, name)
-        rows = np.load(folder / f"{name}.npy", allow_pickle=False)
+        rows = read_array(folder / f"{name}.npy")
         if rows.shape[1:] != target.shape[1:] or rows.dtype != target.dtype or len(rows) > len(target):
             raise UserError("resume", str(folder / f"{name}.npy"), f"has another shape or type; {REMEDY}")
         target[: len(rows)] = rows

@@ -25,11 +25,11 @@ from spiking_rl.energy import odd_layers
 from spiking_rl.errors import UserError
 from spiking_rl.files import replace_folder
 from spiking_rl.neurons import LIF
-from spiking_rl.provenance import rss_mb
+from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.stopping import Interrupted, stopping_on_signals
-from spiking_rl.tracking import layer_columns
+from spiking_rl.tracking import exploded_thresholds, layer_columns
 
 
 class _StageOver(Exception):
@@ -124,9 +124,13 @@ class TrainingSession:
         try:
             self.pruning = TemporalPruning.from_state_dict(extra["pruning"])
             self.rows = list(extra["rows"])
+            if not all(isinstance(row, dict) for row in self.rows):
+                raise TypeError("a row is no mapping")
             self.next_eval, self.next_save = int(extra["next_eval"]), int(extra["next_save"])
             self.seconds = float(extra["seconds"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError("resume", str(self.folder.resume), f"is incomplete ({error!r})") from None
 
     def checkpoint_name(self) -> str:
@@ -265,7 +269,7 @@ class TrainingSession:
             "epsilon": float(model.exploration_rate),
             "learning_rate": model.policy.optimizer.param_groups[0]["lr"],
             "loss": model.last_loss,
-            "rss_mb": rss_mb(),
+            **memory_columns(self.model.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             **layers,
         }
@@ -291,7 +295,7 @@ class TrainingSession:
                 logger.record(f"leak/layer{i + 1}", neuron.leak.detach().mean().item())
         logger.record("train/timesteps_T", row["timesteps"] or 1)
         logger.dump(row["agent_steps"])
-        for warning in odd_layers(rates):
+        for warning in [*odd_layers(rates), *exploded_thresholds(self.model.policy.q_net.network)]:
             layer = warning.split()[0]
             if layer not in self.warned:
                 self.warned.append(layer)

@@ -31,6 +31,7 @@ from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.networks import NetworkState, rescale_leaks
 from spiking_rl.neurons import LIFState
+from spiking_rl.tracking import spoiled_layer
 
 
 def flat_membranes(state: NetworkState) -> NDArray[np.float32]:
@@ -193,17 +194,19 @@ class StagedAlgorithm(BaseAlgorithm):
         """Note the losses of one training.
 
         Raises:
-            WorkError: one of them is no number any more, and so no weight is.
+            WorkError: one of them, or a parameter, is no number any more; the message names the layer.
         """
         self.last_loss = torch.stack(losses).mean().item()
         self.logger.record("train/loss", self.last_loss)
-        if not math.isfinite(self.last_loss):
+        spoiled = spoiled_layer(self.policy.q_net.network)
+        if not math.isfinite(self.last_loss) or spoiled:
             rate = self.policy.optimizer.param_groups[0]["lr"]
+            where = f" and the {spoiled} no number any more" if spoiled else ""
             raise WorkError(
                 "learning_rate",
                 rate,
-                f"is too high: after {self.num_timesteps} agent steps the loss is {self.last_loss}; start again with a "
-                "lower one, or smaller rewards (reward_scale)",
+                f"is too high: after {self.num_timesteps} agent steps the loss is {self.last_loss}{where}; start again "
+                "with a lower one, or smaller rewards (reward_scale)",
             )
 
     def update_average(self) -> None:

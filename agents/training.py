@@ -20,7 +20,7 @@ from spiking_rl.agents.resume import has_training_state
 from spiking_rl.agents.session import TrainingSession
 from spiking_rl.agents.starting import imitate, start_from
 from spiking_rl.checkpoint import load_checkpoint, load_into
-from spiking_rl.envs.make import check_environment, make_vectorised
+from spiking_rl.envs.make import check_environment, make_vectorised, require_named
 from spiking_rl.errors import UserError
 from spiking_rl.provenance import provenance
 from spiking_rl.pruning import TemporalPruning
@@ -64,24 +64,45 @@ def start_run(
             ) from None
     resolve_device(device)
     model = _new_model(config, device)  # before anything is written: the replay may be too large
-    folder.create()
-    save_config(folder.config, config, provenance())
+    _begin(folder, config)
     ann = _ann_session(config, folder, device, hours, progress)
     return TrainingSession(config, folder, model, hours, progress, ann)
 
 
+def _begin(folder: RunFolder, config: TrainConfig) -> None:
+    """Make the folder of a new run, with its settings."""
+    folder.create()
+    with folder.locked():
+        folder.require_free()  # once more: another process may have begun in it at this moment
+        save_config(folder.config, config, provenance())
+
+
 def resume_run(
-    folder: RunFolder, *, device: str = "auto", hours: float | None = None, progress: bool = False
+    folder: RunFolder,
+    *,
+    device: str = "auto",
+    hours: float | None = None,
+    progress: bool = False,
+    named: str | None = None,
 ) -> TrainingSession:
     """Return a session that goes on where the run was left.
 
+    Args:
+        folder: of the run.
+        device: "auto", "cpu" or "cuda".
+        hours: stop, with everything saved, after so many.
+        progress: show progress on standard error.
+        named: the environment id that the user gave; only its module is imported.
+
     Raises:
-        UserError: no run there, or one that cannot be continued.
+        UserError: no run there, one that cannot be continued, or one whose environment is of a module not named.
     """
     check_hours(hours)
     folder.require()
     config = load_config(folder.config)
     config.check()
+    for env in (config.env, *config.also_reported()):
+        require_named(env, [] if named is None else [named])
     begun = has_training_state(folder.resume)
     model = build_model(config, device) if begun else _new_model(config, device)
     ann = None if begun else _ann_session(config, folder, device, hours, progress)
@@ -98,7 +119,7 @@ def _ann_session(
         return None
     folder = RunFolder(run.path / "ann")
     if folder.config.is_file():
-        return resume_run(folder, device=device, hours=hours, progress=progress)
+        return resume_run(folder, device=device, hours=hours, progress=progress, named=config.env)
     return start_run(config.of_ann(), folder, device=device, hours=hours, progress=progress)
 
 
@@ -226,8 +247,7 @@ def prune(
     if config.imitation and config.teacher is not None:
         imitate(model, config.teacher, config.imitation)
     with _run_folder(run) as folder:
-        folder.create()
-        save_config(folder.config, config, provenance())
+        _begin(folder, config)
         model.set_env(make_vectorised(config.env, config.num_envs, config.seed))
         session = TrainingSession(config, folder, model, progress=progress)
         model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay

@@ -50,7 +50,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         """Step.
 
         Raises:
-            WorkError: as :meth:`reset`, or the reward is not finite.
+            WorkError: as :meth:`reset`, or the reward is not finite, or the info no dictionary.
         """
         self._steps += 1
         try:
@@ -60,16 +60,27 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         except Exception as error:
             raise self._wrong(f"raised {_told(error)}") from error
         self._check(observation)
-        if not math.isfinite(reward):
+        try:
+            finite = math.isfinite(reward)
+        except (TypeError, ValueError, OverflowError):
+            raise self._wrong(f"returned {str(reward)[:100]!r} as a reward, which is no number") from None
+        if not finite:
             raise self._wrong(f"returned a reward of {float(reward)}")
+        if not isinstance(info, dict):
+            raise self._wrong(f"returned {str(info)[:100]!r} as its info, which must be a dictionary")
         return observation, reward, terminated, truncated, info
 
     def _check(self, observation: Any) -> None:
         if self._shape is None:
             return
-        shape = np.shape(observation)
+        try:
+            shape, kind = np.shape(observation), np.asarray(observation).dtype
+        except ValueError:
+            raise self._wrong("returned an observation of uneven lists") from None
         if shape != self._shape:
             raise self._wrong(f"returned an observation of shape {shape}, and its space says {self._shape}")
+        if not (np.issubdtype(kind, np.number) or np.issubdtype(kind, np.bool_)):
+            raise self._wrong(f"returned an observation of type {kind}, which are no numbers")
         if self._floats and not np.isfinite(observation).all():
             raise self._wrong("returned an observation with NaN or infinity in it")
 

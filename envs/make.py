@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
+import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any, SupportsFloat
 
 import gymnasium as gym
@@ -74,6 +77,33 @@ def _suggestion(env_id: str, error: Exception) -> str:
     close = difflib.get_close_matches(env_id, gym.registry.keys(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "see gymnasium.pprint_registry() for the ids"
     return f"no such environment; {hint} (your own: module:EnvId)"
+
+
+def module_of(env_id: str) -> str | None:
+    """Return the module that making this environment imports; None for an id that stands alone."""
+    module, colon, _ = env_id.partition(":")
+    return module if colon else None
+
+
+def require_named(env_id: str, named: Iterable[str] = ()) -> None:
+    """Refuse an environment id out of a file that would import, and so run, a module that nobody here has named.
+
+    Args:
+        env_id: as the file has it.
+        named: ids that the user has given; their modules are trusted, and so is what is imported already.
+
+    Raises:
+        UserError: telling how to name it.
+    """
+    module = module_of(env_id)
+    if module is None or module in sys.modules or module in map(module_of, named):
+        return
+    raise UserError(
+        "env",
+        env_id,
+        f"stands in a file, and making it would run the module {module!r}; if that is yours, say so: "
+        f"--env {shlex.quote(env_id)}, or import it first",
+    )
 
 
 def check_environment(env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Frame = NDArray[np.uint8]
+
+_SECONDS = 20.0  # that one picture may take
+_PNG = b"\x89PNG"
 
 
 def write_video(path: Path | str, frames: Iterable[Frame], fps: float, quality: int = 7) -> int:
@@ -64,3 +68,21 @@ def write_video(path: Path | str, frames: Iterable[Frame], fps: float, quality: 
             writer.close()
         partial.unlink(missing_ok=True)
     return count
+
+
+def still(path: Path, before_end: float = 2.0) -> bytes | None:
+    """Return one picture of an mp4 as PNG; None where there is none to be had.
+
+    Args:
+        path: of the film.
+        before_end: seconds before its end; of a shorter film it is the first picture.
+    """
+    # Only as an mp4, and no other file or address that it may name: it may be anybody's.
+    only = ["-v", "error", "-protocol_whitelist", "file", "-f", "mp4", "-sseof", f"{-before_end:g}", "-i", str(path)]
+    picture = ["-frames:v", "1", "-f", "image2pipe", "-c:v", "png", "pipe:1"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *only, *picture]
+    try:
+        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 and done.stdout.startswith(_PNG) else None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import count
 
 _WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 26, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 86, 12, 26, 46
+_COLOURS = 6  # beyond them lines are dashed, each round in its own way
+_LARGEST = 1e100
+_WHOLE_STEPS = (1, 2, 4, 5, 10)  # epochs and agent steps are counted
+_DASHES = ("", "6 4", "2 4", "10 3 2 3")
 _ids = count(1)
 
 Point = tuple[float, float]
@@ -45,6 +49,8 @@ def chart(
 ) -> str:
     """Return a figure with its legend as HTML.
 
+    Points that are no number, or beyond all measure, are left out: a run that went wrong shall still be seen.
+
     Args:
         title: what is shown, for the caption and for those who do not see the chart.
         across: meaning and unit of x.
@@ -53,12 +59,15 @@ def chart(
         marks: (x, text) of vertical lines.
         ticks: (x, text) on the horizontal axis; none: round numbers.
     """
-    lines = [line for line in lines if line.points]
+    lines = [line for line in map(_drawable, lines) if line.points]
+    if not lines:
+        return ""
     xs = [x for line in lines for x, _ in line.points]
     ys = [v for line in lines for v in (*(y for _, y in line.points), *line.low, *line.high)]
-    across_ticks = list(ticks) or [(v, _short(v)) for v in _round_numbers(min(0.0, min(xs)), max(xs))]
+    across_ticks = list(ticks) or [(v, _short(v)) for v in _round_numbers(min(0.0, min(xs)), max(xs), _WHOLE_STEPS)]
     up_ticks = _round_numbers(min(ys), max(ys))
-    left, right = (min(across_ticks)[0], max(max(xs), max(across_ticks)[0]))
+    left, right = min(across_ticks)[0], max(max(xs), across_ticks[0][0])
+    across_ticks = [tick for tick in across_ticks if tick[0] <= right]  # no room for what was not reached
     if ticks:
         left, right = left - 0.15, right + 0.15
     place = _Scale(left, right, up_ticks[0], up_ticks[-1])
@@ -83,11 +92,13 @@ def chart(
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
     parts.append(
-        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(up)}</text>'
+        f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{escape(up)}</text>'
     )
     for i, line in enumerate(lines):
-        parts.extend(_draw(line, i % 6, place))
-    legend = "".join(f'<li class="c{i % 6}">{escape(line.name)}</li>' for i, line in enumerate(lines))
+        parts.extend(_draw(line, i, place))
+    legend = "".join(
+        f'<li class="c{i % _COLOURS}">{_sample(line, i)}{escape(line.name)}</li>' for i, line in enumerate(lines)
+    )
     return (
         f"<figure>{''.join(parts)}</svg>"
         f'<figcaption>{escape(title)}</figcaption><ul class="legend">{legend}</ul></figure>'
@@ -110,14 +121,34 @@ class _Scale:
         return round(_HEIGHT - _BOTTOM - part * (_HEIGHT - _TOP - _BOTTOM), 1)
 
 
-def _draw(line: Line, colour: int, place: _Scale) -> list[str]:
+def _drawable(line: Line) -> Line:
+    """Return a line without what cannot be drawn; without its band where that cannot be."""
+    kept = [i for i, point in enumerate(line.points) if all(abs(v) < _LARGEST for v in point)]
+    band = [v for ends in (line.low, line.high) for v in ends]
+    if len(kept) < len(line.points) or not all(abs(v) < _LARGEST for v in band):
+        return replace(line, points=[line.points[i] for i in kept], low=(), high=())
+    return line
+
+
+def _dashes(line: Line, number: int) -> str:
+    pattern = _DASHES[(number // _COLOURS + line.dashed) % len(_DASHES)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
+
+
+def _sample(line: Line, number: int) -> str:
+    """Return a piece of the line, for the legend."""
+    dashes = _dashes(line, number)
+    return f'<svg class="sample" viewBox="0 0 26 4" aria-hidden="true"><path class="line" d="M0 2H26"{dashes}/></svg>'
+
+
+def _draw(line: Line, number: int, place: _Scale) -> list[str]:
+    colour, dashes = number % _COLOURS, _dashes(line, number)
     at = [(place.x(x), place.y(y)) for x, y in line.points]
     parts = []
     if line.low:
         upper = [f"{x},{place.y(high)}" for (x, _), high in zip(at, line.high, strict=True)]
         lower = [f"{x},{place.y(low)}" for (x, _), low in zip(at, line.low, strict=True)]
         parts.append(f'<polygon class="band c{colour}" points="{" ".join([*upper, *reversed(lower)])}"/>')
-    dashes = ' stroke-dasharray="6 4"' if line.dashed else ""
     points = " ".join(f"{x},{y}" for x, y in at)
     parts.append(f'<polyline class="line c{colour}"{dashes} points="{points}"/>')
     if len(at) <= 60 and not line.dashed:
@@ -125,14 +156,14 @@ def _draw(line: Line, colour: int, place: _Scale) -> list[str]:
     return parts
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Return round numbers, about five, from at most ``low`` to at least ``high``."""
+def _round_numbers(low: float, high: float, steps: Sequence[float] = (1, 2, 2.5, 5, 10)) -> list[float]:
+    """Return round numbers from at most ``low`` to at least ``high``, one of ``steps`` times a power of ten apart."""
     if high <= low:
         pad = abs(low) * 0.05 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw)
+    step = next(power * m for m in steps if power * m >= raw)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(k * step, 12) for k in range(first, last + 1)]
 

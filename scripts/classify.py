@@ -151,7 +151,9 @@ def _train(args: list[str]) -> dict[str, Any]:
     trainer = Trainer(config, folder, images, device, options.hours, print, team, sys.stderr.isatty())
     if team.leads:
         folder.create()
-        save_config(folder.config, config, provenance())
+        with folder.locked():
+            folder.require_free()  # once more: another process may have begun in it at this moment
+            save_config(folder.config, config, provenance())
     with _held(folder):
         return _finish(trainer, command)
 

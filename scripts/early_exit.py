@@ -42,6 +42,8 @@ class Options:
     """Episodes of an agent."""
     seed: int = REPORT_SEED
     """Seed of the first of them."""
+    env: str | None = None
+    """Of an agent: play in another environment with the same spaces."""
     data: Path | None = None
     """Images of a classifier; none: the environment variable SPIKING_RL_DATA."""
     device: str = "cpu"
@@ -95,10 +97,12 @@ def _agent(folder: RunFolder, timesteps: int, options: Options) -> Measured:
     if agent.model.stateful:
         raise UserError("run", str(folder.path), "is stateful; its membranes need every timestep")
 
+    environment = options.env or agent.environment
+
     def measure(margin: float | None) -> dict[str, Any]:
         row = evaluate(
             agent.model,
-            agent.environment,
+            environment,
             episodes=options.episodes,
             seed=options.seed,
             measure_latency=False,
@@ -106,8 +110,8 @@ def _agent(folder: RunFolder, timesteps: int, options: Options) -> Measured:
         ).as_row()
         return {"mean_timesteps": float(timesteps), **row}
 
-    title = f"{agent.environment}, {options.episodes} episodes, T up to {timesteps}"
-    return title, typical_gap(agent.model, agent.environment), measure
+    title = f"{environment}, {options.episodes} episodes, T up to {timesteps}"
+    return title, typical_gap(agent.model, environment), measure
 
 
 def _classifier(folder: RunFolder, timesteps: int, options: Options) -> Measured:

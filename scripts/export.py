@@ -59,13 +59,13 @@ def run(args: list[str]) -> dict[str, Any]:
         tensors, config = load_checkpoint(agent.checkpoint)
         save_checkpoint(folder, {n: t.half() if _is_weight(n, t) else t for n, t in tensors.items()}, config)
         print(f"checkpoint: {folder}")
-        return {"file": str(folder), "format": options.format, "environment": agent.environment}
+        return {"file": str(folder), "format": options.format, "environment": agent.trained_in}
     path = options.output or Path("agent.zip")
     path.parent.mkdir(parents=True, exist_ok=True)
     agent.model.save(path)
     loader = type(agent.model).__name__
     print(f"zip: {path} (load with {loader}.load)")
-    return {"file": str(path), "format": options.format, "environment": agent.environment, "class": loader}
+    return {"file": str(path), "format": options.format, "environment": agent.trained_in, "class": loader}
 
 
 def _is_weight(name: str, tensor: Tensor) -> bool:

@@ -12,11 +12,11 @@ from spiking_rl.checkpoint import read_json
 from spiking_rl.describing import LayerFacts, Spread, describe
 from spiking_rl.energy import FLOAT32, membrane_traffic
 from spiking_rl.errors import UserError
-from spiking_rl.runs import RunFolder, checkpoint_name
+from spiking_rl.runs import checkpoint_name
 from spiking_rl.scripts.loading import Loaded, load
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.published import checked_rows
-from spiking_rl.settings import read_yaml
+from spiking_rl.settings import read_settings
 
 DESCRIPTION = """Show what a checkpoint is made of: every layer, its thresholds and leaks, MACs, energy, provenance.
 
@@ -121,17 +121,10 @@ def _provenance(loaded: Loaded) -> dict[str, Any]:
         facts["network"] = policy["network"]
     made: Any = {}
     if loaded.run is not None:
-        made = _settings(loaded.run).get("provenance")
+        made = read_settings(loaded.run.config).get("provenance")
     facts |= {name: made.get(name) if isinstance(made, dict) else None for name in _FROM_RUN}
     plain: dict[str, Any] = _plain(facts)
     return plain
-
-
-def _settings(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return read_yaml(folder.config.read_text(), str(folder.config))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("run", str(folder.path), f"holds no readable config.yaml ({error})") from None
 
 
 def _plain(value: Any) -> Any:

@@ -81,7 +81,7 @@ def run(argv: list[str]) -> int:
             print(json.dumps(result, allow_nan=False))
         return 0
     except WorkError as error:
-        saved = "; what was saved before is intact, --resume goes on from there" if name == "train" else ""
+        saved = "; what was saved before is intact, --resume goes on from there" if _trains(name, args) else ""
         return _fail(f"{error}{saved}", 1)
     except UserError as error:
         return _fail(str(error), 2)
@@ -97,7 +97,7 @@ def run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(_disk_message(error, name in ("train", "prune")), 1)
+        return _fail(_disk_message(error, _trains(name, args)), 1)
 
 
 class Stopped(Exception):
@@ -116,6 +116,11 @@ class Stopped(Exception):
 def _fail(text: str, code: int) -> int:
     print(f"spiking-rl: {text}", file=sys.stderr)
     return code
+
+
+def _trains(name: str, args: list[str]) -> bool:
+    """Tell whether a command keeps a state from which ``--resume`` goes on."""
+    return name in ("train", "prune") or (name == "classify" and args[:1] != ["evaluate"])
 
 
 def _disk_message(error: OSError, trains: bool) -> str:

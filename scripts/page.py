@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spiking_rl.scripts.charts import Line, chart
+from spiking_rl.scripts.published import is_number
 
 Row = Mapping[str, Any]
 
@@ -28,6 +29,7 @@ class Facts:
         rows: its rows, one per T, highest first.
         controls: rows of other runs.
         video: an mp4 to embed.
+        still: a picture of it (PNG), which is shown before it plays, and printed.
         missing: what the run does not have, one sentence each.
     """
 
@@ -39,6 +41,7 @@ class Facts:
     rows: list[dict[str, Any]] = field(default_factory=list)
     controls: list[dict[str, Any]] = field(default_factory=list)
     video: Path | None = None
+    still: bytes | None = None
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -98,7 +101,7 @@ def _table(caption: str, header: Sequence[str], body: Iterable[Sequence[str]]) -
 
 
 def _number(value: Any, digits: int) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         return "" if value is None else str(value)
     return f"{value:,.{digits}f}"
 
@@ -231,15 +234,14 @@ def _controls(facts: Facts) -> str:
         [
             str(r.get("run") or r.get("method") or "published"),
             _stage(r.get("timesteps")) + (f", {r['method']}" if r.get("method") else ""),
-            _number(r.get(score), 2),
-            "" if r.get("ci95") is None else f"± {_number(r['ci95'], 2)}",
+            _number(r.get(score), 2) + ("" if r.get("ci95") is None else f" ± {_number(r['ci95'], 2)}"),
             f"{_number(r.get('energy_ratio'), 2)}x",
         ]
         for r in rows
     ]
-    unit = "top-1, %" if facts.classifies else "return"
+    unit = "top-1, %" if facts.classifies else "return, 95 % interval"
     caption = "What it is compared with, and this run at its lowest T"
-    return _table(caption, ("run", "stage", unit, "95 % interval", "energy ANN / SNN"), body)
+    return _table(caption, ("run", "stage", unit, "energy ANN / SNN"), body)
 
 
 def _ticks(rows: Sequence[Row]) -> list[tuple[float, str]]:
@@ -248,7 +250,7 @@ def _ticks(rows: Sequence[Row]) -> list[tuple[float, str]]:
 
 
 def _rates(facts: Facts) -> str:
-    rows = [r for r in facts.rows if r.get("spike_rate")]
+    rows = [r for r in facts.rows if r.get("spike_rate") and r.get("timesteps") is not None]
     if not rows:
         return ""
     layers = list(rows[0]["spike_rate"])
@@ -286,7 +288,7 @@ def _energy(facts: Facts) -> str:
     }
     shown = [n for n in names if any(r.get(n) is not None for r in facts.rows)]
     body = [[_stage(r.get("timesteps")), *(_number(r.get(n), names[n][1]) for n in shown)] for r in facts.rows]
-    rows = [r for r in facts.rows if r.get("timesteps") is not None and isinstance(r.get("energy_ratio"), (int, float))]
+    rows = [r for r in facts.rows if r.get("timesteps") is not None and is_number(r.get("energy_ratio"))]
     drawn = ""
     if rows:
         lines = [
@@ -307,9 +309,14 @@ def _video(facts: Facts) -> str:
         return ""
     data = base64.b64encode(facts.video.read_bytes()).decode()
     label = f"Greedy play of {facts.title}, {facts.video.stem}"
+    poster = image = ""
+    if facts.still is not None:
+        picture = f"data:image/png;base64,{base64.b64encode(facts.still).decode()}"
+        poster = f' poster="{picture}"'
+        image = f'<img class="still" src="{picture}" alt="A picture of the video">'
     return (
-        f'<figure class="film"><video controls muted playsinline preload="auto" aria-label="{escape(label)}" '
-        f'src="data:video/mp4;base64,{data}"></video><figcaption>{escape(label)}</figcaption></figure>'
+        f'<figure class="film"><video controls muted playsinline preload="auto" aria-label="{escape(label)}"{poster} '
+        f'src="data:video/mp4;base64,{data}"></video>{image}<figcaption>{escape(label)}</figcaption></figure>'
     )
 
 
@@ -349,12 +356,18 @@ svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);font-size:13px
 .line{stroke:var(--c);fill:none;stroke-width:2;stroke-linejoin:round}.dot{fill:var(--c)}
 .band{fill:var(--c);opacity:.18}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;padding:0;margin:.2rem 0;font-size:.92rem}
-.legend li::before{content:"";display:inline-block;width:1rem;height:3px;margin-right:.4rem;
-vertical-align:middle;background:var(--c)}
+.sample{display:inline-block;width:26px;height:4px;margin-right:.4rem;vertical-align:middle}
 video{width:100%;max-width:60rem;border:1px solid var(--line);border-radius:.4rem;background:var(--soft)}
+.still{display:none;width:100%;border:1px solid var(--line)}
 summary{cursor:pointer}:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
-@media(max-width:30rem){main{padding:.5rem .9rem 2rem}svg text{font-size:19px}h1{font-size:1.35rem}}
+@media(max-width:40rem){main{padding:.5rem .9rem 2rem}svg text{font-size:19px}h1{font-size:1.35rem}
+table{font-size:.85rem}td,th{padding-right:.55rem}}
 @media print{:root{--paper:#fff;--ink:#000;--faint:#444;--line:#bbb;--soft:#f4f4f4;
 --c0:#2b6cb0;--c1:#c05621;--c2:#2f855a;--c3:#6b46c1;--c4:#c53030;--c5:#0a7480}
-main{max-width:none;padding:0}section{break-inside:avoid}.film{display:none}.wide{overflow:visible}}
+body{font-size:13px}main{max-width:none;padding:0}figure,tr,.tiles,section>.wide{break-inside:avoid}.wide{overflow:visible}
+h2,caption{break-after:avoid}h2{margin-top:1.2rem}.tiles li{border:1px solid var(--line)}
+figure{max-width:38rem}svg text{font-size:13px}video{display:none}.still{display:block}
+details::details-content{display:block;content-visibility:visible;block-size:auto}summary{list-style:none}
+details td,details th{padding:0 .9rem 0 0;font-size:.85rem}
+summary::-webkit-details-marker{display:none}}
 """

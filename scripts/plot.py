@@ -17,6 +17,7 @@ from spiking_rl.files import write_table
 from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, learning_curves, save_figure
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse
+from spiking_rl.scripts.published import checked_rows
 from spiking_rl.settings import load_settings
 from spiking_rl.vision import config as vision
 
@@ -89,10 +90,23 @@ def draw_run(folder: RunFolder) -> list[Path]:
 
     Returns:
         The pictures (.png); a .svg and the data as .csv lie beside each.
+
+    Raises:
+        UserError: its files are missing or damaged, or hold what cannot be drawn.
     """
+    try:
+        return _draw_run(folder)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(repr(error).split())[:200]
+        raise UserError("run", str(folder.path), f"holds results that cannot be drawn ({reason})") from None
+
+
+def _draw_run(folder: RunFolder) -> list[Path]:
     progress, rows = folder.read_progress(), []
     if folder.results.is_file():
-        rows = read_json(folder.results, "results").get("rows", [])
+        rows = checked_rows(read_json(folder.results, "results"), folder.results)
     if _classifies(folder):
         classifier = vision.load_config(folder.config)
         about = {"network": classifier.network, "dataset": classifier.dataset, "seed": classifier.seed}

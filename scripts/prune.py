@@ -27,6 +27,8 @@ class Options:
     """Agent steps of each stage; none: as it was trained."""
     rescale_leak: bool | None = None
     """Let a stateful agent's leaks follow T; none: as it was trained."""
+    env: str | None = None
+    """The run's environment once more, where it is one of your own (module:EnvId): a file alone imports no module."""
     hours: float | None = None
     """Save and stop after so many hours."""
     device: str = "auto"
@@ -41,6 +43,6 @@ def run(args: list[str]) -> dict[str, Any]:
     folder = RunFolder(Path(name))
     folder.require()
     with folder.locked():
-        session = resume_run(folder, device=options.device, hours=options.hours, progress=True)
+        session = resume_run(folder, device=options.device, hours=options.hours, progress=True, named=options.env)
         extend_run(session, options.to, options.agent_steps, options.rescale_leak)
         return finish(session, shlex.join(["spiking-rl", "prune", *args]))

@@ -13,6 +13,9 @@ from spiking_rl.files import write_atomically
 from spiking_rl.provenance import commit, machine, today
 from spiking_rl.runs import RunFolder
 
+_LARGEST = 1e100
+_MOST_TIMESTEPS = 1_000_000
+
 
 def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
     """Yield the runs that a script gathers into a JSON file.
@@ -30,7 +33,7 @@ def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
 
 
 def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """Return the rows of results that were read from a file.
+    """Return the rows of results that were read from a file; what a ReLU network's may leave out is None in them.
 
     Raises:
         UserError: there are none, or their ``timesteps`` or ``spike_rate`` cannot be.
@@ -39,11 +42,21 @@ def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError("results", str(path), "holds no rows of results; score the run again")
     for row in rows:
-        rates = row.get("spike_rate")
-        known = isinstance(row.get("timesteps"), int | None) and isinstance(rates, dict | None)
-        if not known or not all(isinstance(rate, (int, float)) for rate in (rates or {}).values()):
+        rates, also = row.get("spike_rate"), row.get("also")
+        known = _is_timesteps(row.get("timesteps")) and isinstance(rates, dict | None) and isinstance(also, list | None)
+        known = known and all(isinstance(other, dict) for other in also or [])
+        if not known or not all(is_number(rate) for rate in (rates or {}).values()):
             raise UserError("results", str(path), "holds a row whose timesteps or spike_rate cannot be; score it again")
-    return rows
+    return [{"timesteps": None, "spike_rate": None, **row} for row in rows]
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value out of a file is a number that arithmetic can go on with."""
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+
+
+def _is_timesteps(value: Any) -> bool:
+    return value is None or (type(value) is int and 0 < value < _MOST_TIMESTEPS)
 
 
 def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]], before: Sequence[str] = ()) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from spiking_rl.checkpoint import read_json
+from spiking_rl.envs.video import still
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.page import Facts, page
 from spiking_rl.scripts.published import checked_rows
-from spiking_rl.settings import read_yaml
+from spiking_rl.settings import read_settings
 
 DESCRIPTION = """Write one self-contained HTML page about a run: settings, curves, every T, spikes, energy, video.
 
@@ -50,7 +51,7 @@ def run(args: list[str]) -> dict[str, Any]:
         raise UserError("output", str(path), "is a folder; name a file")
     facts = read_facts(folder)
     for control in options.controls:
-        facts.controls += _rows_of(RunFolder(control))
+        facts.controls += control_rows(RunFolder(control))
     if options.results is not None:
         facts.controls += _published(options.results)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +68,13 @@ def read_facts(folder: RunFolder) -> Facts:
     Raises:
         UserError: a file is damaged.
     """
-    try:
-        settings = read_yaml(folder.config.read_text(), str(folder.config))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("run", str(folder.path), f"holds no readable config.yaml ({error})") from None
+    settings = read_settings(folder.config)
     provenance = settings.pop("provenance", None)
     facts = Facts(folder.path.name, settings, provenance if isinstance(provenance, dict) else {})
     if folder.progress.is_file():
         facts.progress = folder.read_progress()
+        if not facts.classifies and any(row.get("agent_steps") is None for row in facts.progress):
+            raise UserError("run", str(folder.progress), "is not that of an agent: a line has no agent_steps")
     if not facts.progress:
         facts.missing.append("learning curves: no evaluation yet")
     if folder.results.is_file():
@@ -84,10 +84,12 @@ def read_facts(folder: RunFolder) -> Facts:
         facts.missing.append("scores at every T, energy and latency: no final table yet; go on with train --resume")
     if facts.classifies:
         return facts
-    videos = [v for v in sorted(folder.videos.glob("*.mp4")) if v.stat().st_size <= _LARGEST_VIDEO]
+    films = (v for v in sorted(folder.videos.glob("*.mp4")) if v.is_file())
+    videos = [v for v in films if v.stat().st_size <= _LARGEST_VIDEO]
     if videos:
         # The lowest T is what the run is for, and a film with spikes says more.
         facts.video = min(videos, key=lambda v: (_timesteps_of(v), "-spikes" not in v.stem))
+        facts.still = still(facts.video)
     else:
         facts.missing.append("a video: spiking-rl render RUN --spikes makes one")
     return facts
@@ -98,12 +100,21 @@ def _timesteps_of(video: Path) -> int:
     return int(digits) if digits.isdigit() else 10_000
 
 
-def _rows_of(folder: RunFolder) -> list[dict[str, Any]]:
+def control_rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the rows of a run that another is compared with.
+
+    Raises:
+        UserError: no run there, or not a finished one.
+    """
     folder.require()
     if not folder.results.is_file():
         raise UserError("controls", str(folder.path), "has no final table yet; go on with train --resume")
     rows = checked_rows(read_json(folder.results, "results"), folder.results)
-    return [{**row, "run": folder.path.name} for row in rows]
+    settings = read_settings(folder.config)
+    start = settings.get("timesteps")
+    direct = settings.get("prune_to") == start  # there was no stage above it
+    found = [{**row, "run": folder.path.name} for row in rows]
+    return [{**row, "method": "trained directly"} if direct and row.get("timesteps") == start else row for row in found]
 
 
 def _published(path: Path) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def run(args: list[str]) -> dict[str, Any]:
             raise UserError("algo", config.algo, remedy)
         refuse_changes(folder, saved, config, rest, ("env",))
         with folder.locked():
-            return finish(resume_run(folder, **where), _command(args))
+            return finish(resume_run(folder, **where, named=config.env), _command(args))
     session = start_run(config, folder, **where)
     with folder.locked():
         return finish(session, _command(args))

@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
-from spiking_rl.files import being_replaced, replace_folder
+from spiking_rl.files import being_replaced, read_bounded, replace_folder
 
 FORMAT = "spiking-rl checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_WEIGHT_BYTES = 4 * 2**30  # VGG16 for ImageNet, the largest network here, has 0.55
 
 
 class Checkpoint(NamedTuple):
@@ -61,12 +62,8 @@ def read_json(path: Path, field: str = "checkpoint") -> dict[str, Any]:
         UserError: missing, too large, or not a JSON object.
     """
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise UserError(field, str(path), "is larger than any file of this kind; it is not one of ours")
-        loaded = json.loads(path.read_bytes())
+        loaded = json.loads(read_bounded(path, _MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(field, str(path), f"cannot be read ({error}); name another, or train again") from None
     if not isinstance(loaded, dict):
         raise UserError(field, str(path), "does not hold a JSON object; it is not one of ours")
@@ -108,7 +105,7 @@ def _load(folder: Path) -> Checkpoint:
             "use the release that wrote it",
         )
     try:
-        blob = (folder / WEIGHTS).read_bytes()
+        blob = read_bounded(folder / WEIGHTS, _MAX_WEIGHT_BYTES)
     except OSError as error:
         raise UserError("checkpoint", str(folder / WEIGHTS), f"cannot be read ({error.strerror})") from None
     if hashlib.sha256(blob).hexdigest() != config.get("sha256"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import io
 import os
 import shutil
@@ -21,6 +23,44 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Read a file that may be anybody's: a regular one, of at most so many bytes.
+
+    A link to a device would never end, and a pipe never begin.
+
+    Raises:
+        OSError: missing, no regular file, or larger.
+    """
+    require_regular(path)
+    size = path.stat().st_size
+    if size > most:
+        raise OSError(errno.EFBIG, f"larger, with {size:,} bytes, than the {most:,} that are read", str(path))
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file, which is not held in memory.
+
+    Raises:
+        OSError: missing, or no regular file.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is no file with an end: a folder, a device, a pipe.
+
+    Raises:
+        OSError: that, or nothing there.
+    """
+    path.stat()  # says what is wrong with a missing one
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -79,6 +79,14 @@ def rss_mb() -> float | None:
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
+def memory_columns(device: torch.device) -> dict[str, float | None]:
+    """Return what progress.csv says of memory, in MB: ``rss_mb``, and on a GPU ``gpu_mb``, reserved there."""
+    found = {"rss_mb": rss_mb()}
+    if device.type == "cuda":
+        found["gpu_mb"] = round(torch.cuda.memory_reserved(device) / 2**20, 1)
+    return found
+
+
 def today() -> str:
     """Return the date in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()

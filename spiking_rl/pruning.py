@@ -223,9 +223,30 @@ class TemporalPruning:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> TemporalPruning:
-        """Rebuild from :meth:`state_dict`."""
+        """Rebuild from :meth:`state_dict`.
+
+        Raises:
+            KeyError: something is missing.
+            TypeError: something is of another kind, or unknown.
+            ValueError: a number cannot be.
+        """
         names = ("start", "stop", "first_budget", "stage_budget", "goal", "goal_reports")
         made = cls(**{name: state[name] for name in names})
         made.finished = bool(state["finished"])
         made.stages = [StageRecord(**s) for s in state["stages"]]
+        reached = [stage.timesteps for stage in made.stages]
+        if (
+            not reached
+            or reached != [made.start - k for k in range(len(reached))]
+            or not made.stop <= made.timesteps <= made.start
+        ):
+            raise ValueError(f"stages at T = {reached} do not lead from {made.start} to {made.stop}")
+        scores = [made.goal, *(score for stage in made.stages for score in (stage.best, stage.last))]
+        if not all(score is None or type(score) in (int, float) for score in scores):
+            raise TypeError("a score is no number")
+        counts = [made.goal_reports, *(n for s in made.stages for n in (s.timesteps, s.reports, s.at_goal))]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError("a count is no whole number")
+        if not max(made.first_budget, made.stage_budget) < float("inf"):
+            raise ValueError("a budget has no end")
         return made

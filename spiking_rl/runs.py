@@ -7,6 +7,7 @@ figures/  videos/
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spiking_rl.errors import UserError
-from spiking_rl.files import write_atomically, write_table
+from spiking_rl.files import read_bounded, write_atomically, write_table
 
+_MAX_PROGRESS_BYTES = 64 * 2**20
+_MOST = 10**15
 _WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
+
+
+def _is_content(path: Path) -> bool:
+    """Tell what a run has written from what says that one may begin, here or in another process."""
+    return path.name != ".lock" and not path.name.startswith(".writable-")
 
 
 class RunFolder:
@@ -47,7 +55,7 @@ class RunFolder:
         Raises:
             UserError: a run or something else is there already.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(map(_is_content, self.path.iterdir()))):
             raise UserError(
                 "run", str(self.path), "is in use already; add --resume to go on with it, or name another --run"
             )
@@ -61,8 +69,9 @@ class RunFolder:
         try:
             self.require_free()
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / ".writable", "")
-            (self.path / ".writable").unlink()
+            trial = self.path / f".writable-{os.getpid()}"
+            trial.touch()
+            trial.unlink()
         except OSError as error:
             raise UserError(
                 "run", str(self.path), f"cannot be written to ({error.strerror}); name another folder with --run"
@@ -119,12 +128,17 @@ class RunFolder:
             UserError: missing or damaged.
         """
         try:
-            with self.progress.open(newline="") as file:
-                raw = list(csv.DictReader(file))
-            return [
+            text = read_bounded(self.progress, _MAX_PROGRESS_BYTES).decode()
+            raw = list(csv.DictReader(io.StringIO(text, newline="")))
+            rows: list[dict[str, Any]] = [
                 {k: None if v == "" else int(v) if k in _WHOLE else float(v) for k, v in row.items()} for row in raw
             ]
-        except (OSError, ValueError, TypeError) as error:
+            for row in rows:
+                whole = [row[name] for name in _WHOLE if row.get(name) is not None]
+                if row.get("score") is None or "timesteps" not in row or any(abs(v) > _MOST for v in whole):
+                    raise ValueError("a line without score or timesteps, or with an absurd number")
+            return rows
+        except (OSError, ValueError, TypeError, csv.Error) as error:
             raise UserError("run", str(self.progress), f"cannot be read ({error}); wait for an evaluation") from None
 
     def write_report(self, report: Mapping[str, Any]) -> None:

@@ -11,9 +11,20 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from spiking_rl.errors import UserError
-from spiking_rl.files import write_atomically
+from spiking_rl.files import read_bounded, write_atomically
 
 T = TypeVar("T")
+
+_MAX_BYTES = 64 * 2**10  # of a file of settings; ours have 2,000, and YAML is read slowly
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain values alone: an alias, repeated within itself, makes gigabytes out of ten lines."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name), which settings do not need")
+        return super().compose_node(parent, index)
 
 
 def settings_from_dict(kind: type[T], values: dict[str, Any], origin: str) -> T:
@@ -66,8 +77,9 @@ def read_yaml(text: str, origin: str) -> dict[str, Any]:
         UserError: no YAML, or no settings by name.
     """
     try:
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        loaded = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # A value with a tag that it does not fit, such as `!!bool maybe`, raises what Python raises.
         raise UserError("config", origin, f"is not valid YAML: {' '.join(str(error).split())[:150]}") from None
     if not isinstance(loaded, dict):
         raise UserError("config", origin, "does not hold settings by name")
@@ -80,16 +92,25 @@ def save_settings(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, yaml.safe_dump(plain, sort_keys=False))
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a file of settings as it is.
+
+    Raises:
+        UserError: missing, too large, or damaged.
+    """
+    try:
+        text = read_bounded(path, _MAX_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error})") from None
+    return read_yaml(text, str(path))
+
+
 def load_settings(path: Path) -> dict[str, Any]:
     """Read the settings of a run, without its provenance.
 
     Raises:
         UserError: missing or damaged.
     """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error})") from None
-    values = read_yaml(text, str(path))
+    values = read_settings(path)
     values.pop("provenance", None)
     return values

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
+from numpy.typing import NDArray
 
 from spiking_rl.errors import UserError
+from spiking_rl.files import read_bounded, require_regular, sha256_of
+
+_MAX_TENSOR_BYTES = 16 * 2**30  # weights, their average and the optimiser's moments
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = {torch.optim.Adam: _ADAM, torch.optim.RAdam: _ADAM, torch.optim.SGD: ("momentum_buffer",)}
 
 REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 """What to do where a training state cannot be continued."""
@@ -19,7 +26,7 @@ REMEDY = "start the run again in another folder, or name the run's checkpoints i
 def hashes_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder, by its path in it."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
 def verify(folder: Path, hashes: dict[str, str]) -> None:
@@ -32,8 +39,40 @@ def verify(folder: Path, hashes: dict[str, str]) -> None:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError("resume", name, f"points outside the run folder; {REMEDY}")
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.is_file() or sha256_of(path) != digest:
             raise UserError("resume", str(path), f"is missing, truncated or altered; {REMEDY}")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file of a training state.
+
+    Raises:
+        OSError: missing, too large, or no regular file.
+        ValueError: not a safetensors file.
+    """
+    try:
+        return safetensors.torch.load(read_bounded(path, _MAX_TENSOR_BYTES))
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"{path.name} is not a safetensors file ({error})") from None
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a .npy file; what its header says of its size must be there before memory is taken for it.
+
+    Raises:
+        OSError: missing, or no regular file.
+        ValueError: not such a file, or not whole.
+    """
+    require_regular(path)
+    try:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # damaged headers raise many types: EOFError, SyntaxError, tokenize.TokenError ...
+        raise ValueError(f"{path.name} is not an array ({error})") from None
+    if not isinstance(mapped, np.ndarray):  # an archive of several
+        raise ValueError(f"{path.name} is not an array")
+    return np.array(mapped)
 
 
 def pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -52,13 +91,25 @@ def pack_optimiser(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
 def unpack_optimiser(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]
 ) -> None:
-    """Restore :func:`pack_optimiser`; the groups are those of the fresh optimiser."""
+    """Restore :func:`pack_optimiser`; the groups are those of the fresh optimiser.
+
+    Raises:
+        ValueError: a parameter has other moments than the optimiser keeps, or of another shape.
+    """
     packed: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **scalars}.items():
         if key.startswith("optimiser."):
             _, index, name = key.split(".", 2)
             packed.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group in optimizer.param_groups:
+        kept = {*_MOMENTS[type(optimizer)], *(["max_exp_avg_sq"] if group.get("amsgrad") else [])}
+        for parameter in group["params"]:
+            slots = optimizer.state.get(parameter, {})
+            shapes = {name: () if name == "step" else tuple(parameter.shape) for name in kept}
+            found = {n: tuple(t.shape) for n, t in slots.items() if torch.is_tensor(t) and t.is_floating_point()}
+            if slots and (len(slots) != len(found) or found != shapes):
+                raise ValueError("the optimiser's moments are not those of the network")
 
 
 def generators() -> dict[str, Any]:

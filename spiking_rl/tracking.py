@@ -1,8 +1,11 @@
-"""What every layer was like at an evaluation: columns of progress.csv."""
+"""What every layer was like at an evaluation: columns of progress.csv, and what has gone wrong in which layer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+
+import torch
 
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
@@ -27,4 +30,29 @@ def layer_columns(network: LayeredNetwork, rates: Mapping[str, float] | None) ->
             found[f"spike_rate_{name}"] = rates[name]
         found[f"threshold_{name}"] = neuron.threshold.detach().mean().item()
         found[f"leak_{name}"] = neuron.leak.detach().mean().item()
+    return found
+
+
+def spoiled_layer(network: LayeredNetwork) -> str | None:
+    """Return which parameter of which layer is no number any more, such as ``threshold of layer2``; None: all are.
+
+    A last update can spoil a single threshold, behind a loss that was still a number.
+    """
+    named = list(network.named_parameters())
+    sums = torch.stack([parameter.detach().double().sum() for _, parameter in named]).tolist()  # one transfer
+    spoiled = [name for (name, _), total in zip(named, sums, strict=True) if not math.isfinite(total)]
+    if not spoiled or len(spoiled) == len(named):
+        return "weights of every layer" if spoiled else None
+    part, *inner = spoiled[0].split(".")
+    layer = network.layer_names[int(inner[0])] if inner[0].isdigit() else part
+    return f"{inner[-1]} of {layer}"
+
+
+def exploded_thresholds(network: LayeredNetwork, most: float = 1e3) -> list[str]:
+    """Return a warning for each layer whose mean threshold is far above any current."""
+    found = []
+    for name, neuron in zip(network.layer_names, network.neurons, strict=True):
+        threshold = neuron.threshold.detach().mean().item() if isinstance(neuron, LIF) else 0.0
+        if threshold > most:
+            found.append(f"{name}'s threshold has exploded ({threshold:.3g})")
     return found

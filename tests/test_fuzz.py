@@ -4,68 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import resource
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hostile import ABSURD, bounded, changed, clear, few, places
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spiking_rl import UserError
 from spiking_rl.agents import SpikingPQN, load_agent
 from spiking_rl.agents.config import TrainConfig, load_config, load_recipe, save_config
 from spiking_rl.checkpoint import CONFIG, WEIGHTS
-
-SECONDS = 5.0  # no file of a few kilobytes may keep a reader busy for longer
-GIGABYTES = 2  # that reading one may add to the address space
-
-ABSURD: list[Any] = [
-    *(None, True, 0, -1, 1, 2, 3.5, 1e308, 10**9, 2**63, 10**400, float("nan"), float("inf"), -float("inf")),
-    *("", "lif", "relu", "mlp", "nature_cnn", "vgg16", "../../etc/passwd", "/dev/zero", "\x00", "a" * 10_000),
-    *([], [0], [-1], [1] * 2000, [10**6, 10**6], [2**62], [[[]]], {}, {"timesteps": 10**9}),
-    *({"__class__": "os.system"}, "!!python/object:os.system"),
-]
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Limit the address space, and time what is done."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30, hard))
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert time.monotonic() - start < SECONDS
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of everything inside a JSON value."""
-    if path:
-        yield path
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        yield from places(child, (*path, key))
-
-
-def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """Return a copy with another value at a path."""
-    copy = json.loads(json.dumps(value))
-    inner = copy
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = new
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -98,18 +51,9 @@ def attempt(folder: Path) -> bool:
     return True
 
 
-def clear(error: UserError) -> None:
-    assert "\n" not in str(error)
-    assert len(str(error)) < 2000
-
-
 def with_hash(folder: Path, blob: bytes, config: dict[str, Any]) -> None:
     (folder / WEIGHTS).write_bytes(blob)
     (folder / CONFIG).write_text(json.dumps({**config, "sha256": hashlib.sha256(blob).hexdigest()}))
-
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "100"))
-few = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @few

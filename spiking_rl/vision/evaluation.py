@@ -168,7 +168,7 @@ def check_predictions(path: Path, images: Images, dataset: str) -> list[dict[str
         raise UserError("predictions", str(path), "is no file of predicted classes; classify evaluate writes them")
     try:
         return [_checked(path, row, images, dataset) for row in loaded["rows"]]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError("predictions", str(path), f"is damaged ({type(error).__name__}: {error})") from None

@@ -26,12 +26,21 @@ from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import recover_folder, replace_folder
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, clamp_after_step
-from spiking_rl.provenance import rss_mb
+from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
-from spiking_rl.state import REMEDY, generators, hashes_of, pack_optimiser, restore_generators, unpack_optimiser, verify
+from spiking_rl.state import (
+    REMEDY,
+    generators,
+    hashes_of,
+    pack_optimiser,
+    read_tensors,
+    restore_generators,
+    unpack_optimiser,
+    verify,
+)
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
-from spiking_rl.tracking import layer_columns
+from spiking_rl.tracking import exploded_thresholds, layer_columns, spoiled_layer
 from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
@@ -469,7 +478,7 @@ class Trainer:
             "score": score,
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "rss_mb": rss_mb(),
+            **memory_columns(self.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             **layer_columns(self.network, rates),
         }
@@ -478,7 +487,7 @@ class Trainer:
         spikes = "" if row["spike_rate"] is None else f" spikes={row['spike_rate']:.3f}"
         name = f"T={row['timesteps']}" if self.spiking else "ReLU"
         self.note(f"{name} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
-        for warning in odd_layers(rates):
+        for warning in [*odd_layers(rates), *exploded_thresholds(self.network)]:
             setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
             self.note(f"warning: {warning}; see {setting}, and --learning-rate")
         step = len(self.rows)
@@ -506,9 +515,11 @@ class Trainer:
             raise Interrupted("interrupt" if stop else "time")
 
     def _require_number(self, loss: float) -> None:
-        if not math.isfinite(loss):
+        spoiled = spoiled_layer(self.network)
+        if not math.isfinite(loss) or spoiled:
             name = "learning_rate" if self.spiking else "ann_learning_rate"
-            text = f"is too high: the loss is {loss}, no number any more; start again with a lower one"
+            where = f" and the {spoiled} no number any more" if spoiled else ""
+            text = f"is too high: the loss is {loss}{where}; start again with a lower one"
             raise WorkError(name, self.highest_rate, text)
 
     def save(self) -> None:
@@ -554,7 +565,7 @@ class Trainer:
         state = read_json(folder / "state.json", "resume")
         try:
             verify(folder, state["sha256"])
-            tensors = safetensors.torch.load((folder / "tensors.safetensors").read_bytes())
+            tensors = read_tensors(folder / "tensors.safetensors")
             self.pruning = TemporalPruning.from_state_dict(state["pruning"])
             if state["spiking"] and not self.spiking:
                 self.network = build(self.config, self.images, spiking=True)

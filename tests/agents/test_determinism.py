@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from sb3_contrib import QRDQN
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl import load_checkpoint
+from spiking_rl.agents import SpikingActorCriticPolicy, SpikingMlpPolicy, SpikingQRMlpPolicy
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.training import replace_settings, start_run
 from spiking_rl.runs import RunFolder
@@ -47,4 +51,28 @@ def test_a_seed_names_a_run(name: str, tmp_path: Path) -> None:
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
     other = trained(name, tmp_path / "other", 1)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+STOCK = {
+    "DQN": (DQN, SpikingMlpPolicy, {"learning_starts": 64, "train_freq": 16}),
+    "QRDQN": (QRDQN, SpikingQRMlpPolicy, {"learning_starts": 64, "train_freq": 16}),
+    "PPO": (PPO, SpikingActorCriticPolicy, {"n_steps": 64, "n_epochs": 2}),
+    "A2C": (A2C, SpikingActorCriticPolicy, {}),
+}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_in_algorithms_of_stable_baselines3_too(name: str) -> None:
+    algorithm, policy, options = STOCK[name]
+
+    def learned(seed: int) -> dict[str, torch.Tensor]:
+        own = {"timesteps": 2, "network_kwargs": {"hidden": [16, 16]}}
+        model: BaseAlgorithm = algorithm(policy, "CartPole-v1", policy_kwargs=own, seed=seed, device="cpu", **options)
+        return model.learn(256).policy.state_dict()
+
+    first = learned(0)
+    torch.rand(100)
+    again, other = learned(0), learned(1)
+    assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)

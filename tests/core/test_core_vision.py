@@ -111,6 +111,7 @@ def test_time_constants_spread_over_channels_with_unit_gain(layer_norm: bool) ->
     assert slow < 2 * fast, "slow channels do not sum a picture up to more"
 
 
+@pytest.mark.filterwarnings("ignore:.*Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
 def test_a_compiled_network_is_one_graph_and_computes_the_same() -> None:
     torch.manual_seed(0)

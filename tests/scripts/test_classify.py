@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import Cli, as_flags, environment, last_json, write_shades
+from test_report import needs_browser, on_a_phone
 
 from spiking_rl import load_checkpoint
 from spiking_rl.vision.building import load_classifier
@@ -308,3 +309,11 @@ def test_a_classifier_is_reported_on_one_page(
         assert f"<td>{row['top1']:.2f}</td>" in text
         assert f"<td>{row['energy_ratio_int32']:.2f}</td>" in text
     assert "Mean threshold of each layer" in text
+
+
+@needs_browser
+def test_its_page_fits_a_phone(finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path) -> None:
+    assert cli("report", finished[0], "--output", tmp_path / "report.html").returncode == 0
+    found = on_a_phone(tmp_path)
+    assert found["width"] <= 390
+    assert found["title"].startswith("vgg6")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from conftest import SMALL, Cli, as_flags, last_json
 
 from spiking_rl.runs import RunFolder
+from spiking_rl.scripts.charts import Line, chart
+from spiking_rl.scripts.page import page
+from spiking_rl.scripts.report import control_rows, read_facts
 
 HOSTILE = "</style><script>document.title='owned'</script><img src=x onerror=alert(1)>"
 
@@ -56,8 +62,12 @@ def test_the_page_needs_no_other_file(reported: Path) -> None:
     assert "script" not in names
     assert ("html", {"lang": "en"}) in page.tags
     assert names.count("caption") == names.count("table") > 4
-    assert names.count("desc") == names.count("svg") > 3
+    drawn = [attrs for tag, attrs in page.tags if tag == "svg" and "aria-hidden" not in attrs]
+    assert names.count("desc") == len(drawn) > 3
     assert "video" in names
+    (picture,) = (attrs["src"] for tag, attrs in page.tags if tag == "img")
+    assert picture == dict(page.tags)["video"]["poster"]
+    assert base64.b64decode(str(picture).removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
 
 
 def test_the_numbers_of_the_results_are_on_the_page(reported: Path) -> None:
@@ -88,7 +98,8 @@ def test_what_comes_from_files_is_escaped(reported: Path, cli: Cli, tmp_path: Pa
     (run / "results.json").write_text(json.dumps({**results, "machine": HOSTILE}))
     assert cli("report", run).returncode == 0
     page = Page((run / "report.html").read_text())
-    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert all(str(attrs["src"]).startswith("data:") for tag, attrs in page.tags if tag == "img")
     assert page.text.count("document.title") > 3, "as text"
 
 
@@ -126,20 +137,74 @@ PROBE = """<body style="margin:0"><pre id="found"></pre>
 document.getElementById("phone").onload = event => {
   const page = event.target.contentDocument, video = page.querySelector("video");
   const tell = () => document.getElementById("found").textContent =
-    JSON.stringify({width: page.documentElement.scrollWidth, duration: video.duration, title: page.title});
-  video.readyState > 0 ? tell() : video.addEventListener("loadedmetadata", tell);
+    JSON.stringify({width: page.documentElement.scrollWidth, duration: video && video.duration, title: page.title});
+  !video || video.readyState > 0 ? tell() : video.addEventListener("loadedmetadata", tell);
 };</script></body>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium here: the page is only parsed")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: the page is only parsed")
+
+
+def browse(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Open a page in headless Chromium."""
+    own = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    command = [str(BROWSER), *own, f"--user-data-dir={profile}", "--virtual-time-budget=10000", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def on_a_phone(folder: Path) -> dict[str, Any]:
+    """Return width, title and duration of the film of a folder's report.html in a frame as wide as a phone."""
+    (folder / "probe.html").write_text(PROBE)
+    done = browse(folder / "probe.html", folder / "profile", "--dump-dom")
+    assert "CONSOLE" not in done.stderr, "no error, and nothing that the page's policy refuses"
+    found: dict[str, Any] = json.loads(re.findall(r'<pre id="found">(.*?)</pre>', done.stdout)[0])
+    return found
+
+
+@needs_browser
 def test_the_page_fits_a_phone_and_plays_in_a_browser(reported: Path, tmp_path: Path) -> None:
     shutil.copy(reported / "report.html", tmp_path)
-    (tmp_path / "probe.html").write_text(PROBE)
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
-    command = [str(BROWSER), *flags, (tmp_path / "probe.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = json.loads(re.findall(r'<pre id="found">(.*?)</pre>', done.stdout)[0])
+    found = on_a_phone(tmp_path)
     assert found["width"] <= 390
     assert found["duration"] > 0
-    assert "CONSOLE" not in done.stderr
+
+
+@needs_browser
+def test_a_printed_page_has_a_picture_of_the_film_and_all_settings(reported: Path, tmp_path: Path) -> None:
+    page, pages = reported / "report.html", {}
+    for name, text in (("whole", page.read_text()), ("folded", re.sub(r"details::[^}]*}", "", page.read_text()))):
+        (tmp_path / f"{name}.html").write_text(text)
+        flag = f"--print-to-pdf={tmp_path / name}.pdf"
+        browse(tmp_path / f"{name}.html", tmp_path / "profile", flag, "--no-pdf-header-footer")
+        pdf = (tmp_path / f"{name}.pdf").read_bytes()
+        assert b"/Subtype /Image" in pdf
+        pages[name] = len(re.findall(rb"/Type /Page\b", pdf))
+    assert pages["whole"] > pages["folded"], "paper cannot unfold the settings"
+
+
+def test_lines_beyond_the_six_colours_are_told_apart() -> None:
+    drawn = chart("t", "x", "y", [Line(f"layer{i}", [(0, i), (1, i)]) for i in range(15)])
+    samples = re.findall(r'<li class="(c\d)">.*?<path class="line" d="M0 2H26"(.*?)/>', drawn)
+    assert len(set(samples)) == len(samples) == 15
+
+
+def test_what_cannot_be_drawn_is_left_out() -> None:
+    wild = Line("wild", [(0, 1), (1, float("nan")), (2, float("inf")), (3, -1e308), (4, 2)], [0.0] * 5, [3.0] * 5)
+    drawn = chart("t", "x", "y", [wild, Line("gone", [(0, float("nan"))])])
+    assert drawn.count("<circle") == 2
+    assert "gone" not in drawn
+    assert "nan" not in drawn
+    assert chart("t", "x", "y", [Line("gone", [(0, float("inf"))])]) == ""
+
+
+def test_a_control_says_that_it_was_trained_directly(reported: Path, tmp_path: Path) -> None:
+    shutil.copytree(reported, tmp_path / "direct")
+    path = tmp_path / "direct" / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "timesteps": 2, "prune_to": 2}))
+    folder = RunFolder(tmp_path / "direct")
+    results = json.loads(folder.results.read_text())
+    folder.write_results({**results, "rows": results["rows"][-1:]})
+    rows = control_rows(folder)
+    assert [(row["run"], row["method"]) for row in rows] == [("direct", "trained directly")]
+    assert "T=2, trained directly" in page(replace(read_facts(RunFolder(reported)), controls=rows))
+    assert all("method" not in row for row in control_rows(RunFolder(reported)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import SMALL, Cli, as_flags, write_shades
+import yaml
+from conftest import COMMAND, SMALL, Cli, as_flags, environment, write_shades
 
 from spiking_rl import load_checkpoint
 from spiking_rl.envs.checked import CheckedEnv
@@ -106,13 +110,13 @@ class Wrong(gym.Env[np.ndarray, int]):
     observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gym.spaces.Discrete(2)
 
-    def __init__(self, seen: object, reward: float) -> None:
+    def __init__(self, seen: object, reward: object) -> None:
         self.wrong, self.steps = (seen, reward), 0
 
     def reset(self, *, seed: int | None = None, options: object = None) -> tuple[Any, dict[str, Any]]:
         return np.zeros(3, np.float32), {}
 
-    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: int) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         self.steps += 1
         seen, reward = self.wrong if self.steps == 2 else (np.full(3, 3e38, np.float32), -1e300)
         return seen, reward, False, False, {}
@@ -127,9 +131,14 @@ class Wrong(gym.Env[np.ndarray, int]):
         (None, 0.0, "of shape ()"),
         (np.zeros(3, np.float32), float("nan"), "a reward of nan"),
         (np.zeros(3, np.float32), float("-inf"), "a reward of -inf"),
+        (np.zeros(3, np.float32), None, "'None' as a reward"),
+        (np.zeros(3, np.float32), "much", "'much' as a reward"),
+        (np.array(["a", "b", "c"]), 0.0, "which are no numbers"),
+        (np.array([None, None, None]), 0.0, "which are no numbers"),
+        ([1.0, [2.0], 3.0], 0.0, "of uneven lists"),
     ],
 )
-def test_what_an_environment_may_not_return(seen: object, reward: float, said: str) -> None:
+def test_what_an_environment_may_not_return(seen: object, reward: object, said: str) -> None:
     env = CheckedEnv(Wrong(seen, reward), "Wrong-v0")
     env.reset()
     env.step(0)  # large, but finite
@@ -138,3 +147,74 @@ def test_what_an_environment_may_not_return(seen: object, reward: float, said: s
     assert said in str(caught.value)
     assert "Wrong-v0" in str(caught.value)
     assert "2 steps after a reset" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "said"),
+    [
+        ("reset", OSError("no\nmotor"), "raised OSError: no motor, 0 steps"),
+        ("reset", np.zeros(3, np.float32), "raised ValueError"),
+        ("reset", (np.zeros(2, np.float32), {}), "of shape (2,)"),
+        ("reset", (np.full(3, np.nan, np.float32), {}), "NaN"),
+        ("step", (np.zeros(3, np.float32), 0.0, True, {}), "raised ValueError"),
+        ("step", (np.zeros(3, np.float32), 0.0, True, False, None), "as its info"),
+        ("step", None, "raised TypeError"),
+    ],
+)
+def test_what_goes_wrong_in_either_method(
+    method: str, result: object, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: object, **options: object) -> object:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    env = CheckedEnv(Wrong(np.zeros(3, np.float32), 0.0), "Wrong-v0")
+    monkeypatch.setattr(env.env, method, wrong)
+    with pytest.raises(WorkError) as caught:
+        env.reset() if method == "reset" else env.step(0)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits file sizes through POSIX")
+def test_a_full_disk_is_told_by_classify_too(cli: Cli, tmp_path: Path) -> None:
+    data = write_shades(tmp_path / "images", {"train": 40, "test": 4})
+    small = {"width": 0.03125, "ann_epochs": 1, "epochs": 0, "ann_batch_size": 8}
+    command = ("classify", "train", "vgg6", "folder", "--data", data, *as_flags(small), "--run", tmp_path / "run")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    done = cli(*command, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "free some space, then go on with --resume" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["agent", "classifier"])
+def test_two_runs_at_once_in_one_folder(tmp_path: Path, kind: str) -> None:
+    """Begun at the same moment: one of them trains, the other is refused, and neither mixes with the other."""
+    if kind == "agent":
+        settings: dict[str, object] = {**SMALL, "report_episodes": 0}
+        command = ["train", "cartpole", *as_flags(settings)]
+    else:
+        data = write_shades(tmp_path / "images", {"train": 20, "test": 2})
+        small = {"width": 0.03125, "ann_epochs": 1, "epochs": 0, "ann_batch_size": 8}
+        command = ["classify", "train", "vgg6", "folder", "--data", str(data), *as_flags(small)]
+    started = [
+        subprocess.Popen(
+            [*COMMAND, *command, "--seed", str(seed), "--run", str(tmp_path / "run")],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (1, 2)
+    ]
+    said = [process.communicate(timeout=200)[1] for process in started]
+    codes = [process.returncode for process in started]
+    assert sorted(codes) == [0, 2], said
+    winner, loser = codes.index(0), codes.index(2)
+    assert "another process" in said[loser] or "is in use already" in said[loser]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == (1, 2)[winner]

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spiking_rl.errors import UserError
+from spiking_rl.files import read_bounded
 
 _AGAIN = "download CIFAR's archive again"
+_MAX_BYTES = 2**30  # of a batch; CIFAR-100's have 0.16
 _PIXELS = (3, 32, 32)
 
 
@@ -158,7 +160,7 @@ def read_pickled(path: Path) -> dict[str, Any]:
         UserError: missing, truncated, or anything else than a dictionary of plain data.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, _MAX_BYTES)
     except OSError as error:
         raise UserError("data", str(path), f"cannot be read ({error.strerror}); {_AGAIN}") from None
     try:

@@ -18,6 +18,7 @@ from spiking_rl.vision.data.sources import ImageSource
 
 # No others: Pillow hands some formats to outside programs, and these files may be anybody's.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_MOST_PIXELS = 80_000_000  # a few bytes may stand for any number; ImageNet's largest photograph has 61 million
 _SMALLEST_AREA = 0.08  # of a random crop, as a share of the image; with the aspect ratio, Szegedy et al. 2014
 _WIDEST_RATIO = 4 / 3
 _TRIES = 10
@@ -32,6 +33,8 @@ def decode(raw: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(raw), formats=_FORMATS) as image:
+            if math.prod(image.size) > _MOST_PIXELS:
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are more than {_MOST_PIXELS:,}")
             return image.convert("RGB")
     except Exception as error:  # damaged bytes raise many types: OSError, SyntaxError, ValueError, struct.error ...
         reason = "no PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error

@@ -14,10 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spiking_rl.errors import UserError
-from spiking_rl.vision.data.sources import ImageSource
+from spiking_rl.files import require_regular
+from spiking_rl.vision.data.sources import LARGEST_IMAGE_FILE, ImageSource
 
 _SHARD = re.compile(r"(?P<split>[a-z]+)(-(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?)?\.parquet")
 _IMAGE_COLUMNS = ("image", "img")
+# Repetition costs a parquet file nothing: a few bytes may stand for any number of rows.
+_MOST_ROWS = 20_000_000  # of a file; ImageNet has 1.3 million in all
+_MOST_GROUP_BYTES = 2**30  # of the encoded images of a row group
+_READ = 64  # rows at once
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -51,6 +56,7 @@ def _opened(path: Path | str) -> Iterator[Any]:
             "data", str(path), "is a parquet file, which needs pyarrow; pip install 'spiking-rl[vision]'"
         ) from None
     try:
+        require_regular(Path(path))
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
@@ -64,10 +70,16 @@ def _columns(file: Any, path: Path, label: str) -> tuple[str, list[str]]:
     image = next((name for name in _IMAGE_COLUMNS if name in names), None)
     if image is None or label not in names:
         raise UserError("data", str(path), f"has the columns {names}, but 'image' (or 'img') and {label!r} are needed")
+    kind = file.schema_arrow.field(image).type
+    encoded = {field.name: str(field.type) for field in kind} if str(kind).startswith("struct") else {}
+    if encoded.get("bytes") not in ("binary", "large_binary"):
+        raise UserError(
+            "data", str(path), f"holds {str(kind)[:100]} in column {image!r}, where a struct with bytes belongs"
+        )
     try:
         features = json.loads(file.schema_arrow.metadata[b"huggingface"])["info"]["features"]
         classes = [str(name) for name in features[label]["names"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(
             "data", str(path), f"does not name the classes of {label!r} in its schema; take the Hugging Face hub's file"
         ) from None
@@ -95,16 +107,26 @@ class ParquetImages(ImageSource):
     def read(self, group: int) -> list[bytes]:
         """Return the encoded images of a row group."""
         path, number, _ = self.places[group]
+        first, total = int(self.bounds[group]), 0
+        images: list[bytes] = []
         with _opened(path) as file:
             # No threads: this may run in a forked worker, where the parent's threads do not exist.
-            table = file.read_row_group(number, columns=[f"{self.column}.bytes"], use_threads=False)
-            images: list[bytes | None] = table[self.column].combine_chunks().field("bytes").to_pylist()
-        first = int(self.bounds[group])
-        return [self._present(raw, first + k) for k, raw in enumerate(images)]
+            parts = file.iter_batches(_READ, row_groups=[number], columns=[f"{self.column}.bytes"], use_threads=False)
+            for part in parts:
+                for raw in part.column(self.column).field("bytes").to_pylist():
+                    images.append(self._present(raw, first + len(images)))
+                    total += len(images[-1])
+                if total > _MOST_GROUP_BYTES:
+                    raise UserError(
+                        "data", path, f"row group {number} holds over {_MOST_GROUP_BYTES:,} bytes of images"
+                    )
+        return images
 
     def _present(self, raw: bytes | None, index: int) -> bytes:
         if raw is None:
             raise UserError("data", self.name(index), "has no image bytes; take a file that holds its images")
+        if len(raw) > LARGEST_IMAGE_FILE:
+            raise UserError("data", self.name(index), f"has {len(raw):,} bytes, more than any image; remove it")
         return raw
 
 
@@ -132,6 +154,8 @@ def open_parquet(shards: Sequence[Path], label: str) -> ParquetImages:
                 raise UserError(
                     "data", str(path), f"has other classes or columns than {shards[0]}; take one set's files"
                 )
+            if file.metadata.num_rows > _MOST_ROWS:
+                raise UserError("data", str(path), f"claims {file.metadata.num_rows:,} rows, over {_MOST_ROWS:,}")
             values = file.read(columns=[label], use_threads=False)[label]
             if values.null_count or not str(values.type).startswith(("int", "uint")):
                 raise UserError("data", str(path), f"column {label!r} must hold a whole number in every row")

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spiking_rl.errors import UserError
+from spiking_rl.files import read_bounded
 
+LARGEST_IMAGE_FILE = 64 * 2**20  # bytes; ImageNet's largest has 15 million
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -78,7 +80,7 @@ class ClassFolders(ImageSource):
     def read(self, group: int) -> list[bytes]:
         """Return the one file of the group."""
         try:
-            return [Path(self.paths[group]).read_bytes()]
+            return [read_bounded(Path(self.paths[group]), LARGEST_IMAGE_FILE)]
         except OSError as error:
             raise UserError("data", self.paths[group], f"cannot be read ({error.strerror})") from None
 
