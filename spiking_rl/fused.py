@@ -125,8 +125,43 @@ def _shape(plan: Plan, current: Tensor, repeat: int) -> _Shape:
     return _Shape(rows * repeat, repeat, batch, plan.neurons, plan.piece, plan.channels, plan.own, groups, threads)
 
 
+def fused_scan(
+    current: Tensor,
+    membrane: Tensor | None,
+    leak: Tensor,
+    threshold: Tensor,
+    keep: Tensor | None,
+    repeat: int,
+    plan: Plan,
+    carry: bool,
+    trace: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return spikes, membranes after the last timestep, and potentials, without a gradient.
+
+    Args:
+        current: ``(S / repeat, B, *N)``.
+        membrane: ``(B, *N)``, None at rest.
+        leak: one, or one per entry of the first neuron axis.
+        threshold: likewise.
+        keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
+        repeat: timesteps that each current lasts.
+        plan: what :func:`plan` says of these tensors.
+        carry: return the membranes (else None).
+        trace: return the potentials (else None).
+    """
+    current = plan.dense(current)
+    before = None if membrane is None else plan.dense(membrane.unsqueeze(0))
+    steps = len(current) * repeat
+    spikes = plan.empty(steps, current)
+    potentials = plan.empty(steps, current) if trace else None
+    after = plan.empty(1, current) if carry else None
+    pointers = map(ctypes.c_void_p, map(_address, (current, before, spikes, potentials, after)))
+    _run("lif_forward", _shape(plan, current, repeat), leak, threshold, keep, *pointers)
+    return spikes, None if after is None else after[0], potentials
+
+
 class FusedScan(torch.autograd.Function):
-    """The scan of :func:`spiking_rl.neurons.lif_scan`, forwards and backwards."""
+    """The same with its gradient; ``gamma`` is the height of the surrogate's."""
 
     @staticmethod
     def forward(
@@ -142,33 +177,14 @@ class FusedScan(torch.autograd.Function):
         carry: bool,
         trace: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return spikes, membranes after the last timestep, and potentials.
-
-        Args:
-            ctx: autograd's.
-            current: ``(S / repeat, B, *N)``.
-            membrane: ``(B, *N)``, None at rest.
-            leak: one, or one per entry of the first neuron axis.
-            threshold: likewise.
-            keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
-            gamma: height of the surrogate gradient.
-            repeat: timesteps that each current lasts.
-            plan: what :func:`plan` says of these tensors.
-            carry: return the membranes (else None).
-            trace: return the potentials (else None).
-        """
+        """Run :func:`fused_scan`, and keep what the backward pass computes potentials from."""
         current = plan.dense(current)
         before = None if membrane is None else plan.dense(membrane.unsqueeze(0))
-        steps = len(current) * repeat
-        spikes = plan.empty(steps, current)
-        potentials = plan.empty(steps, current) if trace else None
-        after = plan.empty(1, current) if carry else None
-        pointers = map(ctypes.c_void_p, map(_address, (current, before, spikes, potentials, after)))
-        _run("lif_forward", _shape(plan, current, repeat), leak, threshold, keep, *pointers)
         ctx.save_for_backward(current, before, leak, threshold, keep)
         ctx.options = gamma, repeat, plan
         ctx.set_materialize_grads(False)
-        return spikes, None if after is None else after[0], potentials
+        at_start = None if before is None else before.squeeze(0)
+        return fused_scan(current, at_start, leak, threshold, keep, repeat, plan, carry, trace)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

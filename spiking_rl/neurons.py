@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
-from spiking_rl.fused import FusedScan, plan
+from spiking_rl.fused import FusedScan, fused_scan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -285,9 +285,11 @@ def lif_scan(
     way = None if single_spike else plan(current, leak, threshold)
     if way is not None:
         keep = None if starts is None else (~starts).float()
-        spikes, after, potentials = FusedScan.apply(  # type: ignore[no-untyped-call]
-            current, membrane, leak, threshold, keep, gamma, repeat, way, True, trace
-        )
+        if torch.is_grad_enabled():
+            found = FusedScan.apply(current, membrane, leak, threshold, keep, gamma, repeat, way, True, trace)  # type: ignore[no-untyped-call]
+        else:
+            found = fused_scan(current, membrane, leak, threshold, keep, repeat, way, True, trace)
+        spikes, after, potentials = found
         return LIFScan(spikes, LIFState(after), potentials)
     current = direct(current, repeat)
     spent = None
