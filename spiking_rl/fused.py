@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return ``(S, B, *N)`` in this layout, a copy only where it lies otherwise."""
-        if tensor.stride() == (tensor.shape[1] * self.neurons, *self.strides):
+        if _lies(tensor, (tensor.shape[1] * self.neurons, *self.strides)):
             return tensor
         return self.empty(len(tensor), tensor).copy_(tensor)
 
@@ -82,15 +82,23 @@ def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
     neurons = math.prod(shape[2:])
     if not neurons or not shape[1] or library() is None:
         return None
-    strides = current.stride()[1:]
-    last = len(shape) == 5 and strides == (neurons, 1, shape[2] * shape[4], shape[2]) != _plain(shape[1:])
-    if not last:
-        strides = _plain(shape[1:])
+    strides = _plain(shape[1:])
+    last = False
+    if len(shape) == 5 and not _lies(current[0], strides):
+        channels_last = (neurons, 1, shape[2] * shape[4], shape[2])
+        last = _lies(current[0], channels_last)
+        strides = channels_last if last else strides
     if channels == 1:
         return Plan(strides, neurons, 1, False, _BLOCK)
     if last or channels == neurons:
         return Plan(strides, neurons, channels, True, channels * max(1, min(_BLOCK, neurons) // channels))
     return Plan(strides, neurons, channels, False, neurons // channels)
+
+
+def _lies(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Tell whether a tensor has these strides; those of axes of size 1 mean nothing."""
+    own = tensor.stride()
+    return own == strides or all(n == 1 or a == b for n, a, b in zip(tensor.shape, own, strides, strict=True))
 
 
 def _plain(shape: Sequence[int]) -> tuple[int, ...]:
