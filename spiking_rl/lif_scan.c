@@ -14,6 +14,7 @@
 #include <stdlib.h>
 
 #define BLOCK 512 /* neurons, at most */
+#define TINY 1e-30f /* what leaks over many timesteps ends in denormal numbers, on which the next convolution takes ages */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
@@ -193,6 +194,7 @@ INLINE void backward_step(const Pass *pass, const Block *b, float keep, const fl
     float carried = g->carried[j];
     g->threshold[j] -= fire * relative + (u[j] > limit ? carried : 0.0f);
     carried += fire;
+    carried = carried > TINY || carried < -TINY ? carried : 0.0f;
     now[j] = (add ? now[j] : 0.0f) + carried;
     if (more) {
       carried *= keep;

@@ -275,7 +275,8 @@ def lif_scan(
 
     Gradients: ``ds/du`` is the surrogate of :func:`spiking_rl.surrogate.fire`; the reset passes its
     gradient to the threshold and to the potential, not through the step function; full
-    back-propagation through time. With one timestep and no state the gradient of the leak is zero.
+    back-propagation through time; the compiled loops take a gradient below 1e-30 for 0. With one
+    timestep and no state the gradient of the leak is zero.
 
     Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022); firing once: our reading of
     Datta, Kundu, Beerel 2021.

@@ -18,6 +18,8 @@ def interleave(
 ) -> dict[Key, list[float]]:
     """Time variants in turns, so that a slow moment of the machine meets all of them.
 
+    A turn begins with a call that does not count.
+
     Args:
         variants: what to time.
         rounds: each times every variant once.
@@ -34,6 +36,7 @@ def interleave(
         if number >= FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for key, run in variants.items():
+            run()  # does not count: a training loop finds its own data in the caches, not another network's
             start = time.perf_counter()
             for _ in range(passes):
                 run()
