@@ -7,6 +7,7 @@ layer, or one per entry of the first neuron axis. Everything else is left to the
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return ``(S, B, *N)`` in this layout, a copy only where it lies otherwise."""
-        if _lies(tensor, (tensor.shape[1] * self.neurons, *self.strides)):
+        if _lies(tensor.shape, tensor.stride(), (tensor.shape[1] * self.neurons, *self.strides)):
             return tensor
         return self.empty(len(tensor), tensor).copy_(tensor)
 
@@ -71,34 +72,37 @@ def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
     """Return how a scan over ``current`` (S, B, *N) goes in one pass, or None where it does not."""
     if type(current) is not Tensor or current.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    if not current.dtype == leak.dtype == threshold.dtype == torch.float32:
+    if not current.dtype == leak.dtype == threshold.dtype == torch.float32 or library() is None:
         return None
-    shape = current.shape
+    return _plan(current.shape[1:], current.stride()[1:], leak.shape, threshold.shape)
+
+
+@functools.lru_cache(1024)  # the same at every step, and acting with a batch of one is all overhead
+def _plan(shape: torch.Size, strides: tuple[int, ...], leak: torch.Size, threshold: torch.Size) -> Plan | None:
+    """Return the plan for currents ``(B, *N)`` and their parameters."""
     channels = max(leak.numel(), threshold.numel())
     if channels > 1:
-        per_channel = (shape[2], *[1] * (len(shape) - 3))
-        if any(p.numel() > 1 and p.shape != per_channel for p in (leak, threshold)):
+        per_channel = (shape[1], *[1] * (len(shape) - 2))
+        if any(p.numel() > 1 and p != per_channel for p in (leak, threshold)):
             return None
-    neurons = math.prod(shape[2:])
-    if not neurons or not shape[1] or library() is None:
+    neurons = math.prod(shape[1:])
+    if not neurons or not shape[0]:
         return None
-    strides = _plain(shape[1:])
-    last = False
-    if len(shape) == 5 and not _lies(current[0], strides):
-        channels_last = (neurons, 1, shape[2] * shape[4], shape[2])
-        last = _lies(current[0], channels_last)
-        strides = channels_last if last else strides
+    found, last = _plain(shape), False
+    if len(shape) == 4 and not _lies(shape, strides, found):
+        channels_last = (neurons, 1, shape[1] * shape[3], shape[1])
+        last = _lies(shape, strides, channels_last)
+        found = channels_last if last else found
     if channels == 1:
-        return Plan(strides, neurons, 1, False, _BLOCK)
+        return Plan(found, neurons, 1, False, _BLOCK)
     if last or channels == neurons:
-        return Plan(strides, neurons, channels, True, channels * max(1, min(_BLOCK, neurons) // channels))
-    return Plan(strides, neurons, channels, False, neurons // channels)
+        return Plan(found, neurons, channels, True, channels * max(1, min(_BLOCK, neurons) // channels))
+    return Plan(found, neurons, channels, False, neurons // channels)
 
 
-def _lies(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+def _lies(shape: Sequence[int], own: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Tell whether a tensor has these strides; those of axes of size 1 mean nothing."""
-    own = tensor.stride()
-    return own == strides or all(n == 1 or a == b for n, a, b in zip(tensor.shape, own, strides, strict=True))
+    return own == strides or all(n == 1 or a == b for n, a, b in zip(shape, own, strides, strict=True))
 
 
 def _plain(shape: Sequence[int]) -> tuple[int, ...]:
@@ -127,10 +131,14 @@ def _run(name: str, shape: _Shape, leak: Tensor, threshold: Tensor, keep: Tensor
 
 
 def _shape(plan: Plan, current: Tensor, repeat: int) -> _Shape:
-    rows, batch = current.shape[:2]
     threads = 1 if current.numel() * repeat < _SMALL else torch.get_num_threads()
+    return _sizes(plan, len(current) * repeat, repeat, current.shape[1], threads)
+
+
+@functools.lru_cache(1024)
+def _sizes(plan: Plan, steps: int, repeat: int, batch: int, threads: int) -> _Shape:
     groups = min(batch * -(-plan.neurons // plan.piece), _GROUPS)
-    return _Shape(rows * repeat, repeat, batch, plan.neurons, plan.piece, plan.channels, plan.own, groups, threads)
+    return _Shape(steps, repeat, batch, plan.neurons, plan.piece, plan.channels, plan.own, groups, threads)
 
 
 def fused_scan(
