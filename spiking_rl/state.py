@@ -100,6 +100,8 @@ def unpack_optimiser(
     for key, value in {**tensors, **scalars}.items():
         if key.startswith("optimiser."):
             _, index, name = key.split(".", 2)
+            if torch.is_tensor(value) and not value.is_floating_point():
+                raise ValueError("the optimiser's moments are not those of the network")
             packed.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
     for group in optimizer.param_groups:

@@ -183,6 +183,6 @@ def _checked(path: Path, row: dict[str, Any], images: Images, dataset: str) -> d
     if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(images.classes):
         raise UserError("predictions", str(path), f"names a class outside 0 to {len(images.classes) - 1}")
     top1 = 100 * float((predicted == images.test_labels).float().mean())
-    if abs(top1 - row["top1"]) > 1e-6:
+    if not abs(top1 - row["top1"]) <= 1e-6:  # so that NaN is refused too
         raise UserError("predictions", str(path), f"claims {row['top1']:.2f} % where {top1:.2f} % are right")
     return {"timesteps": row["timesteps"], "top1": top1, "claimed": row["top1"]}

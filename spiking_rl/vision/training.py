@@ -576,10 +576,12 @@ class Trainer:
             load_into(self.network, own, folder)
             unpack_optimiser(self.optimizer, tensors, state["optimiser"])
             self.batches, self.best = int(state["batches"]), state["best"]
+            if not 0 <= self.batches <= self.epochs * self.batches_per_epoch:
+                raise ValueError("it has trained more batches than there are")
             self.loss_sum.fill_(float(state["loss_sum"]))
             self.rows, self.seconds = list(state["rows"]), float(state["seconds"])
             restore_generators(state["generators"])
-        except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:200]
