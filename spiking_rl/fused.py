@@ -62,8 +62,10 @@ class Plan(NamedTuple):
         return torch.empty_strided((steps, *shape), (shape[0] * self.neurons, *self.strides), dtype=torch.float32)
 
     def dense(self, tensor: Tensor) -> Tensor:
-        """Return ``(S, B, *N)`` in this layout, a copy only where it lies otherwise."""
-        if _lies(tensor.shape, tensor.stride(), (tensor.shape[1] * self.neurons, *self.strides)):
+        """Return ``(S, B, *N)`` in this layout and 32-bit floats, a copy only where it is otherwise."""
+        if tensor.dtype == torch.float32 and _lies(
+            tensor.shape, tensor.stride(), (tensor.shape[1] * self.neurons, *self.strides)
+        ):
             return tensor
         return self.empty(len(tensor), tensor).copy_(tensor)
 

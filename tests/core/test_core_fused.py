@@ -111,6 +111,16 @@ def test_firing_alone_is_the_loop_too(channels_last: bool) -> None:
 
 
 @needs_compiler
+def test_membranes_may_have_been_stored_in_half_precision() -> None:
+    current, membrane = torch.randn(3, 2, 8), torch.randn(2, 8).half()
+    leak, threshold = torch.tensor(0.9), torch.tensor(0.4)
+    found = lif_scan(current, LIFState(membrane), leak, threshold)
+    expected = lif_scan_reference(current, LIFState(membrane.float()), leak, threshold)
+    assert torch.equal(found.spikes, expected.spikes)
+    assert torch.equal(found.state.membrane, expected.state.membrane)
+
+
+@needs_compiler
 def test_any_number_of_threads_gives_the_same_gradients() -> None:
     draw = torch.Generator().manual_seed(3)
     tensors = {
