@@ -36,10 +36,18 @@ def library() -> ctypes.CDLL | None:
     # linked against none, and where torch's cannot be found it is built without threads.
     for threads in (("-fopenmp",), ("-fopenmp-simd",)):
         try:
-            return ctypes.CDLL(str(_built(compiler, threads)))
+            return _declared(ctypes.CDLL(str(_built(compiler, threads))))
         except (OSError, subprocess.SubprocessError):
             continue
     return None
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes what the loops take: addresses, all but the surrogate gradient's height."""
+    address = ctypes.c_void_p
+    loaded.lif_forward.argtypes = [address] * 9
+    loaded.lif_backward.argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
+    return loaded
 
 
 def _built(compiler: str, threads: tuple[str, ...]) -> Path:

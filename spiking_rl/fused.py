@@ -2,6 +2,8 @@
 
 What it takes: neurons that lie densely in memory, plain or channels-last, and parameters of which there is one for the
 layer, or one per entry of the first neuron axis. Everything else is left to the loops of :mod:`spiking_rl.neurons`.
+
+A decision with a batch of one is all overhead: what follows from shapes alone is worked out once, in a :class:`Plan`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,81 +28,94 @@ _SMALL = 1 << 15  # neurons times timesteps that one thread has done before anot
 class _Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("timesteps", "repeat", "batch", "neurons", "piece", "channels", "own", "groups", "threads")
+        for name in (
+            *("timesteps", "repeat", "batch", "neurons", "piece", "channels", "own"),
+            *("leaks", "thresholds", "groups", "threads"),
+        )
     ]
 
 
-class _Parameters(ctypes.Structure):
-    _fields_ = [
-        ("leak", ctypes.c_void_p),
-        ("threshold", ctypes.c_void_p),
-        ("leaks", ctypes.c_int64),
-        ("thresholds", ctypes.c_int64),
-        ("keep", ctypes.c_void_p),
-    ]
-
-
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)  # there is one per case, so its identity is enough to look things up by
+class Plan:
     """How neurons and parameters lie in memory.
 
     Attributes:
-        strides: of one timestep ``(B, *N)``, densely packed: plain, or channels-last for pictures.
+        shape: of one timestep, ``(B, *N)``.
+        strides: of one timestep, densely packed: plain, or channels-last for pictures.
+        size: entries of one timestep.
         neurons: how many ``N`` is.
         channels: parameters of the layer; 1, or the size of the first neuron axis.
+        leaks: how many leaks are given, 1 or ``channels``.
+        thresholds: likewise.
         own: whether neighbouring neurons have parameters of their own.
         piece: neurons after which parameters repeat, or up to which one holds.
+        kept: what the loops were told, by timesteps, ``repeat`` and threads.
     """
 
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
+    size: int
     neurons: int
     channels: int
+    leaks: int
+    thresholds: int
     own: bool
     piece: int
+    kept: dict[tuple[int, int, int], _Shape]
 
-    def empty(self, steps: int, like: Tensor) -> Tensor:
-        """Return an uninitialised ``(steps, B, *N)``, B and N as in ``like`` ``(S, B, *N)``."""
-        shape = like.shape[1:]
-        return torch.empty_strided((steps, *shape), (shape[0] * self.neurons, *self.strides), dtype=torch.float32)
+    def empty(self, steps: int) -> Tensor:
+        """Return an uninitialised ``(steps, B, *N)``."""
+        return torch.empty_strided((steps, *self.shape), (self.size, *self.strides), dtype=torch.float32)
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return ``(S, B, *N)`` in this layout and 32-bit floats, a copy only where it is otherwise."""
-        if tensor.dtype == torch.float32 and _lies(
-            tensor.shape, tensor.stride(), (tensor.shape[1] * self.neurons, *self.strides)
-        ):
+        strides = tensor.stride()
+        lies = strides[1:] == self.strides and (strides[0] == self.size or len(tensor) == 1)
+        if tensor.dtype == torch.float32 and (lies or _lies(tensor.shape, strides, (self.size, *self.strides))):
             return tensor
-        return self.empty(len(tensor), tensor).copy_(tensor)
+        return self.empty(len(tensor)).copy_(tensor)
+
+    def dense_step(self, tensor: Tensor) -> Tensor:
+        """Do the same for one timestep ``(B, *N)``."""
+        if tensor.dtype == torch.float32 and _lies(self.shape, tensor.stride(), self.strides):
+            return tensor
+        return self.empty(1)[0].copy_(tensor)
 
 
 def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
     """Return how a scan over ``current`` (S, B, *N) goes in one pass, or None where it does not."""
-    if type(current) is not Tensor or current.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    if not current.dtype == leak.dtype == threshold.dtype == torch.float32 or library() is None:
+    if not _takes(current, leak, threshold):
         return None
     return _plan(current.shape[1:], current.stride()[1:], leak.shape, threshold.shape)
 
 
-@functools.lru_cache(1024)  # the same at every step, and acting with a batch of one is all overhead
+def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
+    if type(current) is not Tensor or not current.is_cpu or torch.compiler.is_compiling():
+        return False
+    return current.dtype == leak.dtype == threshold.dtype == torch.float32 and library() is not None
+
+
+@functools.lru_cache(1024)
 def _plan(shape: torch.Size, strides: tuple[int, ...], leak: torch.Size, threshold: torch.Size) -> Plan | None:
-    """Return the plan for currents ``(B, *N)`` and their parameters."""
-    channels = max(leak.numel(), threshold.numel())
-    if channels > 1:
-        per_channel = (shape[1], *[1] * (len(shape) - 2))
-        if any(p.numel() > 1 and p != per_channel for p in (leak, threshold)):
-            return None
     neurons = math.prod(shape[1:])
-    if not neurons or not shape[0]:
+    if not shape or not neurons or not shape[0] or max(len(leak), len(threshold)) >= len(shape):
         return None
+    leaks, thresholds = leak.numel(), threshold.numel()
+    per_channel = (*shape[1:2], *[1] * (len(shape) - 2))
+    if any(p.numel() != 1 and p != per_channel for p in (leak, threshold)):
+        return None
+    channels = max(leaks, thresholds)
     found, last = _plain(shape), False
     if len(shape) == 4 and not _lies(shape, strides, found):
         channels_last = (neurons, 1, shape[1] * shape[3], shape[1])
         last = _lies(shape, strides, channels_last)
         found = channels_last if last else found
-    if channels == 1:
-        return Plan(found, neurons, 1, False, _BLOCK)
-    if last or channels == neurons:
-        return Plan(found, neurons, channels, True, channels * max(1, min(_BLOCK, neurons) // channels))
-    return Plan(found, neurons, channels, False, neurons // channels)
+    own = channels > 1 and (last or channels == neurons)
+    if own:
+        piece = channels * max(1, min(_BLOCK, neurons) // channels)
+    else:
+        piece = neurons // channels if channels > 1 else 4 * _BLOCK
+    return Plan(tuple(shape), found, shape[0] * neurons, neurons, channels, leaks, thresholds, own, piece, {})
 
 
 def _lies(shape: Sequence[int], own: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -115,32 +131,49 @@ def _plain(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _sizes(plan: Plan, steps: int, repeat: int, threads: int) -> int:
+    """Return the address of what the loops need to know of shapes; it is good for as long as the plan lives."""
+    kept = plan.kept.get((steps, repeat, threads))
+    if kept is None:
+        groups = min(plan.shape[0] * -(-plan.neurons // plan.piece), _GROUPS)
+        sizes = (steps, repeat, plan.shape[0], plan.neurons, plan.piece, plan.channels, plan.own)
+        useful = 1 if steps * plan.size < _SMALL else threads
+        kept = plan.kept[steps, repeat, threads] = _Shape(*sizes, plan.leaks, plan.thresholds, groups, useful)
+    return ctypes.addressof(kept)
+
+
+def _run(loop: str, sizes: int, leak: Tensor, threshold: Tensor, *arguments: Any) -> None:
+    if not (leak.is_contiguous() and threshold.is_contiguous()):
+        # The copies live until the loop has ended, which is what their addresses are good for.
+        leak, threshold = leak.contiguous(), threshold.contiguous()
+    if not getattr(library(), loop)(sizes, leak.data_ptr(), threshold.data_ptr(), *arguments):
+        raise MemoryError("no memory for a scan")
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _addresses(*tensors: Tensor | None) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
+class Options(NamedTuple):
+    """What a scan is told beside its tensors.
+
+    Attributes:
+        plan: what :func:`plan` says of the tensors.
+        gamma: height of the surrogate gradient.
+        repeat: timesteps that each current lasts.
+        carry: return the membranes after the last timestep (else None).
+        trace: return the potentials (else None).
+    """
+
+    plan: Plan
+    gamma: float
+    repeat: int
+    carry: bool
+    trace: bool
 
 
-def _run(name: str, shape: _Shape, leak: Tensor, threshold: Tensor, keep: Tensor | None, *arguments: Any) -> None:
-    compiled = library()
-    assert compiled is not None, "a plan says that there is one"
-    flat = leak.contiguous(), threshold.contiguous()
-    parameters = _Parameters(*map(_address, flat), leak.numel(), threshold.numel(), _address(keep))
-    if not getattr(compiled, name)(ctypes.byref(shape), ctypes.byref(parameters), *arguments):
-        raise MemoryError("no memory for a scan")
-
-
-def _shape(plan: Plan, current: Tensor, repeat: int) -> _Shape:
-    threads = 1 if current.numel() * repeat < _SMALL else torch.get_num_threads()
-    return _sizes(plan, len(current) * repeat, repeat, current.shape[1], threads)
-
-
-@functools.lru_cache(1024)
-def _sizes(plan: Plan, steps: int, repeat: int, batch: int, threads: int) -> _Shape:
-    groups = min(batch * -(-plan.neurons // plan.piece), _GROUPS)
-    return _Shape(steps, repeat, batch, plan.neurons, plan.piece, plan.channels, plan.own, groups, threads)
+Found = tuple[Tensor, Tensor | None, Tensor | None]
+"""Spikes ``(S, B, *N)``, membranes after the last timestep ``(B, *N)``, and potentials ``(S, B, *N)``."""
 
 
 def fused_scan(
@@ -149,12 +182,9 @@ def fused_scan(
     leak: Tensor,
     threshold: Tensor,
     keep: Tensor | None,
-    repeat: int,
-    plan: Plan,
-    carry: bool,
-    trace: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return spikes, membranes after the last timestep, and potentials, without a gradient.
+    options: Options,
+) -> Found:
+    """Scan without a gradient.
 
     Args:
         current: ``(S / repeat, B, *N)``.
@@ -162,24 +192,22 @@ def fused_scan(
         leak: one, or one per entry of the first neuron axis.
         threshold: likewise.
         keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
-        repeat: timesteps that each current lasts.
-        plan: what :func:`plan` says of these tensors.
-        carry: return the membranes (else None).
-        trace: return the potentials (else None).
+        options: the rest.
     """
+    plan, _, repeat, carry, trace = options
     current = plan.dense(current)
-    before = None if membrane is None else plan.dense(membrane.unsqueeze(0))
+    before = None if membrane is None else plan.dense_step(membrane)
     steps = len(current) * repeat
-    spikes = plan.empty(steps, current)
-    potentials = plan.empty(steps, current) if trace else None
-    after = plan.empty(1, current) if carry else None
-    pointers = map(ctypes.c_void_p, map(_address, (current, before, spikes, potentials, after)))
-    _run("lif_forward", _shape(plan, current, repeat), leak, threshold, keep, *pointers)
-    return spikes, None if after is None else after[0], potentials
+    spikes = plan.empty(steps)
+    potentials = plan.empty(steps) if trace else None
+    after = plan.empty(1).squeeze(0) if carry else None
+    addresses = map(_address, (keep, current, before, spikes, potentials, after))
+    _run("lif_forward", _sizes(plan, steps, repeat, torch.get_num_threads()), leak, threshold, *addresses)
+    return spikes, after, potentials
 
 
 class FusedScan(torch.autograd.Function):
-    """The same with its gradient; ``gamma`` is the height of the surrogate's."""
+    """The same with its gradient."""
 
     @staticmethod
     def forward(
@@ -189,57 +217,149 @@ class FusedScan(torch.autograd.Function):
         leak: Tensor,
         threshold: Tensor,
         keep: Tensor | None,
-        gamma: float,
-        repeat: int,
-        plan: Plan,
-        carry: bool,
-        trace: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        options: Options,
+    ) -> Found:
         """Run :func:`fused_scan`, and keep what the backward pass computes potentials from."""
-        current = plan.dense(current)
-        before = None if membrane is None else plan.dense(membrane.unsqueeze(0))
+        current = options.plan.dense(current)
+        before = None if membrane is None else options.plan.dense_step(membrane)
         ctx.save_for_backward(current, before, leak, threshold, keep)
-        ctx.options = gamma, repeat, plan
+        ctx.options = options
         ctx.set_materialize_grads(False)
-        at_start = None if before is None else before.squeeze(0)
-        return fused_scan(current, at_start, leak, threshold, keep, repeat, plan, carry, trace)
+        return fused_scan(current, before, leak, threshold, keep, options)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors
-        gamma, repeat, plan = ctx.options
+        plan, gamma, repeat, _, _ = ctx.options
         by_spikes, by_after, by_trace = grads
-        grads = (by_spikes, by_trace, None if by_after is None else by_after.unsqueeze(0))
-        arriving = [None if grad is None else plan.dense(grad) for grad in grads]
-        grad_current = plan.empty(len(current), current)
-        grad_before = None if before is None else plan.empty(1, current)
+        arriving = (
+            None if by_spikes is None else plan.dense(by_spikes),
+            None if by_trace is None else plan.dense(by_trace),
+            None if by_after is None else plan.dense_step(by_after),
+        )
+        grad_current = plan.empty(len(current))
+        grad_before = None if before is None else plan.empty(1).squeeze(0)
         grad_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
         grad_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
+        leaving = (grad_current, grad_before, grad_leak, grad_threshold)
         _run(
             "lif_backward",
-            _shape(plan, current, repeat),
+            _sizes(plan, len(current) * repeat, repeat, torch.get_num_threads()),
             leak,
             threshold,
-            keep,
-            ctypes.c_float(gamma),
-            *map(ctypes.c_void_p, map(_address, (current, before))),
-            _addresses(*arriving),
-            _addresses(grad_current, grad_before, grad_leak, grad_threshold),
+            _address(keep),
+            gamma,
+            *map(_address, (current, before, *arriving, *leaving)),
         )
-        grad_membrane = None if grad_before is None else grad_before[0]
-        return grad_current, grad_membrane, grad_leak, grad_threshold, *[None] * 6
+        return grad_current, grad_before, grad_leak, grad_threshold, None, None
 
 
-def fused_fire(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor | None:
-    """Return the spikes of potentials ``(B, *N)``, None where the loops have to do it."""
-    if potential.dim() < 1:
+class Fresh(NamedTuple):
+    """How a scan from rest over a flat batch ``(K*B, *N)`` goes: nothing but spikes comes out.
+
+    Attributes:
+        plan: of one timestep.
+        frames: shape of the spikes, ``(T*B, *N)``.
+        strides: of the spikes.
+        sizes: address of what the loops need to know of shapes.
+        fits: the current lies as the spikes do.
+        alone: there is one timestep, so nothing ever leaks.
+    """
+
+    plan: Plan
+    frames: tuple[int, ...]
+    strides: tuple[int, ...]
+    sizes: int
+    fits: bool
+    alone: bool
+
+    def dense(self, tensor: Tensor) -> Tensor:
+        """Return a flat batch in this layout and 32-bit floats, a copy only where it is otherwise."""
+        if tensor.dtype == torch.float32 and _lies(tensor.shape, tensor.stride(), self.strides):
+            return tensor
+        return torch.empty_strided(tensor.shape, self.strides, dtype=torch.float32).copy_(tensor)
+
+
+@functools.lru_cache(1024)
+def _fresh(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    leak: torch.Size,
+    threshold: torch.Size,
+    timesteps: int,
+    repeat: int,
+    threads: int,
+) -> Fresh | None:
+    if not shape or shape[0] % (timesteps // repeat):
         return None
-    current = potential.unsqueeze(0)
-    found = plan(current, threshold, threshold)
+    batch = shape[0] * repeat // timesteps
+    found = _plan(torch.Size((batch, *shape[1:])), strides, leak, threshold)
     if found is None:
         return None
-    unused = threshold.detach()  # a membrane at rest leaks nothing
-    spikes, _, _ = FusedScan.apply(current, None, unused, threshold, None, gamma, 1, found, False, False)  # type: ignore[no-untyped-call]
-    result: Tensor = spikes.squeeze(0)  # indexing would copy the gradient
-    return result
+    sizes = _sizes(found, timesteps, repeat, threads)
+    fits = _lies(shape, strides, found.strides)
+    return Fresh(found, (timesteps * batch, *shape[1:]), found.strides, sizes, fits, timesteps == 1)
+
+
+def fused_fresh(
+    current: Tensor, leak: Tensor, threshold: Tensor, gamma: float, timesteps: int, repeat: int
+) -> Tensor | None:
+    """Return spikes ``(T*B, *N)`` from rest of a flat current ``(T/repeat*B, *N)``, with their gradient.
+
+    Args:
+        current: timestep by timestep.
+        leak: one, or one per entry of the first neuron axis.
+        threshold: likewise.
+        gamma: height of the surrogate gradient.
+        timesteps: T.
+        repeat: timesteps that each current lasts; 1, or T.
+
+    Returns:
+        None where the loops have to do it.
+    """
+    if not _takes(current, leak, threshold):
+        return None
+    way = _fresh(
+        current.shape, current.stride(), leak.shape, threshold.shape, timesteps, repeat, torch.get_num_threads()
+    )
+    if way is None:
+        return None
+    if torch.is_grad_enabled():
+        if way.alone:
+            leak = leak.detach()
+        spikes: Tensor = _FusedFresh.apply(current, leak, threshold, gamma, way)  # type: ignore[no-untyped-call]
+        return spikes
+    return _fresh_spikes(current if way.fits else way.dense(current), leak, threshold, way)
+
+
+def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh) -> Tensor:
+    spikes = torch.empty_strided(way.frames, way.strides, dtype=torch.float32)
+    addresses = None, current.data_ptr(), None, spikes.data_ptr(), None, None
+    _run("lif_forward", way.sizes, leak, threshold, *addresses)
+    return spikes
+
+
+class _FusedFresh(torch.autograd.Function):
+    """What most of training is, without what it does not need."""
+
+    @staticmethod
+    def forward(ctx: Any, current: Tensor, leak: Tensor, threshold: Tensor, gamma: float, way: Fresh) -> Tensor:
+        if not way.fits:
+            current = way.dense(current)
+        ctx.save_for_backward(current, leak, threshold)
+        ctx.options = gamma, way
+        return _fresh_spikes(current, leak, threshold, way)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        current, leak, threshold = ctx.saved_tensors
+        gamma, way = ctx.options
+        arriving = way.dense(grads[0])
+        of_current = torch.empty_like(current)
+        of_leak = torch.empty_like(leak) if ctx.needs_input_grad[1] else None
+        of_threshold = torch.empty_like(threshold)
+        addresses = current.data_ptr(), None, arriving.data_ptr(), None, None
+        results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
+        _run("lif_backward", way.sizes, leak, threshold, None, gamma, *addresses, *results)
+        return of_current, of_leak, of_threshold, None, None

@@ -23,29 +23,24 @@ typedef struct {
   int64_t piece;             /* P */
   int64_t channels;          /* C: parameters of the layer; 1 if they are shared */
   int64_t own;               /* 1: neurons of a piece have parameters of their own; 0: one holds for the piece */
+  int64_t leaks, thresholds; /* how many are given: 1, or C */
   int64_t groups, threads;
 } Shape;
-
-typedef struct {
-  const float *leak, *threshold; /* one, or one per channel ... */
-  int64_t leaks, thresholds;     /* ... as these say */
-  const float *keep;             /* (S, B), 0 where an episode starts, else 1; NULL: none starts */
-} Parameters;
 
 /* What a pass works with: parameters spread over a piece, and the sizes of its loops. */
 typedef struct {
   Shape shape;
-  const float *keep;
+  const float *keep; /* (S, B), 0 where an episode starts, else 1; NULL: none starts */
   float *leak, *threshold, *inverse, *height; /* 1 / threshold; of the surrogate gradient: gamma / threshold */
   int64_t pieces, width, block, all;
 } Pass;
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static int begin(Pass *pass, const Shape *shape, const Parameters *p, float gamma) {
+static int begin(Pass *pass, const Shape *shape, const float *leak, const float *threshold, const float *keep, float gamma) {
   const int64_t width = shape->own ? shape->piece : shape->channels;
   pass->shape = *shape;
-  pass->keep = p->keep;
+  pass->keep = keep;
   pass->pieces = (shape->neurons + shape->piece - 1) / shape->piece;
   pass->width = width;
   pass->block = smaller(BLOCK, (1 << 15) / shape->timesteps / 16 * 16); /* all timesteps of a block in the second cache */
@@ -58,8 +53,8 @@ static int begin(Pass *pass, const Shape *shape, const Parameters *p, float gamm
   pass->height = pass->inverse + width;
   for (int64_t i = 0; i < width; i += shape->channels)
     for (int64_t c = 0; c < shape->channels; c++) {
-      pass->leak[i + c] = p->leak[p->leaks > 1 ? c : 0];
-      pass->threshold[i + c] = p->threshold[p->thresholds > 1 ? c : 0];
+      pass->leak[i + c] = leak[shape->leaks > 1 ? c : 0];
+      pass->threshold[i + c] = threshold[shape->thresholds > 1 ? c : 0];
       pass->inverse[i + c] = 1.0f / pass->threshold[i + c];
       pass->height[i + c] = gamma * pass->inverse[i + c];
     }
@@ -132,10 +127,10 @@ INLINE void forward_block(const Pass *pass, const Block *b, const float *current
   } while (0)
 
 /* Returns 0 where memory ran out. */
-int lif_forward(const Shape *shape, const Parameters *p, const float *current, const float *before, float *spikes,
-                float *potentials, float *after) {
+int lif_forward(const Shape *shape, const float *leak, const float *threshold, const float *keep, const float *current,
+                const float *before, float *spikes, float *potentials, float *after) {
   Pass pass;
-  if (!begin(&pass, shape, p, 0.0f)) return 0;
+  if (!begin(&pass, shape, leak, threshold, keep, 0.0f)) return 0;
 #pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
   for (int64_t unit = 0; unit < shape->batch * pass.pieces; unit++) {
     if (shape->own)
@@ -153,7 +148,7 @@ typedef struct {
 
 typedef struct {
   float *current, *before; /* gradients that leave; before may be NULL */
-  float *leak, *threshold; /* one, or one per channel, as Parameters says; leak may be NULL */
+  float *leak, *threshold; /* one, or one per channel, as Shape says; leak may be NULL */
 } Leaving;
 
 /* Adds a block's gradients of a parameter to a row: each to its own, or all to the one they share. */
@@ -295,10 +290,13 @@ static void gather(const Pass *pass, const float *sums, float *total, int64_t pa
 }
 
 /* Returns 0 where memory ran out. */
-int lif_backward(const Shape *shape, const Parameters *p, float gamma, const float *current, const float *before,
-                 const Arriving *in, const Leaving *out) {
+int lif_backward(const Shape *shape, const float *leak, const float *threshold, const float *keep, float gamma,
+                 const float *current, const float *before, const float *by_spikes, const float *by_potentials,
+                 const float *by_after, float *of_current, float *of_before, float *of_leak, float *of_threshold) {
+  const Arriving in = {by_spikes, by_potentials, by_after};
+  const Leaving out = {of_current, of_before, of_leak, of_threshold};
   Pass pass;
-  if (!begin(&pass, shape, p, gamma)) return 0;
+  if (!begin(&pass, shape, leak, threshold, keep, gamma)) return 0;
   const int64_t units = shape->batch * pass.pieces, room = (shape->timesteps + 1) * pass.block;
   float *sums = calloc(2 * shape->groups * pass.width, sizeof(float));
   float *scratch = malloc(shape->groups * room * sizeof(float));
@@ -309,13 +307,13 @@ int lif_backward(const Shape *shape, const Parameters *p, float gamma, const flo
       float *row = sums + 2 * pass.width * group, *own = scratch + room * group;
       for (int64_t unit = units * group / shape->groups; unit < units * (group + 1) / shape->groups; unit++) {
         if (shape->own)
-          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, in, out, row, own, 1));
+          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, &in, &out, row, own, 1));
         else
-          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, in, out, row, own, 0));
+          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, &in, &out, row, own, 0));
       }
     }
-    if (out->leak) gather(&pass, sums, out->leak, p->leaks);
-    gather(&pass, sums + pass.width, out->threshold, p->thresholds);
+    if (of_leak) gather(&pass, sums, of_leak, shape->leaks);
+    gather(&pass, sums + pass.width, of_threshold, shape->thresholds);
   }
   free(scratch);
   free(sums);

@@ -213,7 +213,7 @@ class LayeredNetwork(nn.Module):
         """
         length, batch = inputs.shape[:2]
         flat = inputs.flatten(0, 1)
-        if state is not None and (self.encoder is not None or self.single_spike or self.spike_time is not None):
+        if state is not None and not self._plain():
             raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
         if not self.spiking or (state is None and self._timesteps == 1):
             return self._one_pass(flat, length, observer), state
@@ -221,9 +221,15 @@ class LayeredNetwork(nn.Module):
             return self._early(flat, self.exit_margin, observer).reshape(length, batch, -1), None
         if state is None:
             # Fresh membranes make the decisions independent: they all travel in the batch.
+            if observer is None and self._plain():
+                return self._fresh(flat).reshape(length, batch, -1), None
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
             return outputs.reshape(length, batch, -1), None
         return self._scan(inputs, state, starts, observer)
+
+    def _plain(self) -> bool:
+        """Tell whether inputs are presented directly, neurons may fire again, and outputs are mean currents."""
+        return self.encoder is None and not self.single_spike and self.spike_time is None
 
     def current(self, layer: int, x: Tensor, held: dict[int, Tensor]) -> Tensor:
         """Return the current of one hidden layer: its map's, and its shortcut's where it has one.
@@ -237,9 +243,11 @@ class LayeredNetwork(nn.Module):
         Returns:
             ``(B, *N)`` of this layer.
         """
-        current: Tensor = self.maps[layer](x)
+        return self._with_shortcut(layer, self.maps[layer](x), held)
+
+    def _with_shortcut(self, layer: int, current: Tensor, held: dict[int, Tensor]) -> Tensor:
         if layer in self.sources:
-            current = current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
+            return current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
         return current
 
     def _drop(self, layer: int, x: Tensor) -> Tensor:
@@ -254,9 +262,9 @@ class LayeredNetwork(nn.Module):
         held: dict[int, Tensor] = {}
         if self.encoder is not None:
             x = self._encode(x, observer)[0]
-        for i, neuron in enumerate(self.neurons):
-            current = self.current(i, x, held)
-            x = fire(current, neuron.threshold, neuron.gamma) if isinstance(neuron, LIF) else neuron(current)
+        for i, (layer, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
+            current = self._with_shortcut(i, layer(x), held)
+            x = fire(current, neuron.threshold, neuron.gamma) if self.spiking else neuron(current)
             if observer is not None:
                 # One timestep of all decisions for spikes, one step per decision for ReLU.
                 steps = 1 if self.spiking else length
@@ -269,6 +277,25 @@ class LayeredNetwork(nn.Module):
         if self.spike_time is not None:
             out = self.spike_time(out.unsqueeze(0).float())
         return _unfold(out, length)
+
+    def _fresh(self, x: Tensor) -> Tensor:
+        """Run decisions ``(B, *input_shape)`` of several timesteps on flat batches; return outputs ``(B, n)``.
+
+        The same as :meth:`_layers` with fresh membranes; views of every layer, and membranes that nobody asks for,
+        cost as much as a small layer.
+        """
+        timesteps = repeat = self._timesteps
+        held: dict[int, Tensor] = {}
+        for i, (layer, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
+            x = neuron.fresh(self._with_shortcut(i, layer(x), held), timesteps, repeat)
+            repeat = 1  # it was direct encoding
+            if self.training and self.dropout[i]:
+                x = self._drop(i, _unfold(x, timesteps)).flatten(0, 1)
+            if i in self._feeds:
+                held[i] = x
+        # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
+        outputs: Tensor = self.readout(_unfold(x, timesteps).mean(0))
+        return outputs
 
     def _encode(self, inputs: Tensor, observer: Observer | None) -> Tensor:
         """Return the coded inputs ``(T, B, *I)``; an observer sees their spikes as a layer named ``input``."""
@@ -360,7 +387,7 @@ class LayeredNetwork(nn.Module):
         batch = inputs.shape[1]
         opens = scan_starts(starts, timesteps)
         x = inputs if self.encoder is None else self._encode(inputs.flatten(0, 1), observer)
-        after = []
+        after: list[LIFState] = []
         held: dict[int, Tensor] = {}
         for i, neuron in enumerate(self.neurons):
             current = self.current(i, x.flatten(0, 1), held)
@@ -372,8 +399,10 @@ class LayeredNetwork(nn.Module):
                 trace=observer is not None,
                 single_spike=self.single_spike,
                 repeat=timesteps if i == 0 and self.encoder is None else 1,  # direct encoding
+                carry=state is not None,
             )
-            after.append(layer_state)
+            if layer_state is not None:
+                after.append(layer_state)
             if observer is not None:
                 observer(f"layer{i + 1}", x, potential)
             x = self._drop(i, x)

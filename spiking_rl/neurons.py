@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
-from spiking_rl.fused import FusedScan, fused_scan, plan
+from spiking_rl.fused import FusedScan, Options, fused_fresh, fused_scan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -42,12 +42,12 @@ class LIFScan(NamedTuple):
 
     Attributes:
         spikes: in {0, 1}, shape ``(S, B, *N)``.
-        state: membranes after the last timestep.
+        state: membranes after the last timestep; None if they were not to be carried on.
         potential: membrane potential before reset, ``(S, B, *N)``; None unless traced.
     """
 
     spikes: Tensor
-    state: LIFState
+    state: LIFState | None
     potential: Tensor | None = None
 
 
@@ -246,6 +246,7 @@ def lif_scan(
     *,
     gamma: float = DEFAULT_GAMMA,
     repeat: int = 1,
+    carry: bool = True,
     trace: bool = False,
     single_spike: bool = False,
 ) -> LIFScan:
@@ -262,6 +263,7 @@ def lif_scan(
         gamma: height of the surrogate gradient at threshold.
         repeat: timesteps that each current lasts: T in the first layer under direct encoding
             (:func:`spiking_rl.encoding.direct`), whose current is the same at every timestep of a decision.
+        carry: return the membranes after the last timestep; they cost a little, and fresh decisions drop them.
         trace: also return the potential before reset.
         single_spike: let every neuron fire at most once in this call, or not at all where ``state.fired`` says that
             it has; a start clears that. The mask is a constant to the gradient: a neuron that has fired gets none
@@ -281,23 +283,27 @@ def lif_scan(
     Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022); firing once: our reading of
     Datta, Kundu, Beerel 2021.
     """
-    _check(current, state, leak, threshold, starts, repeat)
     membrane = None if state is None else state.membrane
-    way = None if single_spike else plan(current, leak, threshold)
+    way = None
+    if not single_spike and current.dim() > 1 and len(current):
+        way = plan(current, leak, threshold)
+    if way is None or repeat != 1 or state is not None or starts is not None:  # else the plan has found that all fits
+        _check(current, state, leak, threshold, starts, repeat)
     if way is not None:
         keep = None if starts is None else (~starts).float()
+        options = Options(way, gamma, repeat, carry, trace)
         if torch.is_grad_enabled():
-            found = FusedScan.apply(current, membrane, leak, threshold, keep, gamma, repeat, way, True, trace)  # type: ignore[no-untyped-call]
+            found = FusedScan.apply(current, membrane, leak, threshold, keep, options)  # type: ignore[no-untyped-call]
         else:
-            found = fused_scan(current, membrane, leak, threshold, keep, repeat, way, True, trace)
+            found = fused_scan(current, membrane, leak, threshold, keep, options)
         spikes, after, potentials = found
-        return LIFScan(spikes, LIFState(after), potentials)
+        return LIFScan(spikes, LIFState(after) if carry else None, potentials)
     current = direct(current, repeat)
     spent = None
     if single_spike:
         spent = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
     spikes, after, potentials, fired = _LoopedScan.apply(current, membrane, leak, threshold, starts, gamma, spent)  # type: ignore[no-untyped-call]
-    return LIFScan(spikes, LIFState(after, fired), potentials if trace else None)
+    return LIFScan(spikes, LIFState(after, fired) if carry else None, potentials if trace else None)
 
 
 class LIF(nn.Module):
@@ -344,10 +350,41 @@ class LIF(nn.Module):
         trace: bool = False,
         single_spike: bool = False,
         repeat: int = 1,
+        carry: bool = True,
     ) -> LIFScan:
         """Scan this layer over ``current`` (S, B, *N); see :func:`lif_scan`."""
-        options = {"gamma": self.gamma, "trace": trace, "single_spike": single_spike, "repeat": repeat}
-        return lif_scan(current, state, self.leak, self.threshold, starts, **options)  # type: ignore[arg-type]
+        return lif_scan(
+            current,
+            state,
+            self.leak,
+            self.threshold,
+            starts,
+            gamma=self.gamma,
+            repeat=repeat,
+            carry=carry,
+            trace=trace,
+            single_spike=single_spike,
+        )
+
+    def fresh(self, current: Tensor, timesteps: int, repeat: int = 1) -> Tensor:
+        """Scan this layer from rest over a flat batch, for its spikes alone.
+
+        Args:
+            current: ``(T / repeat * B, *N)``, timestep by timestep.
+            timesteps: T.
+            repeat: timesteps that each current lasts: 1, or T.
+
+        Returns:
+            Spikes ``(T * B, *N)``: those of :func:`lif_scan`, which this is a shorter way to.
+        """
+        if timesteps == 1:
+            return fire(current, self.threshold, self.gamma)
+        spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat)
+        if spikes is None:
+            steps = current.unflatten(0, (timesteps // repeat, -1))
+            scan = lif_scan(steps, None, self.leak, self.threshold, gamma=self.gamma, repeat=repeat, carry=False)
+            spikes = scan.spikes.flatten(0, 1)
+        return spikes
 
     @torch.no_grad()
     def clamp_(self) -> None:

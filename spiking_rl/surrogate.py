@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiking_rl.fused import fused_fire
+from spiking_rl.fused import fused_fresh
 
 DEFAULT_GAMMA = 0.3
 """Height of the surrogate gradient at threshold, as in all three papers."""
@@ -65,7 +65,7 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         Spikes in {0, 1}, shape and dtype of ``potential``.
     """
     if torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad):
-        spikes = fused_fire(potential, threshold, gamma)
+        spikes = fused_fresh(potential, threshold, threshold, gamma, 1, 1)
         if spikes is None:
             spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
         result: Tensor = spikes
