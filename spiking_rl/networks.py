@@ -262,14 +262,17 @@ class LayeredNetwork(nn.Module):
         held: dict[int, Tensor] = {}
         if self.encoder is not None:
             x = self._encode(x, observer)[0]
+        spiking, dropping, joined = self.spiking, self.training and any(self.dropout), bool(self.sources)
         for i, (layer, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
-            current = self._with_shortcut(i, layer(x), held)
-            x = fire(current, neuron.threshold, neuron.gamma) if self.spiking else neuron(current)
+            current = layer(x)
+            if joined:
+                current = self._with_shortcut(i, current, held)
+            x = fire(current, neuron.threshold, neuron.gamma) if spiking else neuron(current)
             if observer is not None:
                 # One timestep of all decisions for spikes, one step per decision for ReLU.
-                steps = 1 if self.spiking else length
+                steps = 1 if spiking else length
                 observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
-            if self.training and self.dropout[i]:
+            if dropping:
                 x = self._drop(i, x.unsqueeze(0)).squeeze(0)
             if i in self._feeds:
                 held[i] = x
@@ -286,10 +289,14 @@ class LayeredNetwork(nn.Module):
         """
         timesteps = repeat = self._timesteps
         held: dict[int, Tensor] = {}
+        dropping, joined = self.training and any(self.dropout), bool(self.sources)
         for i, (layer, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
-            x = neuron.fresh(self._with_shortcut(i, layer(x), held), timesteps, repeat)
+            current = layer(x)
+            if joined:
+                current = self._with_shortcut(i, current, held)
+            x = neuron.fresh(current, timesteps, repeat)
             repeat = 1  # it was direct encoding
-            if self.training and self.dropout[i]:
+            if dropping:
                 x = self._drop(i, _unfold(x, timesteps)).flatten(0, 1)
             if i in self._feeds:
                 held[i] = x

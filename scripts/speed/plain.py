@@ -75,7 +75,8 @@ class Limit(nn.Module):
         super().__init__()
         self.maps, self.readout, self.timesteps = network.maps, network.readout, network.timesteps
         with torch.no_grad():
-            frames = self.maps[0](inputs).repeat(self.timesteps, *[1] * (self.maps[0](inputs).dim() - 1))
+            current = self.maps[0](inputs)
+            frames = torch.cat([current] * self.timesteps)  # keeps the memory format: nothing is converted on the way
         self.start = (torch.rand_like(frames) < 0.2).to(frames.dtype).requires_grad_()  # dense kernels do not care
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
