@@ -243,11 +243,13 @@ class LayeredNetwork(nn.Module):
         Returns:
             ``(B, *N)`` of this layer.
         """
-        return self._with_shortcut(layer, self.maps[layer](x), held)
+        current: Tensor = self.maps[layer](x)
+        return self._with_shortcut(layer, current, held)
 
     def _with_shortcut(self, layer: int, current: Tensor, held: dict[int, Tensor]) -> Tensor:
         if layer in self.sources:
-            return current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
+            shortcut: Tensor = self.shortcuts[str(layer)](held.pop(self.sources[layer]))
+            return current + shortcut
         return current
 
     def _drop(self, layer: int, x: Tensor) -> Tensor:
@@ -267,7 +269,7 @@ class LayeredNetwork(nn.Module):
             current = layer(x)
             if joined:
                 current = self._with_shortcut(i, current, held)
-            x = fire(current, neuron.threshold, neuron.gamma) if spiking else neuron(current)
+            x = fire(current, neuron.threshold, neuron.gamma) if spiking else neuron(current)  # type: ignore[arg-type]
             if observer is not None:
                 # One timestep of all decisions for spikes, one step per decision for ReLU.
                 steps = 1 if spiking else length
@@ -294,6 +296,7 @@ class LayeredNetwork(nn.Module):
             current = layer(x)
             if joined:
                 current = self._with_shortcut(i, current, held)
+            assert isinstance(neuron, LIF)
             x = neuron.fresh(current, timesteps, repeat)
             repeat = 1  # it was direct encoding
             if dropping:

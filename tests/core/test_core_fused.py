@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiking_rl import LIFState, build_network, compiling, fused, lif_scan, lif_scan_reference
+from spiking_rl import LIF, LIFState, build_network, compiling, fused, lif_scan, lif_scan_reference
 from spiking_rl.surrogate import fire
 
 needs_compiler = pytest.mark.skipif(compiling.library() is None, reason="no C compiler here")
@@ -89,6 +89,60 @@ def test_it_is_the_plain_loop(
         bare = lif_scan(*args, repeat=repeat)  # type: ignore[arg-type]
     assert torch.equal(bare.spikes, found[0])
     assert torch.equal(bare.state.membrane, found[2])
+
+
+@needs_compiler
+@settings(max_examples=80, deadline=None)
+@given(
+    neurons=st.sampled_from([(), (1,), (5,), (700,), (6, 4, 5), (40, 1, 1), (32, 11, 9), (3, 17, 19)]),
+    timesteps=st.integers(1, 5),
+    lasts=st.booleans(),
+    batch=st.integers(1, 5),
+    per_channel=st.booleans(),
+    channels_last=st.booleans(),
+    other_gradient=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_the_short_way_from_rest_is_the_plain_loop(
+    neurons: tuple[int, ...],
+    timesteps: int,
+    lasts: bool,
+    batch: int,
+    per_channel: bool,
+    channels_last: bool,
+    other_gradient: bool,
+    seed: int,
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    repeat = timesteps if lasts else 1
+    current = torch.randn(timesteps // repeat * batch, *neurons, generator=draw)
+    if channels_last and len(neurons) == 3:
+        current = current.to(memory_format=torch.channels_last)
+    channels = neurons[0] if per_channel and neurons else None
+    lif = LIF(channels, max(0, len(neurons) - 1), gamma=0.7)
+    with torch.no_grad():
+        lif.leak.copy_(torch.rand(lif.leak.shape, generator=draw))
+        lif.threshold.copy_(torch.rand(lif.threshold.shape, generator=draw) + 0.2)
+    arriving = torch.randn(timesteps * batch, *neurons, generator=draw)
+    if other_gradient and len(neurons) == 3:  # arrives otherwise than the current lies
+        arriving = arriving.to(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
+    found = []
+    for way in (
+        lambda leaf: lif.fresh(leaf, timesteps, repeat),
+        lambda leaf: lif_scan_reference(
+            leaf.unflatten(0, (-1, batch)), None, lif.leak, lif.threshold, gamma=0.7, repeat=repeat
+        ).spikes.flatten(0, 1),
+    ):
+        leaf = current.clone().requires_grad_()
+        lif.zero_grad()
+        spikes = way(leaf)
+        spikes.backward(arriving)
+        of_leak = torch.zeros_like(lif.leak) if lif.leak.grad is None else lif.leak.grad  # nothing leaks in one step
+        found.append([spikes.detach(), leaf.grad, of_leak, lif.threshold.grad])
+    assert torch.equal(found[0][0], found[1][0]), "the forward pass must not round otherwise"
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=2e-4, atol=2e-4)
+    with torch.no_grad():
+        assert torch.equal(lif.fresh(current, timesteps, repeat), found[0][0])
 
 
 @needs_compiler

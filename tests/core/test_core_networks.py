@@ -294,3 +294,20 @@ def test_an_unknown_network_is_answered_with_the_known() -> None:
         build_network("no_such_network", (4,), 2)
     assert caught.value.field == "network"
     assert "'no_such_network'" in str(caught.value)
+
+
+@EVERY
+def test_watching_a_network_changes_nothing(name: str) -> None:
+    """An observer asks for potentials and takes another way through the layers; training drops outputs in both."""
+    network = awake(name, timesteps=3).train()
+    network.dropout = [0.3] * len(network.maps)
+    inputs = inputs_for(network, 2, 3)
+    found = []
+    for observer in (None, lambda *_: None):
+        torch.manual_seed(1)
+        network.zero_grad()
+        outputs, _ = network(inputs, observer=observer)
+        outputs.square().sum().backward()
+        found.append([outputs.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1 + len(network.neurons), "every layer learns"
+    torch.testing.assert_close(found[0], found[1])
