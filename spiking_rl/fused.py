@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from spiking_rl.compiling import library
 
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
+_NO_MEMORY = "no memory for a scan"
 _SMALL = 1 << 15  # neurons times timesteps that one thread has done before another has woken up
 
 
@@ -90,9 +91,15 @@ def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
 
 
 def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
-    if type(current) is not Tensor or not current.is_cpu or torch.compiler.is_compiling():
-        return False
-    return current.dtype == leak.dtype == threshold.dtype == torch.float32 and library() is not None
+    return (
+        type(current) is Tensor
+        and current.dtype is leak.dtype is threshold.dtype is torch.float32
+        and current.is_cpu
+        and leak.is_cpu
+        and threshold.is_cpu
+        and library() is not None
+        and not torch.compiler.is_compiling()
+    )
 
 
 @functools.lru_cache(1024)
@@ -143,11 +150,16 @@ def _sizes(plan: Plan, steps: int, repeat: int, threads: int) -> int:
 
 
 def _run(loop: str, sizes: int, leak: Tensor, threshold: Tensor, *arguments: Any) -> None:
-    if not (leak.is_contiguous() and threshold.is_contiguous()):
-        # The copies live until the loop has ended, which is what their addresses are good for.
-        leak, threshold = leak.contiguous(), threshold.contiguous()
+    leak, threshold = _contiguous(leak, threshold)
     if not getattr(library(), loop)(sizes, leak.data_ptr(), threshold.data_ptr(), *arguments):
-        raise MemoryError("no memory for a scan")
+        raise MemoryError(_NO_MEMORY)
+
+
+def _contiguous(leak: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dense parameters, to be kept until a loop has ended: their addresses are good for no longer."""
+    if leak.is_contiguous() and threshold.is_contiguous():
+        return leak, threshold
+    return leak.contiguous(), threshold.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -265,6 +277,8 @@ class Fresh(NamedTuple):
         sizes: address of what the loops need to know of shapes.
         fits: the current lies as the spikes do.
         alone: there is one timestep, so nothing ever leaks.
+        forward: the loops.
+        backward: likewise.
     """
 
     plan: Plan
@@ -273,6 +287,8 @@ class Fresh(NamedTuple):
     sizes: int
     fits: bool
     alone: bool
+    forward: Callable[..., int]
+    backward: Callable[..., int]
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return a flat batch in this layout and 32-bit floats, a copy only where it is otherwise."""
@@ -299,7 +315,10 @@ def _fresh(
         return None
     sizes = _sizes(found, timesteps, repeat, threads)
     fits = _lies(shape, strides, found.strides)
-    return Fresh(found, (timesteps * batch, *shape[1:]), found.strides, sizes, fits, timesteps == 1)
+    frames = (timesteps * batch, *shape[1:])
+    loops = library()
+    assert loops is not None, "it was looked for before"
+    return Fresh(found, frames, found.strides, sizes, fits, timesteps == 1, loops.lif_forward, loops.lif_backward)
 
 
 def fused_fresh(
@@ -334,9 +353,14 @@ def fused_fresh(
 
 
 def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh) -> Tensor:
-    spikes = torch.empty_strided(way.frames, way.strides, dtype=torch.float32)
-    addresses = None, current.data_ptr(), None, spikes.data_ptr(), None, None
-    _run("lif_forward", way.sizes, leak, threshold, *addresses)
+    if way.alone:
+        spikes = torch.empty_like(current)
+    else:
+        spikes = torch.empty_strided(way.frames, way.strides, dtype=torch.float32)
+    leak, threshold = _contiguous(leak, threshold)
+    parameters = leak.data_ptr(), threshold.data_ptr(), None
+    if not way.forward(way.sizes, *parameters, current.data_ptr(), None, spikes.data_ptr(), None, None):
+        raise MemoryError(_NO_MEMORY)
     return spikes
 
 
@@ -357,9 +381,12 @@ class _FusedFresh(torch.autograd.Function):
         gamma, way = ctx.options
         arriving = way.dense(grads[0])
         of_current = torch.empty_like(current)
-        of_leak = torch.empty_like(leak) if ctx.needs_input_grad[1] else None
-        of_threshold = torch.empty_like(threshold)
+        of_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        of_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
+        leak, threshold = _contiguous(leak, threshold)
+        parameters = leak.data_ptr(), threshold.data_ptr(), None, gamma
         addresses = current.data_ptr(), None, arriving.data_ptr(), None, None
         results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
-        _run("lif_backward", way.sizes, leak, threshold, None, gamma, *addresses, *results)
+        if not way.backward(way.sizes, *parameters, *addresses, *results):
+            raise MemoryError(_NO_MEMORY)
         return of_current, of_leak, of_threshold, None, None

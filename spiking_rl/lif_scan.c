@@ -75,6 +75,16 @@ INLINE const float *current_at(const Pass *pass, const Block *b, int64_t t, cons
   return current + t / pass->shape.repeat * pass->all + b->at;
 }
 
+/* Asks for the same stretch of the block that comes next: at every block all streams begin anew, which the processor's
+ * own prefetching takes a while to see. */
+INLINE void ahead(const float *stretch, int64_t size) {
+  for (int64_t j = 0; j < size; j += 16) __builtin_prefetch(stretch + size + j);
+}
+
+INLINE void ahead_to_write(const float *stretch, int64_t size) {
+  for (int64_t j = 0; j < size; j += 16) __builtin_prefetch(stretch + size + j, 1);
+}
+
 /* One fresh timestep: the potential is the current. */
 INLINE int alone(const Pass *pass, const float *before) { return pass->shape.timesteps == 1 && !before; }
 
@@ -88,6 +98,8 @@ INLINE void forward_block(const Pass *pass, const Block *b, const float *current
   if (alone(pass, before) && !potentials && !after) {
     const float *now = current + b->at;
     float *spike = spikes + b->at;
+    ahead(now, b->size);
+    ahead_to_write(spike, b->size);
 #pragma omp simd
     for (int64_t j = 0; j < b->size; j++) spike[j] = now[j] > threshold[own * j] ? 1.0f : 0.0f;
     return;
@@ -98,6 +110,8 @@ INLINE void forward_block(const Pass *pass, const Block *b, const float *current
     const float *now = current_at(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
     float *spike = spikes + t * pass->all + b->at;
+    ahead(now, b->size);
+    ahead_to_write(spike, b->size);
     if (potentials) {
       float *potential = potentials + t * pass->all + b->at;
       for (int64_t j = 0; j < b->size; j++) potential[j] = leak[own * j] * keep * membrane[j] + now[j];
@@ -213,6 +227,7 @@ INLINE void backward_block(const Pass *pass, const Block *b, const float *curren
     const float *now = current_at(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
     float *u = scratch + t * size;
+    ahead(now, size);
 #pragma omp simd
     for (int64_t j = 0; j < size; j++) {
       u[j] = leak[own * j] * keep * membrane[j] + now[j];
@@ -227,6 +242,8 @@ INLINE void backward_block(const Pass *pass, const Block *b, const float *curren
     const float keep = keep_at(pass, t, b->sample), *u = scratch + t * size;
     const float *by_spike = in->spikes ? in->spikes + t * all + at : none;
     float *now = out->current + t / repeat * all + at;
+    ahead(by_spike, size);
+    ahead_to_write(now, size);
     if (in->potentials) /* arrives at u, which the reset hands on unchanged, as dL/du' would but for the threshold */
       for (int64_t j = 0; j < size; j++) {
         g.threshold[j] += u[j] > threshold[own * j] ? in->potentials[t * all + at + j] : 0.0f;
@@ -263,6 +280,9 @@ INLINE void backward_alone(const Pass *pass, const Block *b, const float *curren
   const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
   const float *u = current + b->at, *by_spike = in->spikes + b->at;
   float *now = out->current + b->at, of_threshold[BLOCK];
+  ahead(u, b->size);
+  ahead(by_spike, b->size);
+  ahead_to_write(now, b->size);
 #pragma omp simd
   for (int64_t j = 0; j < b->size; j++) {
     const float relative = u[j] * inverse[own * j];
