@@ -6,6 +6,7 @@ python -m spiking_rl.scripts.benchmark_scaling --output results/scaling.json
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ AXES = {
     "width": "neurons per layer (MLP of two layers, batch 64, T=4)",
 }
 
+_LINE = 72  # characters of a panel's title
 _PLAIN = (("layer_norm", False), ("per_channel", False))
 
 
@@ -142,7 +144,7 @@ def explained(rows: Sequence[dict[str, Any]], axis: str) -> str:
     if axis == "width":
         return f"work grows as width^{ours:.2f}, weights alone as width^{limit:.2f}; neurons grow as width^1"
     per = {"T": "timestep (all layers but the first)", "batch": "sample", "L": "environment step of 4 sequences"}[axis]
-    return f"{ours:.3f} ms per {per}, {limit:.3f} of them in the linear layers, {max(0.0, ours - limit):.3f} in neurons"
+    return f"{ours:.3f} ms per {per}, {limit:.3f} of them in the linear layers, {ours - limit:.3f} in neurons"
 
 
 def figure(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -166,7 +168,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
             ax.set_ylim(bottom=0)
         ax.set_xlabel(label, fontsize=9)
         ax.set_ylabel("ms, forward and backward", fontsize=9)
-        ax.set_title(explained(rows, axis), fontsize=7.5, loc="left")
+        ax.set_title(textwrap.fill(explained(rows, axis), _LINE), fontsize=8, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(color="#e2e8f0", linewidth=0.8)
         ax.legend(frameon=False, fontsize=8)
