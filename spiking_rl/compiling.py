@@ -16,7 +16,7 @@ from pathlib import Path
 SWITCH = "SPIKING_RL_COMPILE"
 """Environment variable; ``0`` leaves the compiled loops out."""
 
-_SOURCE = Path(__file__).with_name("lif_scan.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("lif_scan.c", "lif_loops.h")]
 # No fused multiply-add and no reordering: the forward pass gives the plain loop's values bit for bit.
 _FLAGS = ["-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 if platform.machine() in ("x86_64", "AMD64"):
@@ -47,15 +47,18 @@ def library() -> ctypes.CDLL | None:
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the loops take: addresses, all but the surrogate gradient's height."""
     address = ctypes.c_void_p
-    loaded.lif_forward.argtypes = [address] * 9
-    loaded.lif_backward.argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
+    for stored in ("float", "bfloat16"):
+        getattr(loaded, f"lif_forward_{stored}").argtypes = [address] * 9
+        getattr(loaded, f"lif_backward_{stored}").argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
     return loaded
 
 
 def _built(compiler: str, threads: tuple[str, ...]) -> Path:
     """Return the path of the library, building it if it is not there."""
-    source = _SOURCE.read_bytes()
-    parts = [source, *(text.encode() for text in (compiler, _processor(), *_FLAGS, *threads))]
+    parts = [
+        *(source.read_bytes() for source in _SOURCES),
+        *(text.encode() for text in (compiler, _processor(), *_FLAGS, *threads)),
+    ]
     folder = _cache()
     path = folder / f"lif_scan-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if not path.is_file():
@@ -63,7 +66,7 @@ def _built(compiler: str, threads: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made, built = Path(scratch, "lif_scan.o"), Path(scratch, "lif_scan.so")
             quiet = {"check": True, "capture_output": True, "timeout": 60}
-            subprocess.run([compiler, *_FLAGS, *threads, "-c", str(_SOURCE), "-o", str(made)], **quiet)  # type: ignore[call-overload]
+            subprocess.run([compiler, *_FLAGS, *threads, "-c", str(_SOURCES[0]), "-o", str(made)], **quiet)  # type: ignore[call-overload]
             subprocess.run([compiler, "-shared", str(made), "-o", str(built)], **quiet)  # type: ignore[call-overload]
             built.replace(path)
     return path

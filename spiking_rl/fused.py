@@ -1,7 +1,9 @@
-"""The scan in two passes over memory, one each way, for 32-bit floats on a CPU (``lif_scan.c``).
+"""The scan in two passes over memory, one each way, on a CPU (``lif_scan.c``).
 
-What it takes: neurons that lie densely in memory, plain or channels-last, and parameters of which there is one for the
-layer, or one per entry of the first neuron axis. Everything else is left to the loops of :mod:`spiking_rl.neurons`.
+What it takes: currents in 32-bit floats or bfloat16, as spikes and their gradients then are too (membranes, potentials,
+parameters and all that is added up are in 32-bit floats with both); neurons that lie densely in memory, plain or
+channels-last; and parameters of which there is one for the layer, or one per entry of the first neuron axis. Everything
+else is left to the loops of :mod:`spiking_rl.neurons`.
 
 A decision with a batch of one is all overhead: what follows from shapes alone is worked out once, in a :class:`Plan`.
 """
@@ -22,6 +24,7 @@ from spiking_rl.compiling import library
 
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
+_STORED = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 _NO_MEMORY = "no memory for a scan"
 _SMALL = 1 << 15  # neurons times timesteps that one thread has done before another has woken up
 
@@ -64,20 +67,20 @@ class Plan:
     piece: int
     kept: dict[tuple[int, int, int], _Shape]
 
-    def empty(self, steps: int) -> Tensor:
+    def empty(self, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return an uninitialised ``(steps, B, *N)``."""
-        return torch.empty_strided((steps, *self.shape), (self.size, *self.strides), dtype=torch.float32)
+        return torch.empty_strided((steps, *self.shape), (self.size, *self.strides), dtype=dtype)
 
-    def dense(self, tensor: Tensor) -> Tensor:
-        """Return ``(S, B, *N)`` in this layout and 32-bit floats, a copy only where it is otherwise."""
+    def dense(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``(S, B, *N)`` in this layout and type, a copy only where it is otherwise."""
         strides = tensor.stride()
         lies = strides[1:] == self.strides and (strides[0] == self.size or len(tensor) == 1)
-        if tensor.dtype == torch.float32 and (lies or _lies(tensor.shape, strides, (self.size, *self.strides))):
+        if tensor.dtype == dtype and (lies or _lies(tensor.shape, strides, (self.size, *self.strides))):
             return tensor
-        return self.empty(len(tensor)).copy_(tensor)
+        return self.empty(len(tensor), dtype).copy_(tensor)
 
     def dense_step(self, tensor: Tensor) -> Tensor:
-        """Do the same for one timestep ``(B, *N)``."""
+        """Return one timestep ``(B, *N)`` in this layout and 32-bit floats."""
         if tensor.dtype == torch.float32 and _lies(self.shape, tensor.stride(), self.strides):
             return tensor
         return self.empty(1)[0].copy_(tensor)
@@ -93,7 +96,8 @@ def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
 def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
     return (
         type(current) is Tensor
-        and current.dtype is leak.dtype is threshold.dtype is torch.float32
+        and current.dtype in _STORED
+        and leak.dtype is threshold.dtype is torch.float32
         and current.is_cpu
         and leak.is_cpu
         and threshold.is_cpu
@@ -149,9 +153,9 @@ def _sizes(plan: Plan, steps: int, repeat: int, threads: int) -> int:
     return ctypes.addressof(kept)
 
 
-def _run(loop: str, sizes: int, leak: Tensor, threshold: Tensor, *arguments: Any) -> None:
+def _run(loop: str, stored: torch.dtype, sizes: int, leak: Tensor, threshold: Tensor, *arguments: Any) -> None:
     leak, threshold = _contiguous(leak, threshold)
-    if not getattr(library(), loop)(sizes, leak.data_ptr(), threshold.data_ptr(), *arguments):
+    if not getattr(library(), f"{loop}_{_STORED[stored]}")(sizes, leak.data_ptr(), threshold.data_ptr(), *arguments):
         raise MemoryError(_NO_MEMORY)
 
 
@@ -207,14 +211,15 @@ def fused_scan(
         options: the rest.
     """
     plan, _, repeat, carry, trace = options
-    current = plan.dense(current)
+    stored = current.dtype
+    current = plan.dense(current, stored)
     before = None if membrane is None else plan.dense_step(membrane)
     steps = len(current) * repeat
-    spikes = plan.empty(steps)
+    spikes = plan.empty(steps, stored)
     potentials = plan.empty(steps) if trace else None
     after = plan.empty(1).squeeze(0) if carry else None
     addresses = map(_address, (keep, current, before, spikes, potentials, after))
-    _run("lif_forward", _sizes(plan, steps, repeat, torch.get_num_threads()), leak, threshold, *addresses)
+    _run("lif_forward", stored, _sizes(plan, steps, repeat, torch.get_num_threads()), leak, threshold, *addresses)
     return spikes, after, potentials
 
 
@@ -232,7 +237,7 @@ class FusedScan(torch.autograd.Function):
         options: Options,
     ) -> Found:
         """Run :func:`fused_scan`, and keep what the backward pass computes potentials from."""
-        current = options.plan.dense(current)
+        current = options.plan.dense(current, current.dtype)
         before = None if membrane is None else options.plan.dense_step(membrane)
         ctx.save_for_backward(current, before, leak, threshold, keep)
         ctx.options = options
@@ -246,17 +251,18 @@ class FusedScan(torch.autograd.Function):
         plan, gamma, repeat, _, _ = ctx.options
         by_spikes, by_after, by_trace = grads
         arriving = (
-            None if by_spikes is None else plan.dense(by_spikes),
+            None if by_spikes is None else plan.dense(by_spikes, current.dtype),
             None if by_trace is None else plan.dense(by_trace),
             None if by_after is None else plan.dense_step(by_after),
         )
-        grad_current = plan.empty(len(current))
+        grad_current = plan.empty(len(current), current.dtype)
         grad_before = None if before is None else plan.empty(1).squeeze(0)
         grad_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
         grad_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
         leaving = (grad_current, grad_before, grad_leak, grad_threshold)
         _run(
             "lif_backward",
+            current.dtype,
             _sizes(plan, len(current) * repeat, repeat, torch.get_num_threads()),
             leak,
             threshold,
@@ -274,6 +280,7 @@ class Fresh(NamedTuple):
         plan: of one timestep.
         frames: shape of the spikes, ``(T*B, *N)``.
         strides: of the spikes.
+        stored: type of the current and of the spikes.
         sizes: address of what the loops need to know of shapes.
         fits: the current lies as the spikes do.
         alone: there is one timestep, so nothing ever leaks.
@@ -284,6 +291,7 @@ class Fresh(NamedTuple):
     plan: Plan
     frames: tuple[int, ...]
     strides: tuple[int, ...]
+    stored: torch.dtype
     sizes: int
     fits: bool
     alone: bool
@@ -291,16 +299,17 @@ class Fresh(NamedTuple):
     backward: Callable[..., int]
 
     def dense(self, tensor: Tensor) -> Tensor:
-        """Return a flat batch in this layout and 32-bit floats, a copy only where it is otherwise."""
-        if tensor.dtype == torch.float32 and _lies(tensor.shape, tensor.stride(), self.strides):
+        """Return a flat batch in this layout and type, a copy only where it is otherwise."""
+        if tensor.dtype == self.stored and _lies(tensor.shape, tensor.stride(), self.strides):
             return tensor
-        return torch.empty_strided(tensor.shape, self.strides, dtype=torch.float32).copy_(tensor)
+        return torch.empty_strided(tensor.shape, self.strides, dtype=self.stored).copy_(tensor)
 
 
 @functools.lru_cache(1024)
 def _fresh(
     shape: torch.Size,
     strides: tuple[int, ...],
+    stored: torch.dtype,
     leak: torch.Size,
     threshold: torch.Size,
     timesteps: int,
@@ -318,7 +327,8 @@ def _fresh(
     frames = (timesteps * batch, *shape[1:])
     loops = library()
     assert loops is not None, "it was looked for before"
-    return Fresh(found, frames, found.strides, sizes, fits, timesteps == 1, loops.lif_forward, loops.lif_backward)
+    both = (getattr(loops, f"lif_{way}_{_STORED[stored]}") for way in ("forward", "backward"))
+    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, *both)
 
 
 def fused_fresh(
@@ -340,7 +350,14 @@ def fused_fresh(
     if not _takes(current, leak, threshold):
         return None
     way = _fresh(
-        current.shape, current.stride(), leak.shape, threshold.shape, timesteps, repeat, torch.get_num_threads()
+        current.shape,
+        current.stride(),
+        current.dtype,
+        leak.shape,
+        threshold.shape,
+        timesteps,
+        repeat,
+        torch.get_num_threads(),
     )
     if way is None:
         return None
@@ -353,10 +370,7 @@ def fused_fresh(
 
 
 def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh) -> Tensor:
-    if way.alone:
-        spikes = torch.empty_like(current)
-    else:
-        spikes = torch.empty_strided(way.frames, way.strides, dtype=torch.float32)
+    spikes = torch.empty_like(current) if way.alone else torch.empty_strided(way.frames, way.strides, dtype=way.stored)
     leak, threshold = _contiguous(leak, threshold)
     parameters = leak.data_ptr(), threshold.data_ptr(), None
     if not way.forward(way.sizes, *parameters, current.data_ptr(), None, spikes.data_ptr(), None, None):

@@ -1,4 +1,5 @@
-/* The scan of neurons.py in one pass forwards and one backwards, for 32-bit floats on a CPU.
+/* The scan of neurons.py in one pass forwards and one backwards, on a CPU, of currents and spikes in 32-bit floats or in
+ * bfloat16; whatever is added up over time or neurons is in 32-bit floats with both.
  *
  * Each of B samples has N neurons, in the order in which they lie in memory, cut into pieces of P. Either the neurons of
  * a piece have parameters of their own, the same in every piece (channels-last pictures, fully connected layers; P is a
@@ -12,6 +13,7 @@
  */
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define BLOCK 512 /* neurons, at most */
 #define TINY 1e-30f /* what leaks over many timesteps ends in denormal numbers, on which the next convolution takes ages */
@@ -66,67 +68,6 @@ typedef struct {
   int64_t sample, at, size, first;
 } Block;
 
-/* `own` is a constant wherever these are called, so that each of its two values gets loops of its own. */
-INLINE float keep_at(const Pass *pass, int64_t t, int64_t sample) {
-  return pass->keep ? pass->keep[t * pass->shape.batch + sample] : 1.0f;
-}
-
-INLINE const float *current_at(const Pass *pass, const Block *b, int64_t t, const float *current) {
-  return current + t / pass->shape.repeat * pass->all + b->at;
-}
-
-/* Asks for the same stretch of the block that comes next: at every block all streams begin anew, which the processor's
- * own prefetching takes a while to see. */
-INLINE void ahead(const float *stretch, int64_t size) {
-  for (int64_t j = 0; j < size; j += 16) __builtin_prefetch(stretch + size + j);
-}
-
-INLINE void ahead_to_write(const float *stretch, int64_t size) {
-  for (int64_t j = 0; j < size; j += 16) __builtin_prefetch(stretch + size + j, 1);
-}
-
-/* One fresh timestep: the potential is the current. */
-INLINE int alone(const Pass *pass, const float *before) { return pass->shape.timesteps == 1 && !before; }
-
-INLINE void rest(const Block *b, const float *before, float *membrane) {
-  for (int64_t j = 0; j < b->size; j++) membrane[j] = before ? before[b->at + j] : 0.0f;
-}
-
-INLINE void forward_block(const Pass *pass, const Block *b, const float *current, const float *before, float *spikes,
-                          float *potentials, float *after, const int own) {
-  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
-  if (alone(pass, before) && !potentials && !after) {
-    const float *now = current + b->at;
-    float *spike = spikes + b->at;
-    ahead(now, b->size);
-    ahead_to_write(spike, b->size);
-#pragma omp simd
-    for (int64_t j = 0; j < b->size; j++) spike[j] = now[j] > threshold[own * j] ? 1.0f : 0.0f;
-    return;
-  }
-  float membrane[BLOCK];
-  rest(b, before, membrane);
-  for (int64_t t = 0; t < pass->shape.timesteps; t++) {
-    const float *now = current_at(pass, b, t, current);
-    const float keep = keep_at(pass, t, b->sample);
-    float *spike = spikes + t * pass->all + b->at;
-    ahead(now, b->size);
-    ahead_to_write(spike, b->size);
-    if (potentials) {
-      float *potential = potentials + t * pass->all + b->at;
-      for (int64_t j = 0; j < b->size; j++) potential[j] = leak[own * j] * keep * membrane[j] + now[j];
-    }
-#pragma omp simd
-    for (int64_t j = 0; j < b->size; j++) {
-      const float u = leak[own * j] * keep * membrane[j] + now[j], limit = threshold[own * j];
-      spike[j] = u > limit ? 1.0f : 0.0f;
-      membrane[j] = u - (u > limit ? limit : 0.0f);
-    }
-  }
-  if (after)
-    for (int64_t j = 0; j < b->size; j++) after[b->at + j] = membrane[j];
-}
-
 /* Calls DO(block) for every block of one piece of one sample. */
 #define EACH_BLOCK(pass, unit, b, DO)                                                                    \
   do {                                                                                                   \
@@ -140,30 +81,43 @@ INLINE void forward_block(const Pass *pass, const Block *b, const float *current
     }                                                                                                    \
   } while (0)
 
-/* Returns 0 where memory ran out. */
-int lif_forward(const Shape *shape, const float *leak, const float *threshold, const float *keep, const float *current,
-                const float *before, float *spikes, float *potentials, float *after) {
-  Pass pass;
-  if (!begin(&pass, shape, leak, threshold, keep, 0.0f)) return 0;
-#pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
-  for (int64_t unit = 0; unit < shape->batch * pass.pieces; unit++) {
-    if (shape->own)
-      EACH_BLOCK(&pass, unit, b, forward_block(&pass, &b, current, before, spikes, potentials, after, 1));
-    else
-      EACH_BLOCK(&pass, unit, b, forward_block(&pass, &b, current, before, spikes, potentials, after, 0));
-  }
-  free(pass.leak);
-  return 1;
+INLINE float keep_at(const Pass *pass, int64_t t, int64_t sample) {
+  return pass->keep ? pass->keep[t * pass->shape.batch + sample] : 1.0f;
 }
 
-typedef struct {
-  const float *spikes, *potentials, *after; /* gradients that arrive; each may be NULL */
-} Arriving;
+/* Asks for the same stretch of the block that comes next: at every block all streams begin anew, which the processor's
+ * own prefetching takes a while to see. */
+INLINE void ahead(const void *stretch, int64_t bytes, const int write) {
+  for (int64_t at = 0; at < bytes; at += 64) {
+    if (write)
+      __builtin_prefetch((const char *)stretch + bytes + at, 1);
+    else
+      __builtin_prefetch((const char *)stretch + bytes + at, 0);
+  }
+}
 
-typedef struct {
-  float *current, *before; /* gradients that leave; before may be NULL */
-  float *leak, *threshold; /* one, or one per channel, as Shape says; leak may be NULL */
-} Leaving;
+/* One fresh timestep: the potential is the current. */
+INLINE int alone(const Pass *pass, const float *before) { return pass->shape.timesteps == 1 && !before; }
+
+INLINE void rest(const Block *b, const float *before, float *membrane) {
+  for (int64_t j = 0; j < b->size; j++) membrane[j] = before ? before[b->at + j] : 0.0f;
+}
+
+/* bfloat16 is the upper half of a 32-bit float. */
+INLINE float widen(uint16_t half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+/* Rounds to nearest, ties to even, as torch does; what is no number stays none. */
+INLINE uint16_t narrow(float wide) {
+  uint32_t bits;
+  memcpy(&bits, &wide, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return (uint16_t)(wide == wide ? rounded : 0x7fc0);
+}
 
 /* Adds a block's gradients of a parameter to a row: each to its own, or all to the one they share. */
 INLINE void add_sums(float *row, const float *values, int64_t size, const int own) {
@@ -189,117 +143,6 @@ typedef struct {
   float carried[BLOCK], shared[BLOCK], leak[BLOCK], threshold[BLOCK];
 } Gradients;
 
-/* `now` gets dL/dI of the timestep, added to what is there if the current lasts (`add`); `earlier` are potentials of the
- * timestep before, if there is one (`more`). */
-INLINE void backward_step(const Pass *pass, const Block *b, float keep, const float *u, const float *earlier,
-                          const float *by_spike, float *now, Gradients *g, const int add, const int more, const int own) {
-  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
-  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
-#pragma omp simd
-  for (int64_t j = 0; j < b->size; j++) {
-    /* z = u/threshold - 1, and the reset takes threshold * s from u'. */
-    const float limit = threshold[own * j], relative = u[j] * inverse[own * j];
-    const float fire = through_fire(by_spike[j], relative, height[own * j]);
-    float carried = g->carried[j];
-    g->threshold[j] -= fire * relative + (u[j] > limit ? carried : 0.0f);
-    carried += fire;
-    carried = carried > TINY || carried < -TINY ? carried : 0.0f;
-    now[j] = (add ? now[j] : 0.0f) + carried;
-    if (more) {
-      carried *= keep;
-      g->leak[j] += carried * (earlier[j] - (earlier[j] > limit ? limit : 0.0f));
-      carried *= leak[own * j];
-    }
-    g->carried[j] = carried;
-  }
-}
-
-/* `sums` is a row of leak's, then of threshold's, gradients; `scratch` holds S potentials and a row of zeros. */
-INLINE void backward_block(const Pass *pass, const Block *b, const float *current, const float *before, const Arriving *in,
-                           const Leaving *out, float *sums, float *scratch, const int own) {
-  const int64_t size = b->size, all = pass->all, at = b->at, last = pass->shape.timesteps - 1;
-  const int64_t repeat = pass->shape.repeat;
-  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
-  float *none = scratch + pass->shape.timesteps * size, membrane[BLOCK];
-  Gradients g;
-  rest(b, before, membrane);
-  for (int64_t t = 0; t <= last; t++) {
-    const float *now = current_at(pass, b, t, current);
-    const float keep = keep_at(pass, t, b->sample);
-    float *u = scratch + t * size;
-    ahead(now, size);
-#pragma omp simd
-    for (int64_t j = 0; j < size; j++) {
-      u[j] = leak[own * j] * keep * membrane[j] + now[j];
-      membrane[j] = u[j] - (u[j] > threshold[own * j] ? threshold[own * j] : 0.0f);
-    }
-  }
-  for (int64_t j = 0; j < size; j++) {
-    g.carried[j] = in->after ? in->after[at + j] : 0.0f;
-    g.shared[j] = g.leak[j] = g.threshold[j] = none[j] = 0.0f;
-  }
-  for (int64_t t = last; t >= 0; t--) {
-    const float keep = keep_at(pass, t, b->sample), *u = scratch + t * size;
-    const float *by_spike = in->spikes ? in->spikes + t * all + at : none;
-    float *now = out->current + t / repeat * all + at;
-    ahead(by_spike, size);
-    ahead_to_write(now, size);
-    if (in->potentials) /* arrives at u, which the reset hands on unchanged, as dL/du' would but for the threshold */
-      for (int64_t j = 0; j < size; j++) {
-        g.threshold[j] += u[j] > threshold[own * j] ? in->potentials[t * all + at + j] : 0.0f;
-        g.carried[j] += in->potentials[t * all + at + j];
-      }
-    if (t && repeat == 1)
-      backward_step(pass, b, keep, u, u - size, by_spike, now, &g, 0, 1, own);
-    else if (t)
-      backward_step(pass, b, keep, u, u - size, by_spike, g.shared, &g, 1, 1, own);
-    else
-      backward_step(pass, b, keep, u, 0, by_spike, g.shared, &g, 1, 0, own);
-    if (t % repeat == 0 && (repeat > 1 || !t))
-      for (int64_t j = 0; j < size; j++) {
-        now[j] = g.shared[j];
-        g.shared[j] = 0.0f;
-      }
-  }
-  if (before) {
-    const float keep = keep_at(pass, 0, b->sample);
-#pragma omp simd
-    for (int64_t j = 0; j < size; j++) {
-      const float carried = g.carried[j] * keep;
-      g.leak[j] += carried * before[at + j];
-      out->before[at + j] = carried * leak[own * j];
-    }
-  }
-  add_sums(sums + b->first, g.leak, size, own);
-  add_sums(sums + pass->width + b->first, g.threshold, size, own);
-}
-
-/* The same for one fresh timestep without a membrane afterwards, which is most of what is trained. */
-INLINE void backward_alone(const Pass *pass, const Block *b, const float *current, const Arriving *in, const Leaving *out,
-                           float *sums, const int own) {
-  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
-  const float *u = current + b->at, *by_spike = in->spikes + b->at;
-  float *now = out->current + b->at, of_threshold[BLOCK];
-  ahead(u, b->size);
-  ahead(by_spike, b->size);
-  ahead_to_write(now, b->size);
-#pragma omp simd
-  for (int64_t j = 0; j < b->size; j++) {
-    const float relative = u[j] * inverse[own * j];
-    now[j] = through_fire(by_spike[j], relative, height[own * j]);
-    of_threshold[j] = -now[j] * relative;
-  }
-  add_sums(sums + pass->width + b->first, of_threshold, b->size, own);
-}
-
-INLINE void backward_any(const Pass *pass, const Block *b, const float *current, const float *before, const Arriving *in,
-                         const Leaving *out, float *sums, float *scratch, const int own) {
-  if (alone(pass, before) && in->spikes && !in->potentials && !in->after)
-    backward_alone(pass, b, current, in, out, sums, own);
-  else
-    backward_block(pass, b, current, before, in, out, sums, scratch, own);
-}
-
 /* Adds up the groups' rows, and channels that share a parameter. */
 static void gather(const Pass *pass, const float *sums, float *total, int64_t parameters) {
   for (int64_t i = 0; i < parameters; i++) total[i] = 0.0f;
@@ -309,34 +152,19 @@ static void gather(const Pass *pass, const float *sums, float *total, int64_t pa
       for (int64_t c = 0; c < parameters; c++) total[c] += sums[2 * pass->width * group + i + c];
 }
 
-/* Returns 0 where memory ran out. */
-int lif_backward(const Shape *shape, const float *leak, const float *threshold, const float *keep, float gamma,
-                 const float *current, const float *before, const float *by_spikes, const float *by_potentials,
-                 const float *by_after, float *of_current, float *of_before, float *of_leak, float *of_threshold) {
-  const Arriving in = {by_spikes, by_potentials, by_after};
-  const Leaving out = {of_current, of_before, of_leak, of_threshold};
-  Pass pass;
-  if (!begin(&pass, shape, leak, threshold, keep, gamma)) return 0;
-  const int64_t units = shape->batch * pass.pieces, room = (shape->timesteps + 1) * pass.block;
-  float *sums = calloc(2 * shape->groups * pass.width, sizeof(float));
-  float *scratch = malloc(shape->groups * room * sizeof(float));
-  const int enough = sums && scratch;
-  if (enough) {
-#pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
-    for (int64_t group = 0; group < shape->groups; group++) {
-      float *row = sums + 2 * pass.width * group, *own = scratch + room * group;
-      for (int64_t unit = units * group / shape->groups; unit < units * (group + 1) / shape->groups; unit++) {
-        if (shape->own)
-          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, &in, &out, row, own, 1));
-        else
-          EACH_BLOCK(&pass, unit, b, backward_any(&pass, &b, current, before, &in, &out, row, own, 0));
-      }
-    }
-    if (of_leak) gather(&pass, sums, of_leak, shape->leaks);
-    gather(&pass, sums + pass.width, of_threshold, shape->thresholds);
-  }
-  free(scratch);
-  free(sums);
-  free(pass.leak);
-  return enough;
-}
+/* The loops, for each way to store currents, spikes and their gradients. */
+#define STORED float
+#define READ(x) (x)
+#define WRITE(x) (x)
+#define NAME(function) function##_float
+#include "lif_loops.h"
+#undef STORED
+#undef READ
+#undef WRITE
+#undef NAME
+
+#define STORED uint16_t
+#define READ(x) widen(x)
+#define WRITE(x) narrow(x)
+#define NAME(function) function##_bfloat16
+#include "lif_loops.h"

@@ -64,11 +64,12 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
     Returns:
         Spikes in {0, 1}, shape and dtype of ``potential``.
     """
-    if torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad):
-        spikes = fused_fresh(potential, threshold, threshold, gamma, 1, 1)
-        if spikes is None:
-            spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
-        result: Tensor = spikes
-        return result
-    # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way.
-    return torch.gt(potential, threshold, out=torch.empty_like(potential))
+    learning = torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad)
+    if not learning and potential.dtype is torch.float32:
+        # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way.
+        return torch.gt(potential, threshold, out=torch.empty_like(potential))
+    spikes = fused_fresh(potential, threshold, threshold, gamma, 1, 1)  # as many spikes with a gradient as without
+    if spikes is None:
+        spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
+    result: Tensor = spikes
+    return result
