@@ -103,6 +103,7 @@ def build_model(config: TrainConfig, device: str = "auto") -> SpikingPQN | Spiki
     model.average_decay = config.average_decay
     model.rescale_leak = config.rescale_leak
     model.precision = config.precision
+    model.spike_precision = config.spike_precision
     return model
 
 

@@ -120,8 +120,10 @@ class TrainConfig(MainSettings):
     save_every: int = 20_000
     """Agent steps between saves to resume from."""
     precision: Precision = "float32"
-    """Arithmetic in which a ReLU network is trained; bfloat16 is faster where the processor has it. Spikes are
-    always trained in float32: rounding flips them."""
+    """Arithmetic in which a ReLU network is trained; bfloat16 is faster where the processor has it."""
+    spike_precision: Precision = "float32"
+    """Arithmetic in which spiking networks are trained. bfloat16 rounds currents, so a few neurons fire otherwise in
+    training than in play, which is always in float32."""
     threads: int = 1
     """Torch threads; small networks gain nothing from more."""
 

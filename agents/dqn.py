@@ -244,7 +244,9 @@ class SpikingDQN(StagedAlgorithm, DQN):
         if teacher is not None:
             alone = torch.ones(1, len(batch.observations), dtype=torch.bool, device=self.device)
             taught = teacher.values(batch.observations.unsqueeze(0), alone)[0]
-            return imitation_loss(self.q_net(batch.observations), taught)
+            with self.arithmetic():
+                values = self.q_net(batch.observations).float()
+            return imitation_loss(values, taught)
         with torch.no_grad(), self.arithmetic():
             targets = double_q_targets(
                 batch.rewards * self.reward_scale,
@@ -265,19 +267,21 @@ class SpikingDQN(StagedAlgorithm, DQN):
         cut = self.burn_in
         learned = slice(cut, cut + self.sequence_length)
         teacher = self.imitated()
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic():
             if teacher is None:
-                target = self.q_net_target.q_sequence(batch.observations, before, batch.starts)
+                target = self.q_net_target.q_sequence(batch.observations, before, batch.starts).float()
             if cut:
                 before = self.q_net.sequence(batch.observations[:cut], before, batch.starts[:cut])[1]
         if teacher is not None:
             teacher.forget()  # it has a few frames to look back on where the burn-in has as many
             taught = teacher.values(batch.observations, batch.starts)[learned]
-            q = self.q_net.q_sequence(batch.observations[learned], before, batch.starts[learned])
+            with self.arithmetic():
+                q = self.q_net.q_sequence(batch.observations[learned], before, batch.starts[learned]).float()
             mask = batch.decisions[learned]
             return imitation_loss(q[mask], taught[mask])
         # One pass over the rest: its Q-values are regressed, and without gradient choose the best action.
-        q = self.q_net.q_sequence(batch.observations[cut:], before, batch.starts[cut:])
+        with self.arithmetic():
+            q = self.q_net.q_sequence(batch.observations[cut:], before, batch.starts[cut:]).float()
         targets = sequence_targets(
             batch.rewards[cut:] * self.reward_scale,
             batch.terminal[cut:],

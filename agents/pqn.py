@@ -346,7 +346,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                     played = all_actions.flatten(0, 1)[rows]
                 else:
                     state = tuple(LIFState(layer.membrane[rows]) for layer in before)
-                    values = self.policy.q_net.q_sequence(all_obs[:, rows], state, all_starts[:, rows])
+                    with self.arithmetic():
+                        values = self.policy.q_net.q_sequence(all_obs[:, rows], state, all_starts[:, rows]).float()
                     wanted = (all_targets if taught is None else taught)[:, rows]
                     played = all_actions[:, rows]
                 if taught is None:

@@ -75,7 +75,8 @@ class StagedAlgorithm(BaseAlgorithm):
         last_loss: mean loss of the latest training, None before it.
         algo: short name of the algorithm.
         hyperparameters: constructor arguments that a checkpoint keeps.
-        precision: arithmetic in which a ReLU network is trained; spikes always are in float32.
+        precision: arithmetic in which a ReLU network is trained.
+        spike_precision: arithmetic in which a spiking network is trained; it plays in float32.
         average_decay: decay of the weight average per training; 0 keeps none.
         average: averaged weights and buffers of the Q-network by name, None before the first training.
         prune_lr_factor: multiplies the learning rate in every stage after the first.
@@ -103,6 +104,7 @@ class StagedAlgorithm(BaseAlgorithm):
     imitation = 0.0
     rescale_leak = True
     precision: Precision = "float32"
+    spike_precision: Precision = "float32"
     average_decay = 0.0
     average: dict[str, torch.Tensor] | None = None
     membranes: NetworkState | None = None
@@ -122,7 +124,8 @@ class StagedAlgorithm(BaseAlgorithm):
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of a training pass."""
-        if self.precision == "bfloat16" and not self.policy.q_net.network.spiking:
+        spiking = self.policy.q_net.network.spiking
+        if (self.spike_precision if spiking else self.precision) == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 

@@ -45,9 +45,12 @@ class Match(gym.Env[np.ndarray, int]):
 gym.register("Match-v0", entry_point=Match)
 
 
-def learner(algo: str, seed: int = 0, timesteps: int = 2, neuron: str = "lif") -> SpikingPQN | SpikingDQN:
+def learner(
+    algo: str, seed: int = 0, timesteps: int = 2, neuron: str = "lif", stateful: bool = False
+) -> SpikingPQN | SpikingDQN:
     env = make_vectorised("Match-v0", 4, seed)
-    policy = {"timesteps": timesteps, "network_kwargs": {"hidden": [16, 16], "neuron": neuron}}
+    network = {"hidden": [16, 16], "neuron": neuron}
+    policy = {"timesteps": timesteps, "network_kwargs": network, "stateful": stateful}
     if algo == "pqn":
         quick = {"gamma": 0.5, "lam": 0.5, "calibration_steps": 256, "learning_rate": 3e-3}
         return SpikingPQN("MlpPolicy", env, seed=seed, device="cpu", policy_kwargs=policy, **quick)
@@ -319,24 +322,39 @@ def test_a_stateless_agent_cannot_be_the_start_of_a_stateful_one(tmp_path: Path)
 
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
 @pytest.mark.parametrize("neuron", ["relu", "lif"])
-def test_bfloat16_trains_relu_networks_and_leaves_spikes_alone(algo: str, neuron: str) -> None:
+@pytest.mark.parametrize("setting", ["precision", "spike_precision"])
+def test_bfloat16_trains_the_networks_it_is_asked_for(algo: str, neuron: str, setting: str) -> None:
     def trained(precision: str) -> torch.Tensor:
         model = learner(algo, neuron=neuron)
-        model.precision = precision  # type: ignore[assignment]
+        setattr(model, setting, precision)
         model.learn(2_000)
         weights = torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters()).detach()
         assert weights.dtype == torch.float32
         return weights
 
     same = torch.equal(trained("bfloat16"), trained("float32"))
-    assert same == (neuron == "lif")
+    assert same == ((neuron == "lif") == (setting == "precision"))
 
 
-def test_a_relu_network_learns_in_bfloat16() -> None:
-    model = learner("pqn", neuron="relu")
-    model.precision = "bfloat16"
+@pytest.mark.parametrize("neuron", ["relu", "lif"])
+def test_networks_learn_in_bfloat16(neuron: str) -> None:
+    model = learner("pqn", neuron=neuron)
+    model.precision = model.spike_precision = "bfloat16"
     model.learn(12_000)
     assert evaluate(model, "Match-v0", episodes=20, measure_latency=False).mean_return > 7
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_stateful_networks_are_trained_in_bfloat16_too(algo: str) -> None:
+    weights = []
+    for precision in ("float32", "bfloat16"):
+        model = learner(algo, stateful=True)
+        model.spike_precision = precision  # type: ignore[assignment]
+        model.learn(2_000)
+        weights.append(torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters()).detach())
+    assert weights[1].isfinite().all()
+    assert not torch.equal(*weights)
+    assert (weights[0] - weights[1]).norm() < 0.2 * weights[0].norm(), "it is the same training, rounded"
 
 
 def test_small_updates_are_not_spent_on_launching_operations() -> None:

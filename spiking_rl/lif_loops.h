@@ -1,0 +1,221 @@
+/* Included by lif_scan.c, once for each STORED type: READ makes a float of it, WRITE makes it of a float, and NAME tells
+ * its functions from the other's. `own` is a constant wherever these are called, so that each of its two values gets
+ * loops of its own. */
+
+INLINE const STORED *NAME(current_at)(const Pass *pass, const Block *b, int64_t t, const STORED *current) {
+  return current + t / pass->shape.repeat * pass->all + b->at;
+}
+
+INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *current, const float *before,
+                                STORED *spikes, float *potentials, float *after, const int own) {
+  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
+  if (alone(pass, before) && !potentials && !after) {
+    const STORED *now = current + b->at;
+    STORED *spike = spikes + b->at;
+    ahead(now, b->size * sizeof *now, 0);
+    ahead(spike, b->size * sizeof *spike, 1);
+#pragma omp simd
+    for (int64_t j = 0; j < b->size; j++) spike[j] = WRITE(READ(now[j]) > threshold[own * j] ? 1.0f : 0.0f);
+    return;
+  }
+  float membrane[BLOCK];
+  rest(b, before, membrane);
+  for (int64_t t = 0; t < pass->shape.timesteps; t++) {
+    const STORED *now = NAME(current_at)(pass, b, t, current);
+    const float keep = keep_at(pass, t, b->sample);
+    STORED *spike = spikes + t * pass->all + b->at;
+    ahead(now, b->size * sizeof *now, 0);
+    ahead(spike, b->size * sizeof *spike, 1);
+    if (potentials) {
+      float *potential = potentials + t * pass->all + b->at;
+      for (int64_t j = 0; j < b->size; j++) potential[j] = leak[own * j] * keep * membrane[j] + READ(now[j]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < b->size; j++) {
+      const float u = leak[own * j] * keep * membrane[j] + READ(now[j]), limit = threshold[own * j];
+      spike[j] = WRITE(u > limit ? 1.0f : 0.0f);
+      membrane[j] = u - (u > limit ? limit : 0.0f);
+    }
+  }
+  if (after)
+    for (int64_t j = 0; j < b->size; j++) after[b->at + j] = membrane[j];
+}
+
+/* Returns 0 where memory ran out. */
+int NAME(lif_forward)(const Shape *shape, const float *leak, const float *threshold, const float *keep,
+                      const STORED *current, const float *before, STORED *spikes, float *potentials, float *after) {
+  Pass pass;
+  if (!begin(&pass, shape, leak, threshold, keep, 0.0f)) return 0;
+#pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
+  for (int64_t unit = 0; unit < shape->batch * pass.pieces; unit++) {
+    if (shape->own)
+      EACH_BLOCK(&pass, unit, b, NAME(forward_block)(&pass, &b, current, before, spikes, potentials, after, 1));
+    else
+      EACH_BLOCK(&pass, unit, b, NAME(forward_block)(&pass, &b, current, before, spikes, potentials, after, 0));
+  }
+  free(pass.leak);
+  return 1;
+}
+
+typedef struct {
+  const STORED *spikes; /* gradients that arrive; each may be NULL */
+  const float *potentials, *after;
+} NAME(Arriving);
+
+typedef struct {
+  STORED *current; /* gradients that leave; all but those of current and threshold may be NULL */
+  float *before;
+  float *leak, *threshold; /* one, or one per channel, as Shape says */
+} NAME(Leaving);
+
+/* `now` gets dL/dI of the timestep; if the current lasts (`add`), what it adds up to goes on in `g`. `earlier` are
+ * potentials of the timestep before, if there is one (`more`). */
+INLINE void NAME(backward_step)(const Pass *pass, const Block *b, float keep, const float *u, const float *earlier,
+                                const STORED *by_spike, STORED *now, Gradients *g, const int add, const int more,
+                                const int own) {
+  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
+  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
+#pragma omp simd
+  for (int64_t j = 0; j < b->size; j++) {
+    /* z = u/threshold - 1, and the reset takes threshold * s from u'. */
+    const float limit = threshold[own * j], relative = u[j] * inverse[own * j];
+    const float fire = through_fire(READ(by_spike[j]), relative, height[own * j]);
+    float carried = g->carried[j];
+    g->threshold[j] -= fire * relative + (u[j] > limit ? carried : 0.0f);
+    carried += fire;
+    carried = carried > TINY || carried < -TINY ? carried : 0.0f;
+    if (add)
+      g->shared[j] += carried;
+    else
+      now[j] = WRITE(carried);
+    if (more) {
+      carried *= keep;
+      g->leak[j] += carried * (earlier[j] - (earlier[j] > limit ? limit : 0.0f));
+      carried *= leak[own * j];
+    }
+    g->carried[j] = carried;
+  }
+}
+
+/* `sums` is a row of leak's, then of threshold's, gradients; `scratch` holds S potentials and a row of zeros. */
+INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED *current, const float *before,
+                                 const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
+                                 const int own) {
+  const int64_t size = b->size, all = pass->all, at = b->at, last = pass->shape.timesteps - 1;
+  const int64_t repeat = pass->shape.repeat;
+  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
+  float *none = scratch + pass->shape.timesteps * size, membrane[BLOCK];
+  Gradients g;
+  rest(b, before, membrane);
+  for (int64_t t = 0; t <= last; t++) {
+    const STORED *now = NAME(current_at)(pass, b, t, current);
+    const float keep = keep_at(pass, t, b->sample);
+    float *u = scratch + t * size;
+    ahead(now, size * sizeof *now, 0);
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) {
+      u[j] = leak[own * j] * keep * membrane[j] + READ(now[j]);
+      membrane[j] = u[j] - (u[j] > threshold[own * j] ? threshold[own * j] : 0.0f);
+    }
+  }
+  for (int64_t j = 0; j < size; j++) {
+    g.carried[j] = in->after ? in->after[at + j] : 0.0f;
+    g.shared[j] = g.leak[j] = g.threshold[j] = none[j] = 0.0f;
+  }
+  for (int64_t t = last; t >= 0; t--) {
+    const float keep = keep_at(pass, t, b->sample), *u = scratch + t * size;
+    const STORED *by_spike = in->spikes ? in->spikes + t * all + at : (const STORED *)none; /* 0 has no bits set */
+    STORED *now = out->current + t / repeat * all + at;
+    ahead(by_spike, size * sizeof *by_spike, 0);
+    ahead(now, size * sizeof *now, 1);
+    if (in->potentials) /* arrives at u, which the reset hands on unchanged, as dL/du' would but for the threshold */
+      for (int64_t j = 0; j < size; j++) {
+        g.threshold[j] += u[j] > threshold[own * j] ? in->potentials[t * all + at + j] : 0.0f;
+        g.carried[j] += in->potentials[t * all + at + j];
+      }
+    if (t && repeat == 1)
+      NAME(backward_step)(pass, b, keep, u, u - size, by_spike, now, &g, 0, 1, own);
+    else if (t)
+      NAME(backward_step)(pass, b, keep, u, u - size, by_spike, now, &g, 1, 1, own);
+    else
+      NAME(backward_step)(pass, b, keep, u, 0, by_spike, now, &g, 1, 0, own);
+    if (t % repeat == 0 && (repeat > 1 || !t))
+      for (int64_t j = 0; j < size; j++) {
+        now[j] = WRITE(g.shared[j]);
+        g.shared[j] = 0.0f;
+      }
+  }
+  if (before) {
+    const float keep = keep_at(pass, 0, b->sample);
+#pragma omp simd
+    for (int64_t j = 0; j < size; j++) {
+      const float carried = g.carried[j] * keep;
+      g.leak[j] += carried * before[at + j];
+      out->before[at + j] = carried * leak[own * j];
+    }
+  }
+  add_sums(sums + b->first, g.leak, size, own);
+  add_sums(sums + pass->width + b->first, g.threshold, size, own);
+}
+
+/* The same for one fresh timestep without a membrane afterwards, which is most of what is trained. */
+INLINE void NAME(backward_alone)(const Pass *pass, const Block *b, const STORED *current, const NAME(Arriving) *in,
+                                 const NAME(Leaving) *out, float *sums, const int own) {
+  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
+  const STORED *u = current + b->at, *by_spike = in->spikes + b->at;
+  STORED *now = out->current + b->at;
+  float of_threshold[BLOCK];
+  ahead(u, b->size * sizeof *u, 0);
+  ahead(by_spike, b->size * sizeof *by_spike, 0);
+  ahead(now, b->size * sizeof *now, 1);
+#pragma omp simd
+  for (int64_t j = 0; j < b->size; j++) {
+    const float relative = READ(u[j]) * inverse[own * j];
+    const float fire = through_fire(READ(by_spike[j]), relative, height[own * j]);
+    now[j] = WRITE(fire);
+    of_threshold[j] = -fire * relative;
+  }
+  add_sums(sums + pass->width + b->first, of_threshold, b->size, own);
+}
+
+INLINE void NAME(backward_any)(const Pass *pass, const Block *b, const STORED *current, const float *before,
+                               const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
+                               const int own) {
+  if (alone(pass, before) && in->spikes && !in->potentials && !in->after)
+    NAME(backward_alone)(pass, b, current, in, out, sums, own);
+  else
+    NAME(backward_block)(pass, b, current, before, in, out, sums, scratch, own);
+}
+
+/* Returns 0 where memory ran out. */
+int NAME(lif_backward)(const Shape *shape, const float *leak, const float *threshold, const float *keep, float gamma,
+                       const STORED *current, const float *before, const STORED *by_spikes,
+                       const float *by_potentials, const float *by_after, STORED *of_current, float *of_before,
+                       float *of_leak, float *of_threshold) {
+  const NAME(Arriving) in = {by_spikes, by_potentials, by_after};
+  const NAME(Leaving) out = {of_current, of_before, of_leak, of_threshold};
+  Pass pass;
+  if (!begin(&pass, shape, leak, threshold, keep, gamma)) return 0;
+  const int64_t units = shape->batch * pass.pieces, room = (shape->timesteps + 1) * pass.block;
+  float *sums = calloc(2 * shape->groups * pass.width, sizeof(float));
+  float *scratch = malloc(shape->groups * room * sizeof(float));
+  const int enough = sums && scratch;
+  if (enough) {
+#pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
+    for (int64_t group = 0; group < shape->groups; group++) {
+      float *row = sums + 2 * pass.width * group, *own = scratch + room * group;
+      for (int64_t unit = units * group / shape->groups; unit < units * (group + 1) / shape->groups; unit++) {
+        if (shape->own)
+          EACH_BLOCK(&pass, unit, b, NAME(backward_any)(&pass, &b, current, before, &in, &out, row, own, 1));
+        else
+          EACH_BLOCK(&pass, unit, b, NAME(backward_any)(&pass, &b, current, before, &in, &out, row, own, 0));
+      }
+    }
+    if (of_leak) gather(&pass, sums, of_leak, shape->leaks);
+    gather(&pass, sums + pass.width, of_threshold, shape->thresholds);
+  }
+  free(scratch);
+  free(sums);
+  free(pass.leak);
+  return enough;
+}
