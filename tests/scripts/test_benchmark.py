@@ -18,7 +18,8 @@ from spiking_rl.networks import LayeredNetwork, build_network
 from spiking_rl.scripts.benchmark import main
 from spiking_rl.scripts.published import add_results
 from spiking_rl.scripts.speed import cases, rows
-from spiking_rl.scripts.speed.cases import LEAK, Case, build_case
+from spiking_rl.scripts.speed.cases import CASES, LEAK, Case, build_case
+from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed, peer_neuron, time_axis
 from spiking_rl.scripts.speed.plain import Limit, PeerNetwork, ReLUNetwork
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
@@ -116,6 +117,24 @@ def test_the_limit_is_differentiated_through_all_its_layers() -> None:
     limit(inputs)[1].sum().backward()
     assert limit.start.grad is not None
     assert limit.start.shape == (12, 32, 8, 8)
+
+
+def test_the_limit_starts_in_the_memory_format_of_its_maps() -> None:
+    """Else its convolutions would convert, and it would be no limit."""
+    network, inputs = build_case(SMALL, 3)
+    assert Limit(network, inputs).start.is_contiguous(memory_format=torch.channels_last)
+    network, inputs = build_case(SMALL, 3, channels_last=False)
+    assert Limit(network, inputs).start.is_contiguous()
+
+
+def test_bfloat16_is_told_as_a_multiple_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "nature", SMALL)
+    rows = half_rows(rounds=3, seconds=1)
+    assert {(r["timesteps"], r["precision"]) for r in rows} == {
+        (t, p) for t in (None, *SMALL.timesteps) for p in ("float32", "bfloat16")
+    }
+    assert all(r["ratio_to_float32"] == 1 for r in rows if r["precision"] == "float32")
+    assert all(r["ratio_to_relu"] == 1 for r in rows if r["timesteps"] is None)
 
 
 def test_networks_fire_and_are_the_same_in_every_process() -> None:
