@@ -34,7 +34,7 @@ class _Shape(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("timesteps", "repeat", "batch", "neurons", "piece", "channels", "own"),
-            *("leaks", "thresholds", "groups", "threads"),
+            *("leaks", "thresholds", "once", "groups", "threads"),
         )
     ]
 
@@ -53,7 +53,7 @@ class Plan:
         thresholds: likewise.
         own: whether neighbouring neurons have parameters of their own.
         piece: neurons after which parameters repeat, or up to which one holds.
-        kept: what the loops were told, by timesteps, ``repeat`` and threads.
+        kept: what the loops were told, by timesteps, ``repeat``, threads and ``once``.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class Plan:
     thresholds: int
     own: bool
     piece: int
-    kept: dict[tuple[int, int, int], _Shape]
+    kept: dict[tuple[int, int, int, bool], _Shape]
 
     def empty(self, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return an uninitialised ``(steps, B, *N)``."""
@@ -142,14 +142,16 @@ def _plain(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _sizes(plan: Plan, steps: int, repeat: int, threads: int) -> int:
+def _sizes(plan: Plan, steps: int, repeat: int, threads: int, once: bool = False) -> int:
     """Return the address of what the loops need to know of shapes; it is good for as long as the plan lives."""
-    kept = plan.kept.get((steps, repeat, threads))
+    kept = plan.kept.get((steps, repeat, threads, once))
     if kept is None:
         groups = min(plan.shape[0] * -(-plan.neurons // plan.piece), _GROUPS)
         sizes = (steps, repeat, plan.shape[0], plan.neurons, plan.piece, plan.channels, plan.own)
         useful = 1 if steps * plan.size < _SMALL else threads
-        kept = plan.kept[steps, repeat, threads] = _Shape(*sizes, plan.leaks, plan.thresholds, groups, useful)
+        kept = plan.kept[steps, repeat, threads, once] = _Shape(
+            *sizes, plan.leaks, plan.thresholds, once, groups, useful
+        )
     return ctypes.addressof(kept)
 
 
@@ -179,6 +181,7 @@ class Options(NamedTuple):
         repeat: timesteps that each current lasts.
         carry: return the membranes after the last timestep (else None).
         trace: return the potentials (else None).
+        once: neurons fire at most once; from rest and without episode starts only.
     """
 
     plan: Plan
@@ -186,6 +189,7 @@ class Options(NamedTuple):
     repeat: int
     carry: bool
     trace: bool
+    once: bool = False
 
 
 Found = tuple[Tensor, Tensor | None, Tensor | None]
@@ -210,7 +214,7 @@ def fused_scan(
         keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
         options: the rest.
     """
-    plan, _, repeat, carry, trace = options
+    plan, _, repeat, carry, trace, once = options
     stored = current.dtype
     current = plan.dense(current, stored)
     before = None if membrane is None else plan.dense_step(membrane)
@@ -219,7 +223,7 @@ def fused_scan(
     potentials = plan.empty(steps) if trace else None
     after = plan.empty(1).squeeze(0) if carry else None
     addresses = map(_address, (keep, current, before, spikes, potentials, after))
-    _run("lif_forward", stored, _sizes(plan, steps, repeat, torch.get_num_threads()), leak, threshold, *addresses)
+    _run("lif_forward", stored, _sizes(plan, steps, repeat, torch.get_num_threads(), once), leak, threshold, *addresses)
     return spikes, after, potentials
 
 
@@ -248,7 +252,7 @@ class FusedScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors
-        plan, gamma, repeat, _, _ = ctx.options
+        plan, gamma, repeat, _, _, once = ctx.options
         by_spikes, by_after, by_trace = grads
         arriving = (
             None if by_spikes is None else plan.dense(by_spikes, current.dtype),
@@ -263,7 +267,7 @@ class FusedScan(torch.autograd.Function):
         _run(
             "lif_backward",
             current.dtype,
-            _sizes(plan, len(current) * repeat, repeat, torch.get_num_threads()),
+            _sizes(plan, len(current) * repeat, repeat, torch.get_num_threads(), once),
             leak,
             threshold,
             _address(keep),

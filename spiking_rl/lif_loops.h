@@ -1,13 +1,13 @@
 /* Included by lif_scan.c, once for each STORED type: READ makes a float of it, WRITE makes it of a float, and NAME tells
- * its functions from the other's. `own` is a constant wherever these are called, so that each of its two values gets
- * loops of its own. */
+ * its functions from the other's. `own` and `once` are constants wherever these are called, so that each of their values
+ * gets loops of its own. */
 
 INLINE const STORED *NAME(current_at)(const Pass *pass, const Block *b, int64_t t, const STORED *current) {
   return current + t / pass->shape.repeat * pass->all + b->at;
 }
 
 INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *current, const float *before,
-                                STORED *spikes, float *potentials, float *after, const int own) {
+                                STORED *spikes, float *potentials, float *after, const int own, const int once) {
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
   if (alone(pass, before) && !potentials && !after) {
     const STORED *now = current + b->at;
@@ -18,8 +18,10 @@ INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *
     for (int64_t j = 0; j < b->size; j++) spike[j] = WRITE(READ(now[j]) > threshold[own * j] ? 1.0f : 0.0f);
     return;
   }
-  float membrane[BLOCK];
+  float membrane[BLOCK], spent[BLOCK];
   rest(b, before, membrane);
+  if (once)
+    for (int64_t j = 0; j < b->size; j++) spent[j] = 0.0f;
   for (int64_t t = 0; t < pass->shape.timesteps; t++) {
     const STORED *now = NAME(current_at)(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
@@ -33,8 +35,10 @@ INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *
 #pragma omp simd
     for (int64_t j = 0; j < b->size; j++) {
       const float u = leak[own * j] * keep * membrane[j] + READ(now[j]), limit = threshold[own * j];
-      spike[j] = WRITE(u > limit ? 1.0f : 0.0f);
-      membrane[j] = u - (u > limit ? limit : 0.0f);
+      const float fired = u > limit ? (once ? 1.0f - spent[j] : 1.0f) : 0.0f;
+      if (once) spent[j] += fired;
+      spike[j] = WRITE(fired);
+      membrane[j] = u - (fired > 0.0f ? limit : 0.0f);
     }
   }
   if (after)
@@ -48,10 +52,8 @@ int NAME(lif_forward)(const Shape *shape, const float *leak, const float *thresh
   if (!begin(&pass, shape, leak, threshold, keep, 0.0f)) return 0;
 #pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
   for (int64_t unit = 0; unit < shape->batch * pass.pieces; unit++) {
-    if (shape->own)
-      EACH_BLOCK(&pass, unit, b, NAME(forward_block)(&pass, &b, current, before, spikes, potentials, after, 1));
-    else
-      EACH_BLOCK(&pass, unit, b, NAME(forward_block)(&pass, &b, current, before, spikes, potentials, after, 0));
+    EACH_BLOCK(&pass, unit, b,
+               WITH_CONSTANTS(shape, NAME(forward_block), &pass, &b, current, before, spikes, potentials, after));
   }
   free(pass.leak);
   return 1;
@@ -70,18 +72,21 @@ typedef struct {
 
 /* `now` gets dL/dI of the timestep; if the current lasts (`add`), what it adds up to goes on in `g`. `earlier` are
  * potentials of the timestep before, if there is one (`more`). */
-INLINE void NAME(backward_step)(const Pass *pass, const Block *b, float keep, const float *u, const float *earlier,
+INLINE void NAME(backward_step)(const Pass *pass, const Block *b, int64_t t, const float *u, const float *earlier,
                                 const STORED *by_spike, STORED *now, Gradients *g, const int add, const int more,
-                                const int own) {
+                                const int own, const int once) {
+  const float keep = keep_at(pass, t, b->sample);
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
   const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
 #pragma omp simd
   for (int64_t j = 0; j < b->size; j++) {
     /* z = u/threshold - 1, and the reset takes threshold * s from u'. */
     const float limit = threshold[own * j], relative = u[j] * inverse[own * j];
-    const float fire = through_fire(READ(by_spike[j]), relative, height[own * j]);
+    /* What has fired already hears nothing from its later spikes, which were none. */
+    const float arriving = once && g->when[j] < (float)t ? 0.0f : READ(by_spike[j]);
+    const float fire = through_fire(arriving, relative, height[own * j]);
     float carried = g->carried[j];
-    g->threshold[j] -= fire * relative + (u[j] > limit ? carried : 0.0f);
+    g->threshold[j] -= fire * relative + (fires(u[j], limit, g->when[j], t, once) ? carried : 0.0f);
     carried += fire;
     carried = carried > TINY || carried < -TINY ? carried : 0.0f;
     if (add)
@@ -90,7 +95,7 @@ INLINE void NAME(backward_step)(const Pass *pass, const Block *b, float keep, co
       now[j] = WRITE(carried);
     if (more) {
       carried *= keep;
-      g->leak[j] += carried * (earlier[j] - (earlier[j] > limit ? limit : 0.0f));
+      g->leak[j] += carried * (earlier[j] - (fires(earlier[j], limit, g->when[j], t - 1, once) ? limit : 0.0f));
       carried *= leak[own * j];
     }
     g->carried[j] = carried;
@@ -100,13 +105,15 @@ INLINE void NAME(backward_step)(const Pass *pass, const Block *b, float keep, co
 /* `sums` is a row of leak's, then of threshold's, gradients; `scratch` holds S potentials and a row of zeros. */
 INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED *current, const float *before,
                                  const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
-                                 const int own) {
+                                 const int own, const int once) {
   const int64_t size = b->size, all = pass->all, at = b->at, last = pass->shape.timesteps - 1;
   const int64_t repeat = pass->shape.repeat;
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
   float *none = scratch + pass->shape.timesteps * size, membrane[BLOCK];
   Gradients g;
   rest(b, before, membrane);
+  if (once)
+    for (int64_t j = 0; j < size; j++) g.when[j] = (float)(last + 1);
   for (int64_t t = 0; t <= last; t++) {
     const STORED *now = NAME(current_at)(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
@@ -115,7 +122,9 @@ INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED 
 #pragma omp simd
     for (int64_t j = 0; j < size; j++) {
       u[j] = leak[own * j] * keep * membrane[j] + READ(now[j]);
-      membrane[j] = u[j] - (u[j] > threshold[own * j] ? threshold[own * j] : 0.0f);
+      const float limit = threshold[own * j];
+      if (once) g.when[j] = u[j] > limit && g.when[j] > (float)t ? (float)t : g.when[j];
+      membrane[j] = u[j] - (fires(u[j], limit, g.when[j], t, once) ? limit : 0.0f);
     }
   }
   for (int64_t j = 0; j < size; j++) {
@@ -123,22 +132,23 @@ INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED 
     g.shared[j] = g.leak[j] = g.threshold[j] = none[j] = 0.0f;
   }
   for (int64_t t = last; t >= 0; t--) {
-    const float keep = keep_at(pass, t, b->sample), *u = scratch + t * size;
+    const float *u = scratch + t * size;
     const STORED *by_spike = in->spikes ? in->spikes + t * all + at : (const STORED *)none; /* 0 has no bits set */
     STORED *now = out->current + t / repeat * all + at;
     ahead(by_spike, size * sizeof *by_spike, 0);
     ahead(now, size * sizeof *now, 1);
     if (in->potentials) /* arrives at u, which the reset hands on unchanged, as dL/du' would but for the threshold */
       for (int64_t j = 0; j < size; j++) {
-        g.threshold[j] += u[j] > threshold[own * j] ? in->potentials[t * all + at + j] : 0.0f;
+        const int fired = fires(u[j], threshold[own * j], g.when[j], t, once);
+        g.threshold[j] += fired ? in->potentials[t * all + at + j] : 0.0f;
         g.carried[j] += in->potentials[t * all + at + j];
       }
     if (t && repeat == 1)
-      NAME(backward_step)(pass, b, keep, u, u - size, by_spike, now, &g, 0, 1, own);
+      NAME(backward_step)(pass, b, t, u, u - size, by_spike, now, &g, 0, 1, own, once);
     else if (t)
-      NAME(backward_step)(pass, b, keep, u, u - size, by_spike, now, &g, 1, 1, own);
+      NAME(backward_step)(pass, b, t, u, u - size, by_spike, now, &g, 1, 1, own, once);
     else
-      NAME(backward_step)(pass, b, keep, u, 0, by_spike, now, &g, 1, 0, own);
+      NAME(backward_step)(pass, b, t, u, 0, by_spike, now, &g, 1, 0, own, once);
     if (t % repeat == 0 && (repeat > 1 || !t))
       for (int64_t j = 0; j < size; j++) {
         now[j] = WRITE(g.shared[j]);
@@ -180,11 +190,11 @@ INLINE void NAME(backward_alone)(const Pass *pass, const Block *b, const STORED 
 
 INLINE void NAME(backward_any)(const Pass *pass, const Block *b, const STORED *current, const float *before,
                                const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
-                               const int own) {
+                               const int own, const int once) {
   if (alone(pass, before) && in->spikes && !in->potentials && !in->after)
     NAME(backward_alone)(pass, b, current, in, out, sums, own);
   else
-    NAME(backward_block)(pass, b, current, before, in, out, sums, scratch, own);
+    NAME(backward_block)(pass, b, current, before, in, out, sums, scratch, own, once);
 }
 
 /* Returns 0 where memory ran out. */
@@ -205,10 +215,8 @@ int NAME(lif_backward)(const Shape *shape, const float *leak, const float *thres
     for (int64_t group = 0; group < shape->groups; group++) {
       float *row = sums + 2 * pass.width * group, *own = scratch + room * group;
       for (int64_t unit = units * group / shape->groups; unit < units * (group + 1) / shape->groups; unit++) {
-        if (shape->own)
-          EACH_BLOCK(&pass, unit, b, NAME(backward_any)(&pass, &b, current, before, &in, &out, row, own, 1));
-        else
-          EACH_BLOCK(&pass, unit, b, NAME(backward_any)(&pass, &b, current, before, &in, &out, row, own, 0));
+        EACH_BLOCK(&pass, unit, b,
+                   WITH_CONSTANTS(shape, NAME(backward_any), &pass, &b, current, before, &in, &out, row, own));
       }
     }
     if (of_leak) gather(&pass, sums, of_leak, shape->leaks);

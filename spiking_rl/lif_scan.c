@@ -26,6 +26,7 @@ typedef struct {
   int64_t channels;          /* C: parameters of the layer; 1 if they are shared */
   int64_t own;               /* 1: neurons of a piece have parameters of their own; 0: one holds for the piece */
   int64_t leaks, thresholds; /* how many are given: 1, or C */
+  int64_t once;              /* 1: a neuron fires at most once; from rest and without episode starts only */
   int64_t groups, threads;
 } Shape;
 
@@ -96,6 +97,19 @@ INLINE void ahead(const void *stretch, int64_t bytes, const int write) {
   }
 }
 
+/* Calls FUNCTION with the arguments given and its two constants. */
+#define WITH_CONSTANTS(shape, FUNCTION, ...)       \
+  do {                                             \
+    if ((shape)->own && (shape)->once)             \
+      FUNCTION(__VA_ARGS__, 1, 1);                 \
+    else if ((shape)->own)                         \
+      FUNCTION(__VA_ARGS__, 1, 0);                 \
+    else if ((shape)->once)                        \
+      FUNCTION(__VA_ARGS__, 0, 1);                 \
+    else                                           \
+      FUNCTION(__VA_ARGS__, 0, 0);                 \
+  } while (0)
+
 /* One fresh timestep: the potential is the current. */
 INLINE int alone(const Pass *pass, const float *before) { return pass->shape.timesteps == 1 && !before; }
 
@@ -132,6 +146,11 @@ INLINE void add_sums(float *row, const float *values, int64_t size, const int ow
   *row += total;
 }
 
+/* Whether a neuron fires at timestep t, of those that fire once (`once`, a constant) as the forward pass found. */
+INLINE int fires(float u, float limit, float when, int64_t t, const int once) {
+  return once ? when == (float)t : u > limit;
+}
+
 /* ds/du times the gradient that arrives at a spike; `relative` is u/threshold. */
 INLINE float through_fire(float by_spike, float relative, float height) {
   const float z = relative - 1.0f, slope = 1.0f - (z < 0.0f ? -z : z);
@@ -141,6 +160,7 @@ INLINE float through_fire(float by_spike, float relative, float height) {
 /* Gradients of a block at one timestep; `carried` is dL/du' at it, and dL/du' at the one before afterwards. */
 typedef struct {
   float carried[BLOCK], shared[BLOCK], leak[BLOCK], threshold[BLOCK];
+  float when[BLOCK]; /* of neurons that fire at most once, the timestep at which they do; S for never */
 } Gradients;
 
 /* Adds up the groups' rows, and channels that share a parameter. */

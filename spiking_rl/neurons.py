@@ -285,19 +285,20 @@ def lif_scan(
     """
     membrane = None if state is None else state.membrane
     way = None
-    if not single_spike and current.dim() > 1 and len(current):
+    if current.dim() > 1 and len(current) and not (single_spike and (state is not None or starts is not None)):
         way = plan(current, leak, threshold)
     if way is None or repeat != 1 or state is not None or starts is not None:  # else the plan has found that all fits
         _check(current, state, leak, threshold, starts, repeat)
     if way is not None:
         keep = None if starts is None else (~starts).float()
-        options = Options(way, gamma, repeat, carry, trace)
+        options = Options(way, gamma, repeat, carry, trace, single_spike)
         if torch.is_grad_enabled():
             found = FusedScan.apply(current, membrane, leak, threshold, keep, options)  # type: ignore[no-untyped-call]
         else:
             found = fused_scan(current, membrane, leak, threshold, keep, options)
         spikes, after, potentials = found
-        return LIFScan(spikes, LIFState(after) if carry else None, potentials)
+        fired = spikes.detach().sum(0) if carry and single_spike else None
+        return LIFScan(spikes, LIFState(after, fired) if carry else None, potentials)
     current = direct(current, repeat)
     spent = None
     if single_spike:

@@ -50,6 +50,7 @@ def values(scan: object, tensors: dict[str, Tensor | None], arriving: list[Tenso
     channels_last=st.booleans(),
     carried=st.booleans(),
     reset=st.booleans(),
+    once=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_it_is_the_plain_loop(
@@ -61,6 +62,7 @@ def test_it_is_the_plain_loop(
     channels_last: bool,
     carried: bool,
     reset: bool,
+    once: bool,
     seed: int,
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -78,15 +80,17 @@ def test_it_is_the_plain_loop(
     assert fused.plan(tensors["current"], tensors["leak"], tensors["threshold"]) is not None  # type: ignore[arg-type]
     shapes = [(steps * repeat, batch, *neurons)] * 2 + [(batch, *neurons)]
     arriving = [torch.randn(shape, generator=draw) for shape in shapes]
-    expected = values(lif_scan_reference, tensors, arriving, repeat=repeat, gamma=0.7)
-    found = values(lif_scan, tensors, arriving, repeat=repeat, gamma=0.7)
+    once = once and not carried and not reset  # the loops do the rest
+    options = {"repeat": repeat, "gamma": 0.7, "single_spike": once}
+    expected = values(lif_scan_reference, tensors, arriving, **options)
+    found = values(lif_scan, tensors, arriving, **options)
     assert all(map(torch.equal, found[:3], expected[:3])), "the forward pass must not round otherwise"
     torch.testing.assert_close(found[3:], expected[3:], rtol=2e-4, atol=2e-4)
     # Without a gradient nothing is saved, and the spikes are the same.
     with torch.no_grad():
         state = LIFState(tensors["membrane"]) if carried else None  # type: ignore[arg-type]
         args = (tensors["current"], state, tensors["leak"], tensors["threshold"], tensors["starts"])
-        bare = lif_scan(*args, repeat=repeat)  # type: ignore[arg-type]
+        bare = lif_scan(*args, repeat=repeat, single_spike=once)  # type: ignore[arg-type]
     assert torch.equal(bare.spikes, found[0])
     assert torch.equal(bare.state.membrane, found[2])
 
