@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from spiking_rl.agents import pqn
-from spiking_rl.agents.config import load_recipe
+from spiking_rl.agents.config import Precision, load_recipe
 from spiking_rl.agents.training import replace_settings, start_run
 from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
@@ -55,6 +55,8 @@ class Options:
     """Network for images."""
     width: float = 0.375
     """Its width."""
+    precision: Precision = "float32"
+    """Arithmetic of training."""
     label: str = ""
     """Said in every row, such as "before"."""
     threads: int = 2
@@ -79,7 +81,8 @@ def main() -> None:
         watch = Stopwatch(whole=("evaluation", "saving"))
         start = time.perf_counter()
         loops[name](options, watch)
-        rows = table(watch.seconds, loop=name, label=options.label, timesteps=options.timesteps)
+        told = {"loop": name, "label": options.label, "precision": options.precision, "timesteps": options.timesteps}
+        rows = table(watch.seconds, **told)
         print(f"{name}, T={options.timesteps}: {time.perf_counter() - start:.1f} s with its setup")
         for row in rows:
             print(f"  {row['part']:24}{row['seconds']:8.2f} s {row['share']:6.1%}")
@@ -104,6 +107,7 @@ def _agent(name: str, options: Options, watch: Stopwatch) -> None:
         "prune_steps": 1,
     }
     own |= {"eval_every": max(1, steps // 2), "eval_episodes": 10 if name == "cartpole" else 1, "goal": None}
+    own |= {"spike_precision": options.precision}
     own |= {"ann_steps": 0, "imitation": 0.0, "threads": options.threads, "save_every": steps}
     config = replace_settings(load_recipe(name)[1], own)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -136,6 +140,7 @@ def _classifier(options: Options, watch: Stopwatch) -> None:
     config = load_image_recipe("fast")
     config.network, config.width, config.threads = options.network, options.width, options.threads
     config.timesteps = config.prune_to = options.timesteps
+    config.precision = options.precision
     config.ann_epochs, config.epochs, config.prune_epochs = 0, 1, 1
     images = _pixels(options.images)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
