@@ -1,4 +1,4 @@
-"""Latency of one decision at T=1 against the plain ReLU network: as trained, deployed, and in ONNX Runtime.
+"""Latency of one decision against the plain ReLU network: as trained, deployed, and at T=1 in ONNX Runtime.
 
 python -m spiking_rl.scripts.benchmark_deploy --output results/deploy-speed.json
 """
@@ -29,14 +29,16 @@ from spiking_rl.scripts.published import write_results
 
 DESCRIPTION = """Time one decision (batch 1) of the Nature-CNN and of CartPole's perceptron, at T=1 and with ReLU.
 
-Inputs are observations that the shipped agents pong and cartpole meet, scaled. Compared with nn.Sequential of the
-same layers with ReLU and without normalisation; ONNX Runtime with that network exported the same way.
+The Nature-CNN runs at T=4 too. Inputs are observations that the shipped agents pong and cartpole meet, scaled. Compared
+with nn.Sequential of the same layers with ReLU and without normalisation; ONNX Runtime with that network exported the
+same way.
 
 Example: python -m spiking_rl.scripts.benchmark_deploy --output results/deploy-speed.json"""
 
 _PRETRAINED = {"nature_cnn": "pong", "mlp": "cartpole"}
 _RATE = 0.1  # spikes per neuron in the networks that are not trained
 _WARM_UP = 5
+_TIMESTEPS = 4  # of the Nature-CNN that is not pruned
 
 Decision = Callable[[Tensor], Any]
 Networks = list[tuple[str, LayeredNetwork]]
@@ -64,7 +66,7 @@ class Variant:
         network: the layers.
         way: how they are run.
         library: whose code that is.
-        timesteps: 1 for spikes, None for ReLU.
+        timesteps: T for spikes, None for ReLU.
         decide: the function of an input ``(1, *input_shape)``.
     """
 
@@ -83,7 +85,8 @@ def main() -> None:
         networks, inputs = _networks(kind, options.observations)
         for threads in options.threads:
             torch.set_num_threads(threads)
-            for variants in (_pytorch(networks), _onnxruntime(networks, threads)):
+            pruned = [(name, network) for name, network in networks if network.timesteps == 1]
+            for variants in (_pytorch(networks), _onnxruntime(pruned, threads)):
                 for row in _measured(list(variants), inputs, options.rounds):
                     rows.append(row | {"threads": threads})
                     print(_line(rows[-1]), flush=True)
@@ -93,7 +96,7 @@ def main() -> None:
 
 def _line(row: dict[str, Any]) -> str:
     low, high = row["quartiles"]
-    name = f"{row['network']}, {'ReLU' if row['timesteps'] is None else 'T=1'}"
+    name = f"{row['network']}, {'ReLU' if row['timesteps'] is None else 'T=' + str(row['timesteps'])}"
     return (
         f"{row['threads']} threads  {name:45} {row['pass']:28} {row['ms']:.4f} ms ({low:.4f} to {high:.4f})  "
         f"{row['ratio_to_relu']:.2f} x ReLU"
@@ -131,12 +134,16 @@ def _networks(kind: str, observations: int) -> tuple[Networks, Tensor]:
         (kind, spiking),
         (f"{kind}, normalised ({_PRETRAINED[kind]})", trained),
     ]
+    if kind == "nature_cnn":
+        longer = build_network(kind, shape, int(actions), timesteps=_TIMESTEPS, **options)
+        calibrate_thresholds(longer, inputs, _RATE)
+        named.append((kind, longer))
     return [(name, network.eval()) for name, network in named], inputs
 
 
 def _pytorch(networks: Networks) -> Iterator[Variant]:
     for name, network in networks:
-        timesteps = 1 if network.spiking else None
+        timesteps = network.timesteps if network.spiking else None
         if network.spiking:
             yield Variant(name, "forward", "spiking-rl", timesteps, _forward(network))
             yield Variant(name, "deployed", "spiking-rl", timesteps, deploy(network))

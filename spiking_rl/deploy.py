@@ -1,4 +1,4 @@
-"""A network pruned to one timestep, made ready for use: thresholds folded away, no membrane, silent inputs skipped."""
+"""A network made ready for use: at one timestep thresholds folded away and no membrane; silent inputs skipped."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
+from spiking_rl.fused import FreshScan
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
 from spiking_rl.surrogate import fire
 
 _GATHER_FROM = 2**18  # weights of a linear layer from which reading only the active inputs' rows wins
-_GATHER_DENSITY = 0.5  # part of the inputs that may be active for it
+_GATHER_DENSITY = 0.5  # part of the inputs that may be active for it, those of all timesteps counted
+_TRANSPOSED_UP_TO = 1024  # outputs up to which, at several timesteps, the product with transposed weights wins
 
 _Module = Callable[[Tensor], Tensor]
 
@@ -51,6 +53,11 @@ def check_plain(network: LayeredNetwork) -> None:
         raise UserError("kappa", network.spike_time.kappa, "outputs scored by spike times cannot be deployed; use 0")
 
 
+def _check_spiking(network: LayeredNetwork) -> None:
+    if not network.spiking:
+        raise UserError("network", "relu", "has no spiking neurons; it is fast as it is")
+
+
 @torch.no_grad()
 def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
     """Return an equal network of :class:`Step` neurons, for one timestep with fresh membranes.
@@ -68,10 +75,9 @@ def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
     Raises:
         UserError: the network is more than thresholds in one pass.
     """
-    if not network.spiking:
-        raise UserError("network", "relu", "has no spiking neurons; it is fast as it is")
+    _check_spiking(network)
     if network.timesteps != 1:
-        raise UserError("timesteps", network.timesteps, "only a network at one timestep can be deployed; prune it")
+        raise UserError("timesteps", network.timesteps, "only at one timestep can thresholds be folded; prune it")
     check_plain(network)
     folded = fold_batch_norm(network).eval().requires_grad_(False)
     for i, neuron in enumerate(folded.neurons):
@@ -96,38 +102,87 @@ def _shift(layer: nn.Module, by: Tensor) -> bool:
     return True
 
 
+def _fold_timesteps(network: LayeredNetwork) -> LayeredNetwork:
+    """Return an equal network of several timesteps, in evaluation mode and without batch norm, for use alone."""
+    _check_spiking(network)
+    check_plain(network)
+    if network.exit_margin is not None:
+        raise UserError("exit_margin", network.exit_margin, "early decisions cannot be deployed; set it to None")
+    folded = fold_batch_norm(network).eval()
+    for module in folded.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # As plain attributes: modules look their parameters up in Python, which a small layer notices.
+            delattr(module, name)
+            setattr(module, name, parameter.detach())
+    return folded
+
+
+class Scan:
+    """Neurons over the timesteps of fresh decisions, on a flat batch.
+
+    Args:
+        neuron: the layer, as it shall stay.
+        timesteps: T.
+        repeat: timesteps that each current lasts: 1, or T.
+    """
+
+    def __init__(self, neuron: LIF, timesteps: int, repeat: int) -> None:
+        self.neuron, self.timesteps, self.repeat = neuron, timesteps, repeat
+        self.fused = FreshScan(neuron.leak, neuron.threshold, timesteps, repeat)
+
+    def __call__(self, current: Tensor) -> Tensor:
+        """Return spikes ``(T * B, *N)`` of a current ``(T / repeat * B, *N)``, timestep by timestep."""
+        spikes = self.fused(current)
+        return self.neuron.fresh(current, self.timesteps, self.repeat) if spikes is None else spikes
+
+
 class SparseLinear:
-    """A linear map that reads only the weights of active inputs, where the batch is one and few are active.
+    """A linear map that reads only the weights of active inputs, where there is one decision and few are active.
 
     A single decision is bound by memory: the 1.6 million weights of the Nature-CNN's linear layer take longer to
-    read than to use, and nine inputs in ten are silent.
+    read than to use, and nine inputs in ten are silent. Of several timesteps each reads its own.
 
     Args:
         layer: the map.
         binary: its inputs are spikes, 0 or 1, and not means of spikes over a pool.
+        timesteps: inputs that come with one decision.
     """
 
-    def __init__(self, layer: nn.Linear, binary: bool) -> None:
+    def __init__(self, layer: nn.Linear, binary: bool, timesteps: int = 1) -> None:
         self.rows = layer.weight.detach().t().contiguous()  # (inputs, outputs)
         self.bias = self.rows.new_zeros(self.rows.shape[1]) if layer.bias is None else layer.bias.detach()
         self.binary = binary
+        self.timesteps = timesteps
         self.most = int(_GATHER_DENSITY * len(self.rows))
-        self.first = torch.zeros(1, dtype=torch.int64, device=self.rows.device)
+        self.first = torch.arange(timesteps, device=self.rows.device) * len(self.rows)
+        wide = timesteps > 1 and self.rows.shape[1] > _TRANSPOSED_UP_TO
+        self.dense = layer.weight.detach() if wide else None  # the layer's own weights, where they are faster
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``(B, outputs)`` of ``(B, inputs)``."""
-        if len(x) == 1:
-            flat = x.view(-1)
-            active = flat.nonzero().view(-1)
+        if len(x) == self.timesteps and (self.timesteps == 1 or self._few(x)):
+            flat = x.reshape(-1)
+            # Booleans are searched faster, which pays for itself where there are many.
+            active = (flat if self.timesteps == 1 else flat.bool()).nonzero().view(-1)
             if len(active) <= self.most:
                 amounts = None if self.binary else flat[active]
-                summed: Tensor = torch.embedding_bag(self.rows, active, self.first, False, 0, False, amounts)[0]
+                first = self.first
+                if self.timesteps > 1:
+                    first = torch.searchsorted(active, first)
+                    active.remainder_(len(self.rows))
+                summed: Tensor = torch.embedding_bag(self.rows, active, first, False, 0, False, amounts)[0]
                 return summed.add_(self.bias)
+        if self.dense is not None:
+            return nn.functional.linear(x, self.dense, self.bias)
         return torch.addmm(self.bias, x, self.rows)
+
+    def _few(self, x: Tensor) -> bool:
+        """Tell whether few inputs of all timesteps are active; to count them costs less than to find them."""
+        return bool((x.sum() if self.binary else x.count_nonzero()) <= self.most)
 
 
 class DeployedNetwork:
-    """A network at one timestep as a function, without autograd; see :func:`deploy`.
+    """A network as a function, without autograd; see :func:`deploy`.
 
     Attributes:
         input_shape: shape of one input.
@@ -135,13 +190,18 @@ class DeployedNetwork:
 
     def __init__(self, folded: LayeredNetwork) -> None:
         self.input_shape = folded.input_shape
+        self._timesteps = timesteps = folded.timesteps
         self._sources = dict(folded.sources)
         self._shortcuts = {int(i): module.forward for i, module in folded.shortcuts.items()}
         self._feeds = frozenset(folded.sources.values())
-        self._neurons: list[_Module] = [neuron.forward for neuron in folded.neurons]
+        self._neurons: list[_Module] = [
+            # Direct encoding: the first layer's current lasts for all timesteps.
+            Scan(neuron, timesteps, 1 if i else timesteps) if isinstance(neuron, LIF) else neuron.forward
+            for i, neuron in enumerate(folded.neurons)
+        ]
         # Layers as flat lists of bound methods: at a batch of one, calling modules costs as much as a small layer.
-        self._maps = [_flat(layer, spikes=i > 0) for i, layer in enumerate(folded.maps)]
-        self._readout = _flat(folded.readout, spikes=True)
+        self._maps = [_flat(layer, spikes=i > 0, timesteps=timesteps) for i, layer in enumerate(folded.maps)]
+        self._readout = _flat(folded.readout, spikes=True, binary=timesteps == 1)
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -162,24 +222,27 @@ class DeployedNetwork:
             x = neuron(x)
             if i in self._feeds:
                 held[i] = x
+        if self._timesteps > 1:  # the readout is linear, so the mean may be taken before it
+            x = x.view(self._timesteps, len(inputs), *x.shape[1:]).mean(0)
         for part in self._readout:
             x = part(x)
         return x
 
 
-def _flat(layer: nn.Module, spikes: bool) -> list[_Module]:
+def _flat(layer: nn.Module, *, spikes: bool, binary: bool = True, timesteps: int = 1) -> list[_Module]:
     """Return the parts of a map in order, its large linear ones reading only active inputs.
 
     Args:
         layer: the map.
         spikes: it sees the spikes of another layer.
+        binary: as they are, and not their means; until a part turns them into something else.
+        timesteps: inputs that come with one decision.
     """
     parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
     flat: list[_Module] = []
-    binary = True  # until a part turns spikes into something else
     for part in parts:
         if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
-            flat.append(SparseLinear(part, binary))
+            flat.append(SparseLinear(part, binary, timesteps))
         else:
             flat.append(part.forward)
         binary = binary and isinstance(part, nn.Flatten)
@@ -187,19 +250,20 @@ def _flat(layer: nn.Module, spikes: bool) -> list[_Module]:
 
 
 def deploy(network: LayeredNetwork) -> DeployedNetwork:
-    """Return a network pruned to T=1 as a function ``(B, *input_shape) -> (B, n)``, faster and with equal outputs.
+    """Return a network as a function ``(B, *input_shape) -> (B, n)``, faster and with equal outputs.
 
-    Thresholds are folded into the layers (:func:`fold_thresholds`), no membrane and nothing for a gradient is
-    kept, and a single decision skips the silent inputs of large linear layers.
+    At T=1 thresholds are folded into the layers (:func:`fold_thresholds`), and no membrane is kept. At any T batch
+    norm is folded, nothing for a gradient is kept, and a single decision skips silent inputs of large linear layers.
 
-    The outputs are those of ``network`` with fresh membranes, to rounding; where a current comes within rounding of
+    The outputs are those of ``network`` with fresh membranes, to rounding; where a potential comes within rounding of
     its threshold a spike may differ, and with it what depends on it.
 
     Args:
-        network: any registered network of spiking neurons at T=1; it stays as it is, and later changes to it do
-            not reach the deployed one.
+        network: any registered network of spiking neurons; it stays as it is, and later changes to it do not reach
+            the deployed one.
 
     Raises:
-        UserError: the network has ReLU neurons, more than one timestep, a code, or scores spike times.
+        UserError: the network has ReLU neurons, a code, or scores spike times; or, at more than one timestep, neurons
+            that fire once or an exit margin.
     """
-    return DeployedNetwork(fold_thresholds(network))
+    return DeployedNetwork(fold_thresholds(network) if network.timesteps == 1 else _fold_timesteps(network))

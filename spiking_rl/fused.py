@@ -382,6 +382,54 @@ def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh) 
     return spikes
 
 
+class FreshScan:
+    """:func:`fused_fresh` without a gradient, for parameters that stay as they are: a call looks up next to nothing.
+
+    Args:
+        leak: one, or one per entry of the first neuron axis.
+        threshold: likewise.
+        timesteps: T.
+        repeat: timesteps that each current lasts; 1, or T.
+    """
+
+    def __init__(self, leak: Tensor, threshold: Tensor, timesteps: int, repeat: int) -> None:
+        self.leak, self.threshold = leak.detach().contiguous(), threshold.detach().contiguous()
+        self.timesteps, self.repeat = timesteps, repeat
+        self._parameters = self.leak.data_ptr(), self.threshold.data_ptr()
+        # What the last current was, and how it went; one object, as several threads may be calling.
+        self._last: tuple[tuple[Any, ...], Fresh | None] = ((), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy begins anew: addresses are good in one process only, and for as long as what lies there.
+        return FreshScan, (self.leak, self.threshold, self.timesteps, self.repeat)
+
+    def __call__(self, current: Tensor) -> Tensor | None:
+        """Return spikes ``(T*B, *N)`` from rest of a flat current; None where the loops have to do it."""
+        if torch.compiler.is_compiling():
+            return None
+        seen = type(current), current.dtype, current.shape, current.stride(), torch.get_num_threads()
+        last, way = self._last
+        if seen != last:
+            way = self._find(current)
+            self._last = seen, way
+        if way is None:
+            return None
+        if not way.fits:
+            current = way.dense(current)
+        spikes = torch.empty_strided(way.frames, way.strides, dtype=way.stored)
+        addresses = *self._parameters, None, current.data_ptr(), None, spikes.data_ptr(), None, None
+        if not way.forward(way.sizes, *addresses):
+            raise MemoryError(_NO_MEMORY)
+        return spikes
+
+    def _find(self, current: Tensor) -> Fresh | None:
+        leak, threshold = self.leak, self.threshold
+        if not _takes(current, leak, threshold):
+            return None
+        sizes = leak.shape, threshold.shape, self.timesteps, self.repeat, torch.get_num_threads()
+        return _fresh(current.shape, current.stride(), current.dtype, *sizes)
+
+
 class _FusedFresh(torch.autograd.Function):
     """What most of training is, without what it does not need."""
 

@@ -85,7 +85,7 @@ def test_it_is_the_plain_loop(
     expected = values(lif_scan_reference, tensors, arriving, **options)
     found = values(lif_scan, tensors, arriving, **options)
     assert all(map(torch.equal, found[:3], expected[:3])), "the forward pass must not round otherwise"
-    torch.testing.assert_close(found[3:], expected[3:], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(found[3:], expected[3:], rtol=2e-4, atol=1e-3)  # thousands of terms of either sign
     # Without a gradient nothing is saved, and the spikes are the same.
     with torch.no_grad():
         state = LIFState(tensors["membrane"]) if carried else None  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def test_the_short_way_from_rest_is_the_plain_loop(
     assert torch.equal(found[0][0].float(), found[1][0]), "the forward pass must not round otherwise"
     # Both round a current's gradient once, at the end; a tie may go either way.
     torch.testing.assert_close(found[0][1], found[1][1], rtol=2e-2 if half else 2e-4, atol=2e-4)
-    torch.testing.assert_close(found[0][2:], found[1][2:], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(found[0][2:], found[1][2:], rtol=2e-4, atol=1e-3)  # thousands of terms of either sign
     with torch.no_grad():
         assert torch.equal(lif.fresh(current, timesteps, repeat), found[0][0])
 

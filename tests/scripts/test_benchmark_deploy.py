@@ -26,6 +26,8 @@ def test_every_way_of_every_network_is_a_row(tmp_path: Path, monkeypatch: pytest
         ways = {(row["network"], row["timesteps"], row["pass"]) for row in of_kind}
         for network in (kind, f"{kind}, normalised ({agent})"):
             assert {(network, 1, way) for way in ("forward", "deployed", "onnx")} <= ways
+        longer = {(kind, 4, "forward"), (kind, 4, "deployed")} if kind == "nature_cnn" else set()
+        assert {row for row in ways if row[1] not in (1, None)} == longer
         assert {(kind, None, way) for way in ("forward", "onnx")} <= ways
         controls = [row for row in of_kind if row["timesteps"] is None and row["network"] == kind]
         assert [row["ratio_to_relu"] for row in controls if row["pass"] in ("forward", "onnx")] == [1.0, 1.0]
