@@ -12,6 +12,8 @@ def check(path: str) -> None:
     assert top == {"spiking_rl"}, f"top level holds {sorted(top)}, not spiking_rl alone"
     for wanted in (
         "spiking_rl/py.typed",
+        "spiking_rl/lif_scan.c",
+        "spiking_rl/lif_loops.h",
         "spiking_rl/agents/recipes/cartpole.yaml",
         "spiking_rl/agents/recipes/default.yaml",
         "spiking_rl/agents/pretrained/cartpole-masked/model.safetensors",
