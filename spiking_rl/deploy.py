@@ -103,18 +103,21 @@ def _shift(layer: nn.Module, by: Tensor) -> bool:
 
 
 def _fold_timesteps(network: LayeredNetwork) -> LayeredNetwork:
-    """Return an equal network of several timesteps, in evaluation mode and without batch norm, for use alone."""
+    """Return an equal network of several timesteps, in evaluation mode and without batch norm."""
     _check_spiking(network)
     check_plain(network)
     if network.exit_margin is not None:
         raise UserError("exit_margin", network.exit_margin, "early decisions cannot be deployed; set it to None")
-    folded = fold_batch_norm(network).eval()
-    for module in folded.modules():
+    return fold_batch_norm(network).eval()
+
+
+def _freeze(network: LayeredNetwork) -> LayeredNetwork:
+    """Make plain attributes of parameters: modules look them up in Python, which a small layer notices."""
+    for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            # As plain attributes: modules look their parameters up in Python, which a small layer notices.
             delattr(module, name)
             setattr(module, name, parameter.detach())
-    return folded
+    return network
 
 
 class Scan:
@@ -266,4 +269,5 @@ def deploy(network: LayeredNetwork) -> DeployedNetwork:
         UserError: the network has ReLU neurons, a code, or scores spike times; or, at more than one timestep, neurons
             that fire once or an exit margin.
     """
-    return DeployedNetwork(fold_thresholds(network) if network.timesteps == 1 else _fold_timesteps(network))
+    folded = fold_thresholds(network) if network.timesteps == 1 else _fold_timesteps(network)
+    return DeployedNetwork(_freeze(folded))
