@@ -67,9 +67,9 @@ class Plan:
     piece: int
     kept: dict[tuple[int, int, int, bool], _Shape]
 
-    def empty(self, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def empty(self, steps: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
         """Return an uninitialised ``(steps, B, *N)``."""
-        return torch.empty_strided((steps, *self.shape), (self.size, *self.strides), dtype=dtype)
+        return torch.empty_strided((steps, *self.shape), (self.size, *self.strides), dtype=dtype, device=device)
 
     def dense(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``(S, B, *N)`` in this layout and type, a copy only where it is otherwise."""
@@ -77,18 +77,23 @@ class Plan:
         lies = strides[1:] == self.strides and (strides[0] == self.size or len(tensor) == 1)
         if tensor.dtype == dtype and (lies or _lies(tensor.shape, strides, (self.size, *self.strides))):
             return tensor
-        return self.empty(len(tensor), dtype).copy_(tensor)
+        return self.empty(len(tensor), dtype, tensor.device).copy_(tensor)
 
     def dense_step(self, tensor: Tensor) -> Tensor:
         """Return one timestep ``(B, *N)`` in this layout and 32-bit floats."""
         if tensor.dtype == torch.float32 and _lies(self.shape, tensor.stride(), self.strides):
             return tensor
-        return self.empty(1)[0].copy_(tensor)
+        return self.empty(1, device=tensor.device)[0].copy_(tensor)
 
 
 def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
-    """Return how a scan over ``current`` (S, B, *N) goes in one pass, or None where it does not."""
-    if not _takes(current, leak, threshold):
+    """Return how a scan over ``current`` (S, B, *N) goes in one pass on a CPU, or None where it does not."""
+    return plan_for(current, leak, threshold) if _takes(current, leak, threshold) else None
+
+
+def plan_for(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
+    """Return how a scan over ``current`` (S, B, *N) lies in memory, or None where it lies otherwise."""
+    if current.dtype not in _STORED or not leak.dtype is threshold.dtype is torch.float32:
         return None
     return _plan(current.shape[1:], current.stride()[1:], leak.shape, threshold.shape)
 

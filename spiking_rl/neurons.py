@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
-from spiking_rl.fused import FusedScan, Options, fused_fresh, fused_scan, plan
+from spiking_rl.fused import FusedScan, Options, Plan, fused_fresh, fused_scan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -237,6 +237,13 @@ class _LoopedScan(torch.autograd.Function):
         )
 
 
+def _on_gpu(current: Tensor, leak: Tensor, threshold: Tensor) -> tuple[Plan | None, Any, Any]:
+    """Return how the scan goes in one kernel on a GPU, None where it does not; without a gradient, and with one."""
+    from spiking_rl.gpu import TritonScan, triton_plan, triton_scan  # what CPUs need not load
+
+    return triton_plan(current, leak, threshold), triton_scan, TritonScan
+
+
 def lif_scan(
     current: Tensor,
     state: LIFState | None,
@@ -284,18 +291,22 @@ def lif_scan(
     Datta, Kundu, Beerel 2021.
     """
     membrane = None if state is None else state.membrane
-    way = None
+    way: Plan | None = None
+    scan: Any = fused_scan
+    differentiable: Any = FusedScan
     if current.dim() > 1 and len(current) and not (single_spike and (state is not None or starts is not None)):
         way = plan(current, leak, threshold)
+        if way is None and not current.is_cpu:
+            way, scan, differentiable = _on_gpu(current, leak, threshold)
     if way is None or repeat != 1 or state is not None or starts is not None:  # else the plan has found that all fits
         _check(current, state, leak, threshold, starts, repeat)
     if way is not None:
         keep = None if starts is None else (~starts).float()
         options = Options(way, gamma, repeat, carry, trace, single_spike)
         if torch.is_grad_enabled():
-            found = FusedScan.apply(current, membrane, leak, threshold, keep, options)  # type: ignore[no-untyped-call]
+            found = differentiable.apply(current, membrane, leak, threshold, keep, options)
         else:
-            found = fused_scan(current, membrane, leak, threshold, keep, options)
+            found = scan(current, membrane, leak, threshold, keep, options)
         spikes, after, potentials = found
         fired = spikes.detach().sum(0) if carry and single_spike else None
         return LIFScan(spikes, LIFState(after, fired) if carry else None, potentials)

@@ -69,6 +69,10 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way.
         return torch.gt(potential, threshold, out=torch.empty_like(potential))
     spikes = fused_fresh(potential, threshold, threshold, gamma, 1, 1)  # as many spikes with a gradient as without
+    if spikes is None and not potential.is_cpu:
+        from spiking_rl.gpu import triton_fire  # what CPUs need not load
+
+        spikes = triton_fire(potential, threshold, gamma)
     if spikes is None:
         spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
     result: Tensor = spikes
