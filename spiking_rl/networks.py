@@ -211,20 +211,20 @@ class LayeredNetwork(nn.Module):
             Outputs ``(L, B, n)`` averaged over the timesteps, and the membranes after the last
             decision (None when stateless).
         """
-        length, batch = inputs.shape[:2]
+        length = len(inputs)
         flat = inputs.flatten(0, 1)
         if state is not None and not self._plain():
             raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
         if not self.spiking or (state is None and self._timesteps == 1):
             return self._one_pass(flat, length, observer), state
         if state is None and self.exit_margin is not None and not self.training:
-            return self._early(flat, self.exit_margin, observer).reshape(length, batch, -1), None
+            return _unfold(self._early(flat, self.exit_margin, observer), length), None
         if state is None:
             # Fresh membranes make the decisions independent: they all travel in the batch.
             if observer is None and self._plain():
-                return self._fresh(flat).reshape(length, batch, -1), None
+                return _unfold(self._fresh(flat), length), None
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
-            return outputs.reshape(length, batch, -1), None
+            return _unfold(outputs.squeeze(0), length), None
         return self._scan(inputs, state, starts, observer)
 
     def _plain(self) -> bool:
@@ -401,7 +401,7 @@ class LayeredNetwork(nn.Module):
         held: dict[int, Tensor] = {}
         for i, neuron in enumerate(self.neurons):
             current = self.current(i, x.flatten(0, 1), held)
-            current = current.reshape(-1, batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
+            current = current.reshape(len(x), batch, *current.shape[1:])  # (S, B, *N); (L, B, *N) in layer 1
             x, layer_state, potential = neuron(
                 current,
                 None if state is None else state[i],
@@ -427,7 +427,7 @@ def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:
 
 def _unfold(folded: Tensor, length: int) -> Tensor:
     """Split the first axis: ``(L*K, ...)`` becomes ``(L, K, ...)``."""
-    return folded.reshape(length, -1, *folded.shape[1:])
+    return folded.reshape(length, len(folded) // length, *folded.shape[1:])
 
 
 @contextmanager

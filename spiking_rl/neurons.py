@@ -393,7 +393,7 @@ class LIF(nn.Module):
             return fire(current, self.threshold, self.gamma)
         spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat)
         if spikes is None:
-            steps = current.reshape(timesteps // repeat, -1, *current.shape[1:])
+            steps = current.reshape(timesteps // repeat, len(current) * repeat // timesteps, *current.shape[1:])
             scan = lif_scan(steps, None, self.leak, self.threshold, gamma=self.gamma, repeat=repeat, carry=False)
             spikes = scan.spikes.flatten(0, 1)
         return spikes

@@ -311,3 +311,13 @@ def test_watching_a_network_changes_nothing(name: str) -> None:
         found.append([outputs.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 1 + len(network.neurons), "every layer learns"
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_batch_may_be_empty(timesteps: int, stateful: bool) -> None:
+    network = built("mlp", timesteps)
+    state = network.initial_state(0) if stateful else None
+    for observer in (None, lambda *_: None):
+        outputs, _ = network(torch.zeros(2, 0, *network.input_shape), state, observer=observer)
+        assert outputs.shape == (2, 0, OUTPUTS)
