@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spiking_rl.compiling import library
 
@@ -101,13 +102,13 @@ def plan_for(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
 def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
     return (
         type(current) is Tensor
+        and not torch.compiler.is_compiling()  # before anything that the compiler cannot look through
         and current.dtype in _STORED
         and leak.dtype is threshold.dtype is torch.float32
         and current.is_cpu
         and leak.is_cpu
         and threshold.is_cpu
         and library() is not None
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -154,9 +155,9 @@ def _sizes(plan: Plan, steps: int, repeat: int, threads: int, once: bool = False
         groups = min(plan.shape[0] * -(-plan.neurons // plan.piece), _GROUPS)
         sizes = (steps, repeat, plan.shape[0], plan.neurons, plan.piece, plan.channels, plan.own)
         useful = 1 if steps * plan.size < _SMALL else threads
-        kept = plan.kept[steps, repeat, threads, once] = _Shape(
-            *sizes, plan.leaks, plan.thresholds, once, groups, useful
-        )
+        made = _Shape(*sizes, plan.leaks, plan.thresholds, once, groups, useful)
+        # Of threads that come here together one is first: what the others made does not outlive this call.
+        kept = plan.kept.setdefault((steps, repeat, threads, once), made)
     return ctypes.addressof(kept)
 
 
@@ -254,6 +255,7 @@ class FusedScan(torch.autograd.Function):
         return fused_scan(current, before, leak, threshold, keep, options)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors
@@ -400,19 +402,18 @@ class FreshScan:
     def __init__(self, leak: Tensor, threshold: Tensor, timesteps: int, repeat: int) -> None:
         self.leak, self.threshold = leak.detach().contiguous(), threshold.detach().contiguous()
         self.timesteps, self.repeat = timesteps, repeat
-        self._parameters = self.leak.data_ptr(), self.threshold.data_ptr()
         # What the last current was, and how it went; one object, as several threads may be calling.
         self._last: tuple[tuple[Any, ...], Fresh | None] = ((), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy begins anew: addresses are good in one process only, and for as long as what lies there.
+        # A copy begins anew: addresses are good in one process only.
         return FreshScan, (self.leak, self.threshold, self.timesteps, self.repeat)
 
     def __call__(self, current: Tensor) -> Tensor | None:
         """Return spikes ``(T*B, *N)`` from rest of a flat current; None where the loops have to do it."""
         if torch.compiler.is_compiling():
             return None
-        seen = type(current), current.dtype, current.shape, current.stride(), torch.get_num_threads()
+        seen = type(current), current.is_cpu, current.dtype, current.shape, current.stride(), torch.get_num_threads()
         last, way = self._last
         if seen != last:
             way = self._find(current)
@@ -422,8 +423,9 @@ class FreshScan:
         if not way.fits:
             current = way.dense(current)
         spikes = torch.empty_strided(way.frames, way.strides, dtype=way.stored)
-        addresses = *self._parameters, None, current.data_ptr(), None, spikes.data_ptr(), None, None
-        if not way.forward(way.sizes, *addresses):
+        # Asked for at every call: a tensor moves when it is shared with another process.
+        parameters = self.leak.data_ptr(), self.threshold.data_ptr(), None
+        if not way.forward(way.sizes, *parameters, current.data_ptr(), None, spikes.data_ptr(), None, None):
             raise MemoryError(_NO_MEMORY)
         return spikes
 
@@ -447,6 +449,7 @@ class _FusedFresh(torch.autograd.Function):
         return _fresh_spikes(current, leak, threshold, way)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         current, leak, threshold = ctx.saved_tensors
         gamma, way = ctx.options

@@ -88,7 +88,7 @@ INLINE void NAME(backward_step)(const Pass *pass, const Block *b, int64_t t, con
     float carried = g->carried[j];
     g->threshold[j] -= fire * relative + (fires(u[j], limit, g->when[j], t, once) ? carried : 0.0f);
     carried += fire;
-    carried = carried > TINY || carried < -TINY ? carried : 0.0f;
+    carried = carried < TINY && carried > -TINY ? 0.0f : carried; /* what is no number stays none */
     if (add)
       g->shared[j] += carried;
     else

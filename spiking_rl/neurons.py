@@ -301,7 +301,7 @@ def lif_scan(
     if way is None or repeat != 1 or state is not None or starts is not None:  # else the plan has found that all fits
         _check(current, state, leak, threshold, starts, repeat)
     if way is not None:
-        keep = None if starts is None else (~starts).float()
+        keep = None if starts is None else (~starts).float().contiguous()
         options = Options(way, gamma, repeat, carry, trace, single_spike)
         if torch.is_grad_enabled():
             found = differentiable.apply(current, membrane, leak, threshold, keep, options)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -207,6 +210,77 @@ def test_what_is_no_number_stays_none_in_bfloat16() -> None:
     assert current.grad is not None
     assert current.grad[0, 0].isnan()
     assert current.grad[0, 1].isfinite()
+
+
+@needs_compiler
+def test_what_is_no_number_stays_none_over_several_timesteps() -> None:
+    current = torch.full((3, 1, 2), 0.45).requires_grad_()
+    arriving = torch.tensor([torch.nan, 1.0]).expand(3, 1, 2)
+    lif_scan(current, None, torch.tensor(0.9), torch.tensor(0.4)).spikes.backward(arriving)
+    assert current.grad is not None
+    assert current.grad[..., 0].isnan().all(), "else an agent that has diverged goes on as if nothing were"
+    assert current.grad[..., 1].isfinite().all()
+
+
+@needs_compiler
+def test_starts_may_lie_in_memory_as_they_like() -> None:
+    draw = torch.Generator().manual_seed(0)
+    current, starts = torch.randn(6, 4, 8, generator=draw), torch.rand(4, 6, generator=draw).t() < 0.3
+    leak, threshold = torch.tensor(0.9), torch.tensor(0.4)
+    assert not starts.is_contiguous()
+    found = lif_scan(current, None, leak, threshold, starts)
+    assert torch.equal(found.spikes, lif_scan_reference(current, None, leak, threshold, starts).spikes)
+
+
+@needs_compiler
+def test_second_derivatives_are_refused() -> None:
+    """The loops give numbers without a graph: taken for constants, they would make a gradient penalty wrong."""
+    lif, weights = LIF(), torch.ones(4, requires_grad=True)
+    for scan in (
+        lambda x: lif.fresh(x, 2),
+        lambda x: lif_scan(x.unflatten(0, (2, 3)), None, lif.leak, lif.threshold)[0],
+    ):
+        current = torch.full((6, 4), 0.5).requires_grad_()
+        (gradient,) = torch.autograd.grad((scan(current) * weights).sum(), current, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.sum().backward()
+
+
+@needs_compiler
+def test_threads_that_plan_together_keep_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes an address along, which is kept for as long as the plan: it must not be that of a loser."""
+    both = threading.Barrier(2, timeout=10)
+
+    class Slow(fused._Shape):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            both.wait()
+
+    monkeypatch.setattr(fused, "_Shape", Slow)
+    parameter = torch.tensor(0.5)
+    made = fused.plan(torch.zeros(2, 3, 23), parameter, parameter)
+    assert made is not None
+    made.kept.clear()
+    with ThreadPoolExecutor(2) as pool:
+        addresses = set(pool.map(lambda _: fused._sizes(made, 2, 1, 1), range(2)))
+    assert addresses == {ctypes.addressof(kept) for kept in made.kept.values()}
+
+
+@needs_compiler
+def test_parameters_that_were_shared_with_another_process_are_found_where_they_are() -> None:
+    scan, current = fused.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1), torch.randn(6, 4)
+    expected = scan(current)
+    scan.leak.share_memory_()  # moves them, as to send them does
+    scan.threshold.share_memory_()
+    others = [torch.full((), 1e9) for _ in range(10_000)]  # take the place
+    assert torch.equal(scan(current), expected), len(others)  # type: ignore[arg-type]
+
+
+@needs_compiler
+def test_tensors_that_are_not_on_the_cpu_are_not_taken_for_the_last() -> None:
+    scan = fused.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1)
+    assert scan(torch.randn(6, 4)) is not None
+    assert scan(torch.randn(6, 4, device="meta")) is None
 
 
 @needs_compiler
