@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spiking_rl.compiling import SWITCH
 from spiking_rl.fused import Found, Options, Plan, plan_for
@@ -158,6 +159,7 @@ class TritonScan(torch.autograd.Function):
         return triton_scan(current, before, leak, threshold, keep, options)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors

@@ -158,7 +158,7 @@ def backward(
         through = arriving * tl.maximum(1.0 - tl.abs(relative - 1.0), 0.0) * gamma / limit
         sum_threshold -= through * relative + tl.where(fired, carried, 0.0)
         carried += through
-        carried = tl.where(tl.abs(carried) > TINY, carried, 0.0)
+        carried = tl.where(tl.abs(carried) < TINY, 0.0, carried)  # what is no number stays none
         shared += carried
         if t % repeat == 0:
             tl.store(of_current + t // repeat * every + at, shared.to(of_current.dtype.element_ty), mask=inside)
