@@ -168,7 +168,7 @@ class SparseLinear:
             # Booleans are searched faster, which pays for itself where there are many.
             active = (flat if self.timesteps == 1 else flat.bool()).nonzero().view(-1)
             if len(active) <= self.most:
-                amounts = None if self.binary else flat[active]
+                amounts = None if self.binary else flat[active].to(self.rows.dtype)  # autocast rounds them
                 first = self.first
                 if self.timesteps > 1:
                     first = torch.searchsorted(active, first)

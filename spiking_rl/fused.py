@@ -327,7 +327,7 @@ def _fresh(
     repeat: int,
     threads: int,
 ) -> Fresh | None:
-    if not shape or shape[0] % (timesteps // repeat):
+    if repeat not in (1, timesteps) or not shape or shape[0] % (timesteps // repeat):
         return None
     batch = shape[0] * repeat // timesteps
     found = _plan(torch.Size((batch, *shape[1:])), strides, leak, threshold)

@@ -388,7 +388,12 @@ class LIF(nn.Module):
 
         Returns:
             Spikes ``(T * B, *N)``: those of :func:`lif_scan`, which this is a shorter way to.
+
+        Raises:
+            ValueError: repeat is neither.
         """
+        if repeat not in (1, timesteps):
+            raise ValueError(f"repeat is {repeat}; each current lasts 1 timestep, or all {timesteps}")
         if timesteps == 1:
             return fire(current, self.threshold, self.gamma)
         spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat)

@@ -225,6 +225,16 @@ def test_so_are_those_of_several_timesteps(total: int, binary: bool, outputs: in
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("timesteps", [1, 3])
+@pytest.mark.parametrize("binary", [True, False])
+def test_silent_inputs_are_skipped_under_autocast_too(timesteps: int, binary: bool) -> None:
+    layer, x = nn.Linear(40, 7), torch.zeros(timesteps, 40)
+    x[:, 5] = 1.0 if binary else 0.25
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = SparseLinear(layer, binary, timesteps)(x.bfloat16())
+        torch.testing.assert_close(found.float(), layer(x).float(), rtol=2e-2, atol=2e-2)
+
+
 @TIMESTEPS
 @pytest.mark.parametrize(
     ("options", "field"),

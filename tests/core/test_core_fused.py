@@ -276,6 +276,15 @@ def test_parameters_that_were_shared_with_another_process_are_found_where_they_a
     assert torch.equal(scan(current), expected), len(others)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("repeat", [0, 2, 4])
+def test_currents_last_one_timestep_or_all(repeat: int) -> None:
+    """Else there are fewer of them than timesteps to read them at."""
+    with pytest.raises(ValueError, match=f"repeat is {repeat}"):
+        LIF().fresh(torch.randn(3, 5), 3, repeat)
+    parameter = torch.tensor(0.5)
+    assert fused.fused_fresh(torch.randn(3, 5), parameter, parameter, 0.3, 3, repeat) is None
+
+
 @needs_compiler
 def test_tensors_that_are_not_on_the_cpu_are_not_taken_for_the_last() -> None:
     scan = fused.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1)
