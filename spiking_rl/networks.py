@@ -244,12 +244,8 @@ class LayeredNetwork(nn.Module):
             ``(B, *N)`` of this layer.
         """
         current: Tensor = self.maps[layer](x)
-        return self._with_shortcut(layer, current, held)
-
-    def _with_shortcut(self, layer: int, current: Tensor, held: dict[int, Tensor]) -> Tensor:
         if layer in self.sources:
-            shortcut: Tensor = self.shortcuts[str(layer)](held.pop(self.sources[layer]))
-            return current + shortcut
+            current = current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
         return current
 
     def _drop(self, layer: int, x: Tensor) -> Tensor:
@@ -261,27 +257,36 @@ class LayeredNetwork(nn.Module):
 
     def _one_pass(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
         """Run a ReLU network, or one fresh timestep, which is a plain threshold: no membrane is ever stored."""
-        held: dict[int, Tensor] = {}
         if self.encoder is not None:
             x = self._encode(x, observer)[0]
-        spiking, dropping, joined = self.spiking, self.training and any(self.dropout), bool(self.sources)
-        for i, (layer, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
-            current = layer(x)
-            if joined:
-                current = self._with_shortcut(i, current, held)
-            x = fire(current, neuron.threshold, neuron.gamma) if spiking else neuron(current)  # type: ignore[arg-type]
-            if observer is not None:
-                # One timestep of all decisions for spikes, one step per decision for ReLU.
-                steps = 1 if spiking else length
-                observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
-            if dropping:
+        spiking = self.spiking
+        if observer is None and self._is_chain():
+            for layer, neuron in zip(self.maps, self.neurons, strict=True):
+                x = layer(x)
+                x = fire(x, neuron.threshold, neuron.gamma) if spiking else neuron(x)  # type: ignore[arg-type]
+        else:
+            held: dict[int, Tensor] = {}
+            for i, neuron in enumerate(self.neurons):
+                current = self.current(i, x, held)
+                x = fire(current, neuron.threshold, neuron.gamma) if spiking else neuron(current)  # type: ignore[arg-type]
+                if observer is not None:
+                    # One timestep of all decisions for spikes, one step per decision for ReLU.
+                    steps = 1 if spiking else length
+                    observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
                 x = self._drop(i, x.unsqueeze(0)).squeeze(0)
-            if i in self._feeds:
-                held[i] = x
+                if i in self._feeds:
+                    held[i] = x
         out: Tensor = self.readout(x)
         if self.spike_time is not None:
             out = self.spike_time(out.unsqueeze(0).float())
         return _unfold(out, length)
+
+    def _is_chain(self) -> bool:
+        """Tell whether outputs go to the next layer alone, and as they are.
+
+        Acting with a batch of one is all overhead: then no layer is asked about shortcuts and dropout again.
+        """
+        return not self.sources and not (self.training and any(self.dropout))
 
     def _fresh(self, x: Tensor) -> Tensor:
         """Run decisions ``(B, *input_shape)`` of several timesteps on flat batches; return outputs ``(B, n)``.
@@ -289,20 +294,19 @@ class LayeredNetwork(nn.Module):
         The same as :meth:`_layers` with fresh membranes; views of every layer, and membranes that nobody asks for,
         cost as much as a small layer.
         """
-        timesteps = repeat = self._timesteps
-        held: dict[int, Tensor] = {}
-        dropping, joined = self.training and any(self.dropout), bool(self.sources)
-        for i, (layer, neuron) in enumerate(zip(self.maps, self.neurons, strict=True)):
-            current = layer(x)
-            if joined:
-                current = self._with_shortcut(i, current, held)
-            assert isinstance(neuron, LIF)
-            x = neuron.fresh(current, timesteps, repeat)
-            repeat = 1  # it was direct encoding
-            if dropping:
+        timesteps = repeat = self._timesteps  # the first current lasts: direct encoding
+        if self._is_chain():
+            for layer, neuron in zip(self.maps, self.neurons, strict=True):
+                x = neuron.fresh(layer(x), timesteps, repeat)  # type: ignore[operator]
+                repeat = 1
+        else:
+            held: dict[int, Tensor] = {}
+            for i, neuron in enumerate(self.neurons):
+                assert isinstance(neuron, LIF)
+                x = neuron.fresh(self.current(i, x, held), timesteps, repeat if i == 0 else 1)
                 x = self._drop(i, _unfold(x, timesteps)).flatten(0, 1)
-            if i in self._feeds:
-                held[i] = x
+                if i in self._feeds:
+                    held[i] = x
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
         outputs: Tensor = self.readout(_unfold(x, timesteps).mean(0))
         return outputs
