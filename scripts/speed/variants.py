@@ -22,7 +22,7 @@ def libraries() -> list[str]:
     return [OURS, LIMIT, *(name for name in PEERS if is_installed(name))]
 
 
-def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor) -> Pass:
+def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor, precision: str = "float32") -> Pass:
     """Return a function that runs a library's network once, forward and where the case says so backward.
 
     Args:
@@ -30,6 +30,7 @@ def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor
         case: tells whether there is a backward pass.
         network: our network; the others share its weights.
         inputs: ``(B, *input_shape)``.
+        precision: arithmetic of a forward and backward pass of a network, ``float32`` or ``bfloat16``.
     """
     module, forward = _forward(library, network, inputs)
     if not case.backward:
@@ -37,7 +38,9 @@ def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor
 
     def train() -> None:
         module.zero_grad(set_to_none=True)
-        forward().square().mean().backward()  # type: ignore[no-untyped-call]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            outputs = forward()
+        outputs.float().square().mean().backward()  # type: ignore[no-untyped-call]
 
     def train_limit() -> None:
         assert isinstance(module, Limit)
