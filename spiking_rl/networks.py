@@ -16,7 +16,7 @@ from spiking_rl.encoding import Encoder, build_encoder, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
-from spiking_rl.surrogate import DEFAULT_GAMMA, fire
+from spiking_rl.surrogate import DEFAULT_GAMMA
 
 NetworkState = tuple[LIFState, ...]
 """One state per spiking layer, first layer first."""
@@ -215,14 +215,14 @@ class LayeredNetwork(nn.Module):
         flat = inputs.flatten(0, 1)
         if state is not None and not self._plain():
             raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
-        if not self.spiking or (state is None and self._timesteps == 1):
-            return self._one_pass(flat, length, observer), state
+        if self.timesteps == 1 and (state is None or not self.spiking):
+            return self._flat(flat, length, observer), state
         if state is None and self.exit_margin is not None and not self.training:
             return _unfold(self._early(flat, self.exit_margin, observer), length), None
         if state is None:
             # Fresh membranes make the decisions independent: they all travel in the batch.
             if observer is None and self._plain():
-                return _unfold(self._fresh(flat), length), None
+                return self._flat(flat, length, None), None
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
             return _unfold(outputs.squeeze(0), length), None
         return self._scan(inputs, state, starts, observer)
@@ -255,61 +255,51 @@ class LayeredNetwork(nn.Module):
             return x
         return x * nn.functional.dropout(torch.ones_like(x[0]), p)
 
-    def _one_pass(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
-        """Run a ReLU network, or one fresh timestep, which is a plain threshold: no membrane is ever stored."""
+    def _flat(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
+        """Run decisions with nothing to remember on flat batches: a ReLU network, or fresh membranes.
+
+        The same as :meth:`_scan` without a state; views of every layer, and membranes that nobody asks for, cost as
+        much as a small layer.
+
+        Args:
+            x: inputs of all decisions, ``(L*B, *input_shape)``.
+            length: L.
+            observer: for ReLU and one timestep only, as is every code but direct encoding.
+        """
+        timesteps, spiking = self.timesteps, self.spiking
+        repeat = timesteps  # direct encoding: the first current lasts
         if self.encoder is not None:
             x = self._encode(x, observer)[0]
-        spiking = self.spiking
-        if observer is None and self._is_chain():
+        if observer is None and not self.sources and not (self.training and any(self.dropout)):
+            # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
                 x = layer(x)
-                x = fire(x, neuron.threshold, neuron.gamma) if spiking else neuron(x)  # type: ignore[arg-type]
+                x = neuron.fresh(x, timesteps, repeat) if spiking else neuron(x)  # type: ignore[operator]
+                repeat = 1
         else:
-            held: dict[int, Tensor] = {}
-            for i, neuron in enumerate(self.neurons):
-                current = self.current(i, x, held)
-                x = fire(current, neuron.threshold, neuron.gamma) if spiking else neuron(current)  # type: ignore[arg-type]
-                if observer is not None:
-                    # One timestep of all decisions for spikes, one step per decision for ReLU.
-                    steps = 1 if spiking else length
-                    observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
-                x = self._drop(i, x.unsqueeze(0)).squeeze(0)
-                if i in self._feeds:
-                    held[i] = x
-        out: Tensor = self.readout(x)
+            x = self._flat_layers(x, length, observer)
+        # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
+        out: Tensor = self.readout(x if timesteps == 1 else _unfold(x, timesteps).mean(0))
         if self.spike_time is not None:
             out = self.spike_time(out.unsqueeze(0).float())
         return _unfold(out, length)
 
-    def _is_chain(self) -> bool:
-        """Tell whether outputs go to the next layer alone, and as they are.
-
-        Acting with a batch of one is all overhead: then no layer is asked about shortcuts and dropout again.
-        """
-        return not self.sources and not (self.training and any(self.dropout))
-
-    def _fresh(self, x: Tensor) -> Tensor:
-        """Run decisions ``(B, *input_shape)`` of several timesteps on flat batches; return outputs ``(B, n)``.
-
-        The same as :meth:`_layers` with fresh membranes; views of every layer, and membranes that nobody asks for,
-        cost as much as a small layer.
-        """
-        timesteps = repeat = self._timesteps  # the first current lasts: direct encoding
-        if self._is_chain():
-            for layer, neuron in zip(self.maps, self.neurons, strict=True):
-                x = neuron.fresh(layer(x), timesteps, repeat)  # type: ignore[operator]
-                repeat = 1
-        else:
-            held: dict[int, Tensor] = {}
-            for i, neuron in enumerate(self.neurons):
-                assert isinstance(neuron, LIF)
-                x = neuron.fresh(self.current(i, x, held), timesteps, repeat if i == 0 else 1)
-                x = self._drop(i, _unfold(x, timesteps)).flatten(0, 1)
-                if i in self._feeds:
-                    held[i] = x
-        # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
-        outputs: Tensor = self.readout(_unfold(x, timesteps).mean(0))
-        return outputs
+    def _flat_layers(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
+        """Run the hidden layers of :meth:`_flat` with shortcuts, dropout, and an observer."""
+        timesteps = repeat = self.timesteps
+        held: dict[int, Tensor] = {}
+        for i, neuron in enumerate(self.neurons):
+            current = self.current(i, x, held)
+            x = neuron.fresh(current, timesteps, repeat) if isinstance(neuron, LIF) else neuron(current)
+            repeat = 1
+            if observer is not None:
+                # One timestep of all decisions for spikes, one step per decision for ReLU.
+                steps = 1 if self.spiking else length
+                observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
+            x = self._drop(i, _unfold(x, timesteps)).flatten(0, 1)
+            if i in self._feeds:
+                held[i] = x
+        return x
 
     def _encode(self, inputs: Tensor, observer: Observer | None) -> Tensor:
         """Return the coded inputs ``(T, B, *I)``; an observer sees their spikes as a layer named ``input``."""
