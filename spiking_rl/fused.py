@@ -26,7 +26,6 @@ from spiking_rl.compiling import library
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
 _STORED = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-_NO_MEMORY = "no memory for a scan"
 _SMALL = 1 << 15  # neurons times timesteps that one thread has done before another has woken up
 
 
@@ -68,23 +67,24 @@ class Plan:
     piece: int
     kept: dict[tuple[int, int, int, bool], _Shape]
 
-    def empty(self, steps: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-        """Return an uninitialised ``(steps, B, *N)``."""
-        return torch.empty_strided((steps, *self.shape), (self.size, *self.strides), dtype=dtype, device=device)
+    def empty(self, steps: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return an uninitialised ``(steps, B, *N)`` on the device of another tensor."""
+        shape, strides = (steps, *self.shape), (self.size, *self.strides)
+        return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
 
     def dense(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``(S, B, *N)`` in this layout and type, a copy only where it is otherwise."""
-        strides = tensor.stride()
-        lies = strides[1:] == self.strides and (strides[0] == self.size or len(tensor) == 1)
-        if tensor.dtype == dtype and (lies or _lies(tensor.shape, strides, (self.size, *self.strides))):
-            return tensor
-        return self.empty(len(tensor), dtype, tensor.device).copy_(tensor)
+        return _dense(tensor, (self.size, *self.strides), dtype)
 
-    def dense_step(self, tensor: Tensor) -> Tensor:
-        """Return one timestep ``(B, *N)`` in this layout and 32-bit floats."""
-        if tensor.dtype == torch.float32 and _lies(self.shape, tensor.stride(), self.strides):
-            return tensor
-        return self.empty(1, device=tensor.device)[0].copy_(tensor)
+    def dense_step(self, tensor: Tensor | None) -> Tensor | None:
+        """Return one timestep ``(B, *N)`` in this layout and 32-bit floats; None stays None."""
+        return None if tensor is None else _dense(tensor, self.strides, torch.float32)
+
+
+def _dense(tensor: Tensor, strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if tensor.dtype == dtype and _lies(tensor.shape, tensor.stride(), strides):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=dtype, device=tensor.device).copy_(tensor)
 
 
 def plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None:
@@ -161,17 +161,18 @@ def _sizes(plan: Plan, steps: int, repeat: int, threads: int, once: bool = False
     return ctypes.addressof(kept)
 
 
-def _run(loop: str, stored: torch.dtype, sizes: int, leak: Tensor, threshold: Tensor, *arguments: Any) -> None:
-    leak, threshold = _contiguous(leak, threshold)
-    if not getattr(library(), f"{loop}_{_STORED[stored]}")(sizes, leak.data_ptr(), threshold.data_ptr(), *arguments):
-        raise MemoryError(_NO_MEMORY)
+def _run(loop: Callable[..., int], sizes: int, leak: Tensor, threshold: Tensor, *arguments: Any) -> None:
+    if not (leak.is_contiguous() and threshold.is_contiguous()):
+        # The copies live until the loop has ended, which is what their addresses are good for.
+        leak, threshold = leak.contiguous(), threshold.contiguous()
+    if not loop(sizes, leak.data_ptr(), threshold.data_ptr(), *arguments):
+        raise MemoryError("no memory for a scan")
 
 
-def _contiguous(leak: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Return dense parameters, to be kept until a loop has ended: their addresses are good for no longer."""
-    if leak.is_contiguous() and threshold.is_contiguous():
-        return leak, threshold
-    return leak.contiguous(), threshold.contiguous()
+def _loop(name: str, stored: torch.dtype) -> Callable[..., int]:
+    """Return the compiled loop ``lif_forward`` or ``lif_backward`` for currents of a type."""
+    loop: Callable[..., int] = getattr(library(), f"{name}_{_STORED[stored]}")
+    return loop
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -198,6 +199,72 @@ class Options(NamedTuple):
     once: bool = False
 
 
+class Job(NamedTuple):
+    """A scan that is to be done; all tensors lie as the plan says.
+
+    Attributes:
+        options: what is asked for.
+        steps: S.
+        leak: one, or one per entry of the first neuron axis.
+        threshold: likewise.
+        keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
+        current: ``(S / repeat, B, *N)``.
+        before: membranes ``(B, *N)``, None at rest.
+    """
+
+    options: Options
+    steps: int
+    leak: Tensor
+    threshold: Tensor
+    keep: Tensor | None
+    current: Tensor
+    before: Tensor | None
+
+
+Wanted = tuple[Tensor, Tensor | None, Tensor | None]
+"""To be filled by the forward pass: spikes, potentials, membranes afterwards."""
+
+Arriving = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Their gradients."""
+
+Leaving = tuple[Tensor, Tensor | None]
+"""To be filled by the backward pass: the gradients of the current and of the membranes before."""
+
+
+class Loops(NamedTuple):
+    """Who does a scan: compiled loops on a CPU, or kernels on a GPU.
+
+    Attributes:
+        forward: fills what is wanted.
+        backward: fills what leaves, and returns the gradients of leak and threshold.
+    """
+
+    forward: Callable[[Job, Wanted], None]
+    backward: Callable[[Job, Arriving, Leaving], tuple[Tensor, Tensor]]
+
+
+def _forward(job: Job, wanted: Wanted) -> None:
+    addresses = map(_address, (job.keep, job.current, job.before, *wanted))
+    _run(_loop("lif_forward", job.current.dtype), _job_sizes(job), job.leak, job.threshold, *addresses)
+
+
+def _backward(job: Job, arriving: Arriving, leaving: Leaving) -> tuple[Tensor, Tensor]:
+    of_leak, of_threshold = (
+        torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in (job.leak, job.threshold)
+    )
+    addresses = map(_address, (job.current, job.before, *arriving, *leaving, of_leak, of_threshold))
+    told = _address(job.keep), job.options.gamma
+    _run(_loop("lif_backward", job.current.dtype), _job_sizes(job), job.leak, job.threshold, *told, *addresses)
+    return of_leak, of_threshold
+
+
+def _job_sizes(job: Job) -> int:
+    return _sizes(job.options.plan, job.steps, job.options.repeat, torch.get_num_threads(), job.options.once)
+
+
+COMPILED = Loops(_forward, _backward)
+"""The loops of ``lif_scan.c``."""
+
 Found = tuple[Tensor, Tensor | None, Tensor | None]
 """Spikes ``(S, B, *N)``, membranes after the last timestep ``(B, *N)``, and potentials ``(S, B, *N)``."""
 
@@ -209,6 +276,7 @@ def fused_scan(
     threshold: Tensor,
     keep: Tensor | None,
     options: Options,
+    loops: Loops = COMPILED,
 ) -> Found:
     """Scan without a gradient.
 
@@ -219,17 +287,15 @@ def fused_scan(
         threshold: likewise.
         keep: ``(S, B)``, 0 where an episode starts, 1 elsewhere; None: none starts.
         options: the rest.
+        loops: who does it.
     """
-    plan, _, repeat, carry, trace, once = options
-    stored = current.dtype
-    current = plan.dense(current, stored)
-    before = None if membrane is None else plan.dense_step(membrane)
-    steps = len(current) * repeat
-    spikes = plan.empty(steps, stored)
-    potentials = plan.empty(steps) if trace else None
-    after = plan.empty(1).squeeze(0) if carry else None
-    addresses = map(_address, (keep, current, before, spikes, potentials, after))
-    _run("lif_forward", stored, _sizes(plan, steps, repeat, torch.get_num_threads(), once), leak, threshold, *addresses)
+    plan, stored = options.plan, current.dtype
+    current, before = plan.dense(current, stored), plan.dense_step(membrane)
+    steps = len(current) * options.repeat
+    spikes = plan.empty(steps, current, stored)
+    potentials = plan.empty(steps, current) if options.trace else None
+    after = plan.empty(1, current).squeeze(0) if options.carry else None
+    loops.forward(Job(options, steps, leak, threshold, keep, current, before), (spikes, potentials, after))
     return spikes, after, potentials
 
 
@@ -245,50 +311,40 @@ class FusedScan(torch.autograd.Function):
         threshold: Tensor,
         keep: Tensor | None,
         options: Options,
+        loops: Loops = COMPILED,
     ) -> Found:
         """Run :func:`fused_scan`, and keep what the backward pass computes potentials from."""
-        current = options.plan.dense(current, current.dtype)
-        before = None if membrane is None else options.plan.dense_step(membrane)
+        current, before = options.plan.dense(current, current.dtype), options.plan.dense_step(membrane)
         ctx.save_for_backward(current, before, leak, threshold, keep)
-        ctx.options = options
+        ctx.options = options, loops
         ctx.set_materialize_grads(False)
-        return fused_scan(current, before, leak, threshold, keep, options)
+        return fused_scan(current, before, leak, threshold, keep, options, loops)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors
-        plan, gamma, repeat, _, _, once = ctx.options
+        options, loops = ctx.options
+        plan = options.plan
         by_spikes, by_after, by_trace = grads
         arriving = (
             None if by_spikes is None else plan.dense(by_spikes, current.dtype),
             None if by_trace is None else plan.dense(by_trace),
-            None if by_after is None else plan.dense_step(by_after),
+            plan.dense_step(by_after),
         )
-        grad_current = plan.empty(len(current), current.dtype)
-        grad_before = None if before is None else plan.empty(1).squeeze(0)
-        grad_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[2] else None
-        grad_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
-        leaving = (grad_current, grad_before, grad_leak, grad_threshold)
-        _run(
-            "lif_backward",
-            current.dtype,
-            _sizes(plan, len(current) * repeat, repeat, torch.get_num_threads(), once),
-            leak,
-            threshold,
-            _address(keep),
-            gamma,
-            *map(_address, (current, before, *arriving, *leaving)),
-        )
-        return grad_current, grad_before, grad_leak, grad_threshold, None, None
+        of_current = plan.empty(len(current), current, current.dtype)
+        of_before = None if before is None else plan.empty(1, current).squeeze(0)
+        job = Job(options, len(current) * options.repeat, leak, threshold, keep, current, before)
+        sums = loops.backward(job, arriving, (of_current, of_before))
+        return of_current, of_before, *sums, None, None, None
 
 
 class Fresh(NamedTuple):
     """How a scan from rest over a flat batch ``(K*B, *N)`` goes: nothing but spikes comes out.
 
     Attributes:
-        plan: of one timestep.
+        plan: of one timestep; it keeps alive what ``sizes`` points at.
         frames: shape of the spikes, ``(T*B, *N)``.
         strides: of the spikes.
         stored: type of the current and of the spikes.
@@ -311,9 +367,7 @@ class Fresh(NamedTuple):
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return a flat batch in this layout and type, a copy only where it is otherwise."""
-        if tensor.dtype == self.stored and _lies(tensor.shape, tensor.stride(), self.strides):
-            return tensor
-        return torch.empty_strided(tensor.shape, self.strides, dtype=self.stored).copy_(tensor)
+        return _dense(tensor, self.strides, self.stored)
 
 
 @functools.lru_cache(1024)
@@ -336,9 +390,7 @@ def _fresh(
     sizes = _sizes(found, timesteps, repeat, threads)
     fits = _lies(shape, strides, found.strides)
     frames = (timesteps * batch, *shape[1:])
-    loops = library()
-    assert loops is not None, "it was looked for before"
-    both = (getattr(loops, f"lif_{way}_{_STORED[stored]}") for way in ("forward", "backward"))
+    both = _loop("lif_forward", stored), _loop("lif_backward", stored)
     return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, *both)
 
 
@@ -382,10 +434,8 @@ def fused_fresh(
 
 def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh) -> Tensor:
     spikes = torch.empty_like(current) if way.alone else torch.empty_strided(way.frames, way.strides, dtype=way.stored)
-    leak, threshold = _contiguous(leak, threshold)
-    parameters = leak.data_ptr(), threshold.data_ptr(), None
-    if not way.forward(way.sizes, *parameters, current.data_ptr(), None, spikes.data_ptr(), None, None):
-        raise MemoryError(_NO_MEMORY)
+    addresses = None, current.data_ptr(), None, spikes.data_ptr(), None, None
+    _run(way.forward, way.sizes, leak, threshold, *addresses)
     return spikes
 
 
@@ -420,14 +470,8 @@ class FreshScan:
             self._last = seen, way
         if way is None:
             return None
-        if not way.fits:
-            current = way.dense(current)
-        spikes = torch.empty_strided(way.frames, way.strides, dtype=way.stored)
-        # Asked for at every call: a tensor moves when it is shared with another process.
-        parameters = self.leak.data_ptr(), self.threshold.data_ptr(), None
-        if not way.forward(way.sizes, *parameters, current.data_ptr(), None, spikes.data_ptr(), None, None):
-            raise MemoryError(_NO_MEMORY)
-        return spikes
+        # Addresses are asked for at every call: a tensor moves when it is shared with another process.
+        return _fresh_spikes(current if way.fits else way.dense(current), self.leak, self.threshold, way)
 
     def _find(self, current: Tensor) -> Fresh | None:
         leak, threshold = self.leak, self.threshold
@@ -457,10 +501,7 @@ class _FusedFresh(torch.autograd.Function):
         of_current = torch.empty_like(current)
         of_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         of_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
-        leak, threshold = _contiguous(leak, threshold)
-        parameters = leak.data_ptr(), threshold.data_ptr(), None, gamma
         addresses = current.data_ptr(), None, arriving.data_ptr(), None, None
         results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
-        if not way.backward(way.sizes, *parameters, *addresses, *results):
-            raise MemoryError(_NO_MEMORY)
+        _run(way.backward, way.sizes, leak, threshold, None, gamma, *addresses, *results)
         return of_current, of_leak, of_threshold, None, None

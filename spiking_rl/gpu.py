@@ -10,14 +10,13 @@ import functools
 import math
 import os
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spiking_rl.compiling import SWITCH
-from spiking_rl.fused import Found, Options, Plan, plan_for
+from spiking_rl.fused import Arriving, FusedScan, Job, Leaving, Loops, Options, Plan, Wanted, fused_scan, plan_for
 
 try:
     from spiking_rl import gpu_kernels as kernels
@@ -82,7 +81,7 @@ def _agrees(device: torch.device) -> bool:
     leak, threshold = torch.full((), 0.5, device=device), torch.full((40,), 0.75, device=device)
     plan = plan_for(current, leak, threshold)
     assert plan is not None, "plain layouts always have one"
-    spikes, _, _ = triton_scan(current, None, leak, threshold, None, Options(plan, 0.3, 1, False, False))
+    spikes, _, _ = fused_scan(current, None, leak, threshold, None, Options(plan, 0.3, 1, False, False), KERNELS)
     membrane = torch.zeros_like(current[0])
     for now, spike in zip(current, spikes, strict=True):
         membrane = leak * membrane + now
@@ -93,123 +92,52 @@ def _agrees(device: torch.device) -> bool:
     return True
 
 
-def triton_scan(
-    current: Tensor,
-    membrane: Tensor | None,
-    leak: Tensor,
-    threshold: Tensor,
-    keep: Tensor | None,
-    options: Options,
-) -> Found:
-    """Scan without a gradient; arguments and result are those of :func:`spiking_rl.fused.fused_scan`."""
-    plan, _, repeat, carry, trace, once = options
-    stored, device = current.dtype, current.device
-    current = plan.dense(current, stored)
-    before = None if membrane is None else plan.dense_step(membrane)
-    steps = len(current) * repeat
-    spikes = plan.empty(steps, stored, device)
-    potentials = plan.empty(steps, device=device) if trace else None
-    after = plan.empty(1, device=device).squeeze(0) if carry else None
-    grid = _grid(plan)
-    kernels.forward[grid.programs](
-        current,
-        before,
-        keep,
-        leak.contiguous(),
-        threshold.contiguous(),
-        spikes,
-        potentials,
-        after,
-        steps,
-        repeat,
-        plan.shape[0],
-        *grid.sizes,
-        LEAKS=int(plan.leaks > 1),
-        THRESHOLDS=int(plan.thresholds > 1),
-        BEFORE=before is not None,
-        KEEP=keep is not None,
-        TRACE=trace,
-        CARRY=carry,
-        ONCE=once,
-        TILE_P=grid.tile[0],
-        TILE_C=grid.tile[1],
+def _forward(job: Job, wanted: Wanted) -> None:
+    grid = _grid(job.options.plan)
+    pointers = job.current, job.before, job.keep, job.leak.contiguous(), job.threshold.contiguous()
+    there = {"TRACE": wanted[1] is not None, "CARRY": wanted[2] is not None}
+    kernels.forward[grid.programs](*pointers, *wanted, *_sizes(job), **_constants(job), **there)
+
+
+def _backward(job: Job, arriving: Arriving, leaving: Leaving) -> tuple[Tensor, Tensor]:
+    plan, grid = job.options.plan, _grid(job.options.plan)
+    pointers = job.current, job.before, job.keep, job.leak.contiguous(), job.threshold.contiguous()
+    scratch = plan.empty(job.steps, job.current)
+    rows = torch.empty(2, grid.programs[0], grid.sizes[0], device=job.current.device)  # of leak and threshold
+    there = {name: grad is not None for name, grad in zip(("BY_SPIKES", "BY_TRACE", "BY_AFTER"), arriving, strict=True)}
+    outputs = scratch, *leaving, *rows.unbind()
+    told = job.options.gamma, *arriving, *outputs, *_sizes(job)
+    kernels.backward[grid.programs](*pointers, *told, TINY=_TINY, **_constants(job), **there)
+    # A program has left a row of channels for each.
+    of_leak, of_threshold = (
+        (row.sum(0) if many > 1 else row.sum()).reshape(parameter.shape)
+        for row, many, parameter in zip(rows, (plan.leaks, plan.thresholds), (job.leak, job.threshold), strict=True)
     )
-    return spikes, after, potentials
+    return of_leak, of_threshold
 
 
-class TritonScan(torch.autograd.Function):
-    """The same with its gradient."""
+def _sizes(job: Job) -> tuple[int, ...]:
+    plan = job.options.plan
+    return job.steps, job.options.repeat, plan.shape[0], *_grid(plan).sizes
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        current: Tensor,
-        membrane: Tensor | None,
-        leak: Tensor,
-        threshold: Tensor,
-        keep: Tensor | None,
-        options: Options,
-    ) -> Found:
-        """Run :func:`triton_scan`, and keep what the backward pass computes potentials from."""
-        current = options.plan.dense(current, current.dtype)
-        before = None if membrane is None else options.plan.dense_step(membrane)
-        ctx.save_for_backward(current, before, leak, threshold, keep)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return triton_scan(current, before, leak, threshold, keep, options)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of current, membrane, leak and threshold."""
-        current, before, leak, threshold, keep = ctx.saved_tensors
-        plan, gamma, repeat, _, _, once = ctx.options
-        device, steps = current.device, len(current) * repeat
-        by_spikes, by_after, by_trace = grads
-        by_spikes = None if by_spikes is None else plan.dense(by_spikes, current.dtype)
-        by_trace = None if by_trace is None else plan.dense(by_trace)
-        by_after = None if by_after is None else plan.dense_step(by_after)
-        of_current = plan.empty(len(current), current.dtype, device)
-        of_before = None if before is None else plan.empty(1, device=device).squeeze(0)
-        grid = _grid(plan)
-        channels = grid.sizes[0]
-        of_leak, of_threshold = torch.empty(2, grid.programs[0], channels, device=device).unbind()  # a row per program
-        kernels.backward[grid.programs](
-            current,
-            before,
-            keep,
-            leak.contiguous(),
-            threshold.contiguous(),
-            gamma,
-            by_spikes,
-            by_trace,
-            by_after,
-            plan.empty(steps, device=device),
-            of_current,
-            of_before,
-            of_leak,
-            of_threshold,
-            steps,
-            repeat,
-            plan.shape[0],
-            *grid.sizes,
-            TINY=_TINY,
-            LEAKS=int(plan.leaks > 1),
-            THRESHOLDS=int(plan.thresholds > 1),
-            BEFORE=before is not None,
-            KEEP=keep is not None,
-            BY_SPIKES=by_spikes is not None,
-            BY_TRACE=by_trace is not None,
-            BY_AFTER=by_after is not None,
-            ONCE=once,
-            TILE_P=grid.tile[0],
-            TILE_C=grid.tile[1],
-        )
-        sums = [
-            (part.sum(0) if many > 1 else part.sum()).reshape(parameter.shape)
-            for part, many, parameter in ((of_leak, plan.leaks, leak), (of_threshold, plan.thresholds, threshold))
-        ]
-        return of_current, of_before, *sums, None, None
+def _constants(job: Job) -> dict[str, int]:
+    """Return what both kernels are compiled for."""
+    plan = job.options.plan
+    tile_p, tile_c = _grid(plan).tile
+    return {
+        "LEAKS": int(plan.leaks > 1),
+        "THRESHOLDS": int(plan.thresholds > 1),
+        "BEFORE": job.before is not None,
+        "KEEP": job.keep is not None,
+        "ONCE": job.options.once,
+        "TILE_P": tile_p,
+        "TILE_C": tile_c,
+    }
+
+
+KERNELS = Loops(_forward, _backward)
+"""The kernels of :mod:`spiking_rl.gpu_kernels`."""
 
 
 def triton_fire(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor | None:
@@ -220,5 +148,5 @@ def triton_fire(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor | 
         return None
     unused = threshold.detach()  # a membrane at rest leaks nothing
     options = Options(plan, gamma, 1, False, False)
-    spikes: Tensor = TritonScan.apply(current, None, unused, threshold, None, options)[0]  # type: ignore[no-untyped-call]
+    spikes: Tensor = FusedScan.apply(current, None, unused, threshold, None, options, KERNELS)[0]  # type: ignore[no-untyped-call]
     return spikes.squeeze(0)

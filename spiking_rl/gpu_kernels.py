@@ -9,6 +9,26 @@ import triton.language as tl
 
 
 @triton.jit
+def _tile(channels, places, channel_stride, place_stride, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
+    """Return this program's sample, its channels, which of its neurons there are, and where they lie in a timestep."""
+    strips = tl.cdiv(places, TILE_P)
+    sample = tl.program_id(0) // strips
+    p = (tl.program_id(0) % strips) * TILE_P + tl.arange(0, TILE_P)[:, None]
+    c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
+    at = sample.to(tl.int64) * channels * places + c * channel_stride + p * place_stride
+    return sample, c, (p < places) & (c < channels), at
+
+
+@triton.jit
+def _kept(keep, t, batch, sample, KEEP: tl.constexpr):
+    """Return 0 where an episode starts at a timestep, else 1."""
+    kept = 1.0
+    if KEEP:
+        kept = tl.load(keep + t * batch + sample)
+    return kept
+
+
+@triton.jit
 def forward(
     current,
     before,
@@ -36,13 +56,8 @@ def forward(
     TILE_C: tl.constexpr,
 ):
     """Scan forwards; pointers may be None where their capital flag says that they are not there."""
-    strips = tl.cdiv(places, TILE_P)
-    sample = tl.program_id(0) // strips
-    p = (tl.program_id(0) % strips) * TILE_P + tl.arange(0, TILE_P)[:, None]
-    c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
-    inside = (p < places) & (c < channels)
+    sample, c, inside, at = _tile(channels, places, channel_stride, place_stride, TILE_P, TILE_C)
     every = batch.to(tl.int64) * channels * places
-    at = sample.to(tl.int64) * channels * places + c * channel_stride + p * place_stride
     own_leak = tl.load(leak + c * LEAKS, mask=c < channels, other=1.0)
     limit = tl.load(threshold + c * THRESHOLDS, mask=c < channels, other=1.0)
     membrane = tl.zeros((TILE_P, TILE_C), tl.float32)
@@ -50,12 +65,8 @@ def forward(
         membrane = tl.load(before + at, mask=inside, other=0.0)
     spent = tl.zeros((TILE_P, TILE_C), tl.float32)
     for t in range(steps):
-        kept = 1.0
-        if KEEP:
-            kept = tl.load(keep + t * batch + sample)
-        u = own_leak * kept * membrane + tl.load(current + t // repeat * every + at, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        now = tl.load(current + t // repeat * every + at, mask=inside, other=0.0).to(tl.float32)
+        u = own_leak * _kept(keep, t, batch, sample, KEEP) * membrane + now
         fired = tl.where(u > limit, 1.0, 0.0)
         if ONCE:
             fired = fired * (1.0 - spent)
@@ -104,13 +115,8 @@ def backward(
     TILE_C: tl.constexpr,
 ):
     """Scan backwards; ``of_leak`` and ``of_threshold`` get a row of channels per program, to be summed up."""
-    strips = tl.cdiv(places, TILE_P)
-    sample = tl.program_id(0) // strips
-    p = (tl.program_id(0) % strips) * TILE_P + tl.arange(0, TILE_P)[:, None]
-    c = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
-    inside = (p < places) & (c < channels)
+    sample, c, inside, at = _tile(channels, places, channel_stride, place_stride, TILE_P, TILE_C)
     every = batch.to(tl.int64) * channels * places
-    at = sample.to(tl.int64) * channels * places + c * channel_stride + p * place_stride
     own_leak = tl.load(leak + c * LEAKS, mask=c < channels, other=1.0)
     limit = tl.load(threshold + c * THRESHOLDS, mask=c < channels, other=1.0)
     start = tl.zeros((TILE_P, TILE_C), tl.float32)
@@ -120,12 +126,8 @@ def backward(
     membrane = start
     when = tl.zeros((TILE_P, TILE_C), tl.int32) + steps  # at which a neuron fires, of those that fire once
     for t in range(steps):
-        kept = 1.0
-        if KEEP:
-            kept = tl.load(keep + t * batch + sample)
-        u = own_leak * kept * membrane + tl.load(current + t // repeat * every + at, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        now = tl.load(current + t // repeat * every + at, mask=inside, other=0.0).to(tl.float32)
+        u = own_leak * _kept(keep, t, batch, sample, KEEP) * membrane + now
         fired = u > limit
         if ONCE:
             when = tl.where(fired & (when == steps), t, when)
@@ -163,10 +165,7 @@ def backward(
         if t % repeat == 0:
             tl.store(of_current + t // repeat * every + at, shared.to(of_current.dtype.element_ty), mask=inside)
             shared = tl.zeros((TILE_P, TILE_C), tl.float32)
-        kept = 1.0
-        if KEEP:
-            kept = tl.load(keep + t * batch + sample)
-        carried = carried * kept
+        carried = carried * _kept(keep, t, batch, sample, KEEP)
         earlier = start
         if t > 0:
             earlier = tl.load(scratch + (t - 1) * every + at, mask=inside, other=0.0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
-from spiking_rl.fused import FusedScan, Options, Plan, fused_fresh, fused_scan, plan
+from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, Plan, fused_fresh, fused_scan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -237,11 +237,11 @@ class _LoopedScan(torch.autograd.Function):
         )
 
 
-def _on_gpu(current: Tensor, leak: Tensor, threshold: Tensor) -> tuple[Plan | None, Any, Any]:
-    """Return how the scan goes in one kernel on a GPU, None where it does not; without a gradient, and with one."""
-    from spiking_rl.gpu import TritonScan, triton_plan, triton_scan  # what CPUs need not load
+def _on_gpu(current: Tensor, leak: Tensor, threshold: Tensor) -> tuple[Plan | None, Loops]:
+    """Return how the scan goes in one kernel on a GPU, None where it does not, and the kernels."""
+    from spiking_rl.gpu import KERNELS, triton_plan  # what CPUs need not load
 
-    return triton_plan(current, leak, threshold), triton_scan, TritonScan
+    return triton_plan(current, leak, threshold), KERNELS
 
 
 def lif_scan(
@@ -292,21 +292,20 @@ def lif_scan(
     """
     membrane = None if state is None else state.membrane
     way: Plan | None = None
-    scan: Any = fused_scan
-    differentiable: Any = FusedScan
+    loops: Loops = COMPILED
     if current.dim() > 1 and len(current) and not (single_spike and (state is not None or starts is not None)):
         way = plan(current, leak, threshold)
         if way is None and not current.is_cpu:
-            way, scan, differentiable = _on_gpu(current, leak, threshold)
+            way, loops = _on_gpu(current, leak, threshold)
     if way is None or repeat != 1 or state is not None or starts is not None:  # else the plan has found that all fits
         _check(current, state, leak, threshold, starts, repeat)
     if way is not None:
         keep = None if starts is None else (~starts).float().contiguous()
         options = Options(way, gamma, repeat, carry, trace, single_spike)
         if torch.is_grad_enabled():
-            found = differentiable.apply(current, membrane, leak, threshold, keep, options)
+            found = FusedScan.apply(current, membrane, leak, threshold, keep, options, loops)  # type: ignore[no-untyped-call]
         else:
-            found = scan(current, membrane, leak, threshold, keep, options)
+            found = fused_scan(current, membrane, leak, threshold, keep, options, loops)
         spikes, after, potentials = found
         fired = spikes.detach().sum(0) if carry and single_spike else None
         return LIFScan(spikes, LIFState(after, fired) if carry else None, potentials)
@@ -392,10 +391,10 @@ class LIF(nn.Module):
         Raises:
             ValueError: repeat is neither.
         """
+        if timesteps == repeat == 1:
+            return fire(current, self.threshold, self.gamma)
         if repeat not in (1, timesteps):
             raise ValueError(f"repeat is {repeat}; each current lasts 1 timestep, or all {timesteps}")
-        if timesteps == 1:
-            return fire(current, self.threshold, self.gamma)
         spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat)
         if spikes is None:
             steps = current.reshape(timesteps // repeat, len(current) * repeat // timesteps, *current.shape[1:])

@@ -10,6 +10,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 SCRIPT = """
 import random, torch
 from spiking_rl import LIFState, gpu, lif_scan_reference
-from spiking_rl.fused import Options, plan_for
+from spiking_rl.fused import FusedScan, Options, plan_for
 
 assert gpu._usable(torch.device("cpu"))
 
@@ -46,7 +47,7 @@ for seed in range(60):
         if kernel:
             plan = plan_for(current, leak, threshold)
             keep = None if starts is None else (~starts).float()
-            outputs = gpu.TritonScan.apply(*leaves, keep, Options(plan, 0.7, repeat, True, True, once))
+            outputs = FusedScan.apply(*leaves, keep, Options(plan, 0.7, repeat, True, True, once), gpu.KERNELS)
         else:
             state = None if membrane is None else LIFState(leaves[1])
             options = {"gamma": 0.7, "repeat": repeat, "trace": True, "single_spike": once}
@@ -102,10 +103,13 @@ def test_where_kernels_fail_or_differ_torch_does_it(monkeypatch: pytest.MonkeyPa
 
 def test_a_kernel_that_fires_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from spiking_rl import gpu
-    from spiking_rl.fused import fused_scan
+    from spiking_rl.fused import COMPILED
+
+    def otherwise(job: Any, wanted: Any) -> None:
+        COMPILED.forward(job._replace(threshold=job.threshold + 0.1), wanted)
 
     device = torch.device("cpu")
-    monkeypatch.setattr(gpu, "triton_scan", fused_scan)
+    monkeypatch.setattr(gpu, "KERNELS", COMPILED)
     assert gpu._agrees(device)
-    monkeypatch.setattr(gpu, "triton_scan", lambda c, m, leak, t, *rest: fused_scan(c, m, leak, t + 0.1, *rest))
+    monkeypatch.setattr(gpu, "KERNELS", COMPILED._replace(forward=otherwise))
     assert not gpu._agrees(device)
