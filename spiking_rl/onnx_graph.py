@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.vision.resnet import Head
+from spiking_rl.vision.small_maps import SmallMapConv2d
 
 OPSET = 17  # the first with LayerNormalization
 _IR_VERSION = 8  # of its time
@@ -112,7 +113,7 @@ class MapWriter:
             return graph.op("Flatten", x, axis=1)
         if type(module) is nn.Linear:
             return self._linear(module, x)
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        if isinstance(module, nn.Conv2d) and _plain(module):
             return self._convolution(module, x)
         if type(module) is nn.AvgPool2d and not module.ceil_mode and module.divisor_override is None:
             sides = {"kernel_shape": _pair(module.kernel_size), "strides": _pair(module.stride)}
@@ -154,6 +155,11 @@ class MapWriter:
         )
         scale, shift = (self.graph.constant(np.broadcast_to(array, self.shape)) for array in arrays)
         return self.graph.op("LayerNormalization", x, scale, shift, axis=axis, epsilon=module.eps)
+
+
+def _plain(module: nn.Conv2d) -> bool:
+    known = type(module) in (nn.Conv2d, SmallMapConv2d)
+    return known and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 def _pair(value: int | tuple[int, int]) -> list[int]:

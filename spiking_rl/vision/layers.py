@@ -11,6 +11,7 @@ from torch import nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF
+from spiking_rl.vision.small_maps import SmallMapConv2d
 
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
@@ -74,7 +75,7 @@ def convolution(
     The pool belongs to the map behind it, so that a network stays a chain of map and neuron.
     """
     layers: list[nn.Module] = [nn.AvgPool2d(2)] if pool else []
-    layers.append(he_normal(nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=bias), gain))
+    layers.append(he_normal(SmallMapConv2d(before, after, kernel, stride, kernel // 2, bias=bias), gain))
     if batch_norm:
         layers.append(nn.BatchNorm2d(after))
     return nn.Sequential(*layers)

@@ -183,9 +183,9 @@ class Trainer:
         self.highest_rate = rate
         self.optimizer: torch.optim.Optimizer
         if name == "sgd":
-            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
         else:
-            self.optimizer = torch.optim.Adam(groups, lr=rate, amsgrad=True)
+            self.optimizer = torch.optim.Adam(groups, lr=rate, amsgrad=True, fused=True)
         clamp_after_step(self.optimizer, network)
         self.batches = 0
 

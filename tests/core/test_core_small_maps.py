@@ -1,0 +1,86 @@
+"""Convolutions of narrow maps, laid side by side: results and gradients of the plain convolution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from spiking_rl import NETWORKS
+from spiking_rl.vision.small_maps import SmallMapConv2d
+
+
+def _pair(bias: bool, channels: tuple[int, int] = (3, 5), **options: int) -> tuple[SmallMapConv2d, nn.Conv2d]:
+    options = {"kernel_size": 3, "padding": 1, **options}
+    small, plain = SmallMapConv2d(*channels, bias=bias, **options), nn.Conv2d(*channels, bias=bias, **options)
+    plain.load_state_dict(small.state_dict())
+    return small, plain
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 30),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    bias=st.booleans(),
+    narrow=st.booleans(),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_values_and_gradients_are_those_of_the_plain_convolution(
+    images: int, rows: int, columns: int, bias: bool, narrow: bool, channels_last: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    small, plain = _pair(bias)
+    x = torch.randn(images, 3, rows, columns)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    found = []
+    for layer in (small, plain):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            y = layer(own)
+        assert y.dtype == (torch.bfloat16 if narrow else torch.float32)
+        torch.manual_seed(seed)
+        y.float().mul(torch.randn(y.shape)).sum().backward()
+        found.append([y.detach().float(), own.grad, *(p.grad for p in layer.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape
+        scale = float(theirs.abs().max()) + 1e-6
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=3e-2 if narrow else 1e-5)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"kernel_size": 1, "padding": 0}, {"padding": 0}, {"dilation": 2}])
+def test_other_convolutions_are_left_as_they_are(options: dict[str, int]) -> None:
+    small, plain = _pair(True, **options)
+    x = torch.randn(8, 3, 4, 4)
+    assert torch.equal(small(x), plain(x))
+
+
+def test_narrow_maps_reach_the_kernel_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    convolve = functional.conv2d
+
+    def watched(x: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return convolve(x, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(functional, "conv2d", watched)
+    network = NETWORKS["vgg16"]((3, 32, 32), 10, neuron="relu", width=0.05)
+    network(torch.randn(1, 24, 3, 32, 32))
+    assert {shape[0] for shape in seen if shape[3] >= 16 and shape[2] >= 8} == {24}  # wide ones come alone
+    last = seen[-1]  # 2 x 2 pixels: 12 images of 3 columns in a row
+    assert last == (2, last[1], 2, 36)
+
+
+def test_images_of_a_batch_do_not_touch() -> None:
+    torch.manual_seed(0)
+    small, _ = _pair(False)
+    x = torch.zeros(10, 3, 4, 4)
+    x[3] = torch.randn(3, 4, 4)
+    y = small(x)
+    assert y[3].abs().max() > 0
+    assert y[[0, 1, 2, 4, 5, 6, 7, 8, 9]].abs().max() == 0
