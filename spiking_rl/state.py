@@ -112,6 +112,8 @@ def unpack_optimiser(
             found = {n: tuple(t.shape) for n, t in slots.items() if torch.is_tensor(t) and t.is_floating_point()}
             if slots and (len(slots) != len(found) or found != shapes):
                 raise ValueError("the optimiser's moments are not those of the network")
+            for name in kept - {"step"} if slots else ():  # fused optimisers read memory in the parameter's order
+                slots[name] = torch.empty_like(parameter).copy_(slots[name])
 
 
 def generators() -> dict[str, Any]:
