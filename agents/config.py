@@ -41,6 +41,8 @@ class MainSettings:
     """Agent steps of a ReLU network that is trained first and then converted; 0: none."""
     prune_steps: int = 50_000
     """Agent steps of each later stage."""
+    last_steps: int = 0
+    """Agent steps of the last stage, where it is not the first; 0: as prune_steps."""
     num_envs: int = 16
     """Environments played side by side."""
     stateful: bool = False
@@ -173,7 +175,7 @@ class TrainConfig(MainSettings):
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        for name in ("seed", "ann_steps", "report_episodes", "video_episodes"):
+        for name in ("seed", "ann_steps", "last_steps", "report_episodes", "video_episodes"):
             if getattr(self, name) < 0:
                 raise UserError(name, getattr(self, name), "must not be negative")
         if self.seed >= 10_000_000:

@@ -83,7 +83,8 @@ class TrainingSession:
         self.shown = progress
         self.stop_requested = False
         start, stop = (config.timesteps, config.prune_to) if config.neuron == "lif" else (1, 1)
-        self.pruning = TemporalPruning(start, stop, config.agent_steps, config.prune_steps, config.goal)
+        budgets = config.agent_steps, config.prune_steps, config.goal
+        self.pruning = TemporalPruning(start, stop, *budgets, last_budget=config.last_steps or None)
         self.rows: list[dict[str, Any]] = []
         self.next_eval = config.eval_every
         self.next_save = config.save_every
@@ -194,8 +195,7 @@ class TrainingSession:
 
     def _last_step(self) -> int:
         """Return the agent steps at which the last stage will end."""
-        later = self.pruning.timesteps - self.pruning.stop
-        return self.model.stage_start + int(self.pruning.budget + later * self.pruning.stage_budget)
+        return self.model.stage_start + int(self.pruning.remaining)
 
     def _stage(self) -> None:
         """Train at one T until its budget is spent or its goal reached, then move on as pruning says."""

@@ -155,11 +155,10 @@ def extend_run(
     if agent_steps is not None:
         if agent_steps < 1:
             raise UserError("agent_steps", agent_steps, "must be at least 1")
-        session.config.prune_steps = agent_steps
-        session.pruning.stage_budget = agent_steps
+        session.config.prune_steps, session.config.last_steps = agent_steps, 0
     if rescale_leak is not None:
         session.config.rescale_leak = session.model.rescale_leak = rescale_leak
-    session.begin(session.pruning.extend(to))
+    session.begin(session.pruning.extend(to, agent_steps))
     session.config.prune_to = to
     session.save()  # first the state, then the settings: a run killed between them goes on as extended
     save_config(folder.config, session.config, provenance())
@@ -235,7 +234,8 @@ def prune(
     own["stateful"] = model.stateful
     # A recipe's way to its first stage is behind the model.
     own |= {"ann_steps": 0, "start_from": None, "imitation": 0.0, "teacher": None}
-    own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "num_envs": model.n_envs}
+    own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "last_steps": 0}
+    own["num_envs"] = model.n_envs
     config = replace_settings(config, {**own, **settings})
     config.check()
     if to >= now:
@@ -255,7 +255,7 @@ def prune(
         with folder.locked():
             session.pruning = TemporalPruning.trained(now, agent_steps, config.goal)
             model.save_checkpoint(folder.checkpoints / checkpoint_name(now), environment=config.env)
-            session.begin(session.pruning.extend(to))
+            session.begin(session.pruning.extend(to, agent_steps))
             session.run()
             return _with_best_weights(session)
 

@@ -90,7 +90,8 @@ def _arguments(config: TrainConfig, method: str) -> list[str]:
     """Return the flags of ``train`` that make a line of the table."""
     stages = config.timesteps - config.prune_to
     # The controls get all the agent steps that the recipe as it stands gets over its stages.
-    spiking = config.agent_steps + stages * config.prune_steps
+    later = (stages - 1) * config.prune_steps + (config.last_steps or config.prune_steps) if stages else 0
+    spiking = config.agent_steps + later
     single = ["--agent-steps", str(config.ann_steps + spiking), "--ann-steps", "0"]
     direct = ["--timesteps", "1", "--prune-to", "1", *single]
     pruned = ["--timesteps", "5", "--prune-to", "1"]

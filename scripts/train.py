@@ -166,10 +166,15 @@ def _plan(config: TrainConfig) -> str:
         parts.append(f"{config.agent_steps:,} of a ReLU network")
     else:
         parts.append(f"{config.agent_steps:,} at T={config.timesteps}")
-    later = config.timesteps - config.prune_to
-    if config.neuron == "lif" and later:
-        each = f"T={config.prune_to}" if later == 1 else f"each of T={config.timesteps - 1} to {config.prune_to}"
+    lowest = config.prune_to
+    if config.neuron == "lif" and lowest < config.timesteps and config.last_steps:
+        last, lowest = [f"{config.last_steps:,} at T={lowest}"], lowest + 1
+    else:
+        last = []
+    if config.neuron == "lif" and lowest < config.timesteps:
+        each = f"T={lowest}" if lowest == config.timesteps - 1 else f"each of T={config.timesteps - 1} to {lowest}"
         parts.append(f"{config.prune_steps:,} at {each}")
+    parts += last
     return f"agent steps, at most: {', '.join(parts)}; Ctrl-C saves, --resume goes on"
 
 

@@ -105,6 +105,7 @@ class TemporalPruning:
         stage_budget: what each later stage may spend.
         goal: a stage ends early once ``goal_reports`` scores in a row reach it; None: never.
         goal_reports: see there.
+        last_budget: what the stage at ``stop`` may spend, where it is not the first; None: as every later stage.
 
     Raises:
         UserError: stop above start, or a number that is not positive.
@@ -118,17 +119,20 @@ class TemporalPruning:
         stage_budget: float,
         goal: float | None = None,
         goal_reports: int = 3,
+        last_budget: float | None = None,
     ) -> None:
         check_pruning(start, stop)
         if goal_reports < 1:
             raise UserError("goal_reports", goal_reports, "must be at least 1")
-        for field, value in (("first_budget", first_budget), ("stage_budget", stage_budget)):
-            if not value > 0:
+        budgets = {"first_budget": first_budget, "stage_budget": stage_budget, "last_budget": last_budget}
+        for field, value in budgets.items():
+            if value is not None and not value > 0:
                 raise UserError(field, value, "must be positive")
         self.start = start
         self.stop = stop
         self.first_budget = first_budget
         self.stage_budget = stage_budget
+        self.last_budget = last_budget
         self.goal = goal
         self.goal_reports = goal_reports
         self.finished = False
@@ -142,7 +146,20 @@ class TemporalPruning:
     @property
     def budget(self) -> float:
         """What the current stage may spend."""
-        return self.first_budget if len(self.stages) == 1 else self.stage_budget
+        if len(self.stages) == 1:
+            return self.first_budget
+        if self.timesteps == self.stop and self.last_budget is not None:
+            return self.last_budget
+        return self.stage_budget
+
+    @property
+    def remaining(self) -> float:
+        """What the current stage and those after it may spend."""
+        later = self.timesteps - self.stop
+        if not later:
+            return self.budget
+        last = self.stage_budget if self.last_budget is None else self.last_budget
+        return self.budget + (later - 1) * self.stage_budget + last
 
     @property
     def checkpoint(self) -> str:
@@ -180,8 +197,12 @@ class TemporalPruning:
         self.stages.append(StageRecord(stage.timesteps - 1))
         return Next(self.timesteps, checkpoint, improved)
 
-    def extend(self, stop: int) -> Next:
+    def extend(self, stop: int, stage_budget: float | None = None) -> Next:
         """Continue a finished pruning downwards to ``stop``.
+
+        Args:
+            stop: timesteps of the new last stage.
+            stage_budget: what every further stage may spend, the last one too; None: as before.
 
         Raises:
             UserError: stop is not below the T reached.
@@ -192,6 +213,8 @@ class TemporalPruning:
         check_pruning(self.start, stop)
         if stop >= self.timesteps:
             raise UserError("to", stop, f"the run is at T={self.timesteps} already; choose a smaller number")
+        if stage_budget is not None:
+            self.stage_budget, self.last_budget = stage_budget, None
         self.stop = stop
         self.finished = False
         checkpoint = self.checkpoint
@@ -217,6 +240,7 @@ class TemporalPruning:
             "stage_budget": self.stage_budget,
             "goal": self.goal,
             "goal_reports": self.goal_reports,
+            "last_budget": self.last_budget,
             "finished": self.finished,
             "stages": [asdict(s) for s in self.stages],
         }
@@ -231,7 +255,7 @@ class TemporalPruning:
             ValueError: a number cannot be.
         """
         names = ("start", "stop", "first_budget", "stage_budget", "goal", "goal_reports")
-        made = cls(**{name: state[name] for name in names})
+        made = cls(**{name: state[name] for name in names}, last_budget=state.get("last_budget"))
         made.finished = bool(state["finished"])
         made.stages = [StageRecord(**s) for s in state["stages"]]
         reached = [stage.timesteps for stage in made.stages]
@@ -247,6 +271,6 @@ class TemporalPruning:
         counts = [made.goal_reports, *(n for s in made.stages for n in (s.timesteps, s.reports, s.at_goal))]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise TypeError("a count is no whole number")
-        if not max(made.first_budget, made.stage_budget) < float("inf"):
+        if not max(made.first_budget, made.stage_budget, made.last_budget or 0) < float("inf"):
             raise ValueError("a budget has no end")
         return made

@@ -45,6 +45,8 @@ class ClassifyConfig:
     """Epochs of the first spiking stage; 0: stop after the ReLU network."""
     prune_epochs: int = 8
     """Epochs of each later stage."""
+    last_epochs: int = 0
+    """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     start_from: str | None = None
     """Run whose ReLU network the spiking one starts from, instead of training one."""
     ann_optimizer: Optimizer = "sgd"
@@ -138,7 +140,17 @@ class ClassifyConfig:
         for name in ("prune_epochs", "ann_batch_size", "batch_size", "accumulate", "calibration_timesteps"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        for name in ("seed", "ann_epochs", "epochs", "crop", "cutout", "threads", "image_size", "workers"):
+        for name in (
+            "seed",
+            "ann_epochs",
+            "epochs",
+            "last_epochs",
+            "crop",
+            "cutout",
+            "threads",
+            "image_size",
+            "workers",
+        ):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
         for name in ("ann_weight_decay", "weight_decay"):
@@ -162,7 +174,7 @@ class ClassifyConfig:
         if not 0 <= self.distill <= 1:
             raise UserError("distill", self.distill, "must lie between 0 and 1")
         if self.distill and not (self.trains_ann or self.start_from):
-            raise UserError("distill", self.distill, "needs a ReLU network to learn from; see ann_epochs, start_from")
+            raise UserError("distill", self.distill, "needs a ReLU network to learn from; 0 without one (see ann_epochs, start_from)")
         if self.firing_rate is not None and not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if not 0 < self.percentile <= 100:

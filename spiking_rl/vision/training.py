@@ -318,7 +318,9 @@ class Trainer:
 
     def _new_pruning(self) -> TemporalPruning:
         config = self.config
-        return TemporalPruning(config.timesteps, config.prune_to, max(1, config.epochs), config.prune_epochs)
+        last = config.last_epochs or None
+        first, later = max(1, config.epochs), config.prune_epochs
+        return TemporalPruning(config.timesteps, config.prune_to, first, later, last_budget=last)
 
     def convert(self, timesteps: int, prune_to: int, epochs: int) -> None:
         """Let a run that ended with its ReLU network go on with spikes.
@@ -356,9 +358,8 @@ class Trainer:
         if epochs is not None:
             if epochs < 1:
                 raise UserError("epochs", epochs, "must be at least 1")
-            self.config.prune_epochs = epochs
-            self.pruning.stage_budget = epochs
-        self._next(self.pruning.extend(to))
+            self.config.prune_epochs, self.config.last_epochs = epochs, 0
+        self._next(self.pruning.extend(to, epochs))
         self.config.prune_to = to
         self.save()
 

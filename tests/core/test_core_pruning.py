@@ -179,7 +179,33 @@ def test_a_possible_range_is_accepted() -> None:
         check_pruning(start, stop)
 
 
-@pytest.mark.parametrize("field", ["first_budget", "stage_budget"])
+def test_the_last_stage_may_have_a_budget_of_its_own() -> None:
+    pruning = TemporalPruning(3, 1, first_budget=7, stage_budget=2, last_budget=5)
+    seen, remaining = [], []
+    while not pruning.finished:
+        seen.append((pruning.timesteps, pruning.budget))
+        remaining.append(pruning.remaining)
+        pruning.report(0.0, pruning.budget)
+        pruning = TemporalPruning.from_state_dict(json.loads(json.dumps(pruning.state_dict())))
+    assert seen == [(3, 7), (2, 2), (1, 5)]
+    assert remaining == [14, 7, 5]
+    alone = TemporalPruning(1, 1, first_budget=7, stage_budget=2, last_budget=5)
+    assert (alone.budget, alone.remaining) == (7, 7), "the only stage is the first"
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(None, [2, 5]), (3.0, [3, 3])])
+def test_an_extension_keeps_the_budgets_or_sets_one_for_all(budget: float | None, expected: list[float]) -> None:
+    pruning = TemporalPruning(3, 3, first_budget=7, stage_budget=2, last_budget=5)
+    pruning.report(0.0, 7)
+    pruning.extend(1, budget)
+    seen = []
+    while not pruning.finished:
+        seen.append(pruning.budget)
+        pruning.report(0.0, pruning.budget)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("field", ["first_budget", "stage_budget", "last_budget"])
 @pytest.mark.parametrize("budget", [0, -1, NAN])
 def test_budgets_must_be_positive(field: str, budget: float) -> None:
     budgets = {"first_budget": 10.0, "stage_budget": 10.0, field: budget}

@@ -114,6 +114,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole: Trainer, tmp_path: Path, stop_
     assert scores[0] == scores[1]
 
 
+def test_the_last_stage_may_be_longer(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, timesteps=3, epochs=2, prune_epochs=1, last_epochs=4)
+    assert new_run(tmp_path / "run", config).pruning.remaining == 2 + 1 + 4
+
+
 def test_step_by_step_gives_what_one_command_gives(whole: Trainer, tmp_path: Path) -> None:
     trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, epochs=0))
     trainer.run()

@@ -35,11 +35,16 @@ def whole_job(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def test_train_says_what_is_to_come(cli: Cli, tmp_path: Path) -> None:
-    flags = as_flags({**SMALL, "ann_steps": 1024, "report_episodes": 0, "video_episodes": 0})
+    last = 512
+    settings = {**SMALL, "prune_to": 1, "last_steps": last, "eval_every": last, "ann_steps": 1024}
+    flags = as_flags({**settings, "report_episodes": 0, "video_episodes": 0})
     done = cli("train", "cartpole", *flags, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     budget, later = SMALL["agent_steps"], SMALL["prune_steps"]
-    assert f"at most: 1,024 of a ReLU network, {budget:,} at T=3, {later:,} at T=2; Ctrl-C" in done.stdout
+    stages = f"{budget:,} at T=3, {later:,} at T=2, {last} at T=1"
+    assert f"at most: 1,024 of a ReLU network, {stages}; Ctrl-C" in done.stdout
+    ends = {row["timesteps"]: row["agent_steps"] for row in RunFolder(tmp_path / "run").read_progress()}
+    assert (ends[2] - ends[3], ends[1] - ends[2]) == (later, last)
     assert "converting" in done.stderr
 
 
