@@ -24,6 +24,7 @@ from spiking_rl.scripts.speed.cases import CASES
 from spiking_rl.scripts.speed.figure import speed_figure
 from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.latency import latency_rows
+from spiking_rl.scripts.speed.narrow import narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
 from spiking_rl.scripts.speed.rows import WITH_MEMORY, add_memory, fastest_format_is_channels_last, printed, timed_rows
 from spiking_rl.scripts.speed.stateful import stateful_rows
@@ -32,7 +33,7 @@ DESCRIPTION = """Time spiking-rl, SpikingJelly, snnTorch, Norse, Sinabs, the ReL
 
 Example: python -m spiking_rl.scripts.benchmark --cases nature latency-nature --output results/speed.json"""
 
-_OWN = ("stateful", "half", "latency-cartpole")  # no other library runs these
+_OWN = ("stateful", "half", "narrow", "latency-cartpole")  # no other library runs these
 
 
 @dataclass(kw_only=True)
@@ -135,6 +136,15 @@ def _half(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def _narrow(options: Options) -> list[dict[str, Any]]:
+    rows = narrow_rows(rounds=options.rounds, seconds=options.seconds)
+    for row in rows:
+        name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
+        told = f"{row['ratio_to_plain']:.2f} x nn.Conv2d"
+        print(f"{name:5} {row['precision']:9} {row['maps']:13} {row['ms']:9.2f} ms  {told}", flush=True)
+    return rows
+
+
 def _latency(options: Options) -> list[dict[str, Any]]:
     rows = latency_rows(options.timesteps, rounds=options.rounds, seconds=options.seconds)
     for row in rows:
@@ -146,6 +156,7 @@ def _latency(options: Options) -> list[dict[str, Any]]:
 _OWN_CASES: dict[str, Callable[[Options], list[dict[str, Any]]]] = {
     "stateful": _stateful,
     "half": _half,
+    "narrow": _narrow,
     "latency-cartpole": _latency,
 }
 

@@ -174,7 +174,11 @@ class ClassifyConfig:
         if not 0 <= self.distill <= 1:
             raise UserError("distill", self.distill, "must lie between 0 and 1")
         if self.distill and not (self.trains_ann or self.start_from):
-            raise UserError("distill", self.distill, "needs a ReLU network to learn from; 0 without one (see ann_epochs, start_from)")
+            raise UserError(
+                "distill",
+                self.distill,
+                "needs a ReLU network to learn from; 0 without one (see ann_epochs, start_from)",
+            )
         if self.firing_rate is not None and not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if not 0 < self.percentile <= 100:

@@ -20,6 +20,7 @@ from spiking_rl.scripts.published import add_results
 from spiking_rl.scripts.speed import cases, rows
 from spiking_rl.scripts.speed.cases import CASES, LEAK, Case, build_case
 from spiking_rl.scripts.speed.half import half_rows
+from spiking_rl.scripts.speed.narrow import make_plain, narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed, peer_neuron, time_axis
 from spiking_rl.scripts.speed.plain import Limit, PeerNetwork, ReLUNetwork
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
@@ -135,6 +136,19 @@ def test_bfloat16_is_told_as_a_multiple_of_float32(monkeypatch: pytest.MonkeyPat
     }
     assert all(r["ratio_to_float32"] == 1 for r in rows if r["precision"] == "float32")
     assert all(r["ratio_to_relu"] == 1 for r in rows if r["timesteps"] is None)
+
+
+def test_a_network_with_plain_convolutions_is_timed_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Case("vgg16", (3, 32, 32), 3, 4, (1,), True, (("width", 0.05),))
+    monkeypatch.setitem(CASES, "vgg16", small)
+    network, inputs = build_case(small, 1)
+    expected = network(inputs.unsqueeze(0))[0]
+    make_plain(network)
+    assert {type(m) for m in network.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    assert torch.allclose(network(inputs.unsqueeze(0))[0], expected, atol=1e-4)
+    rows = narrow_rows(rounds=3, seconds=1)
+    assert len(rows) == 8
+    assert all(r["ratio_to_plain"] == 1 for r in rows if r["maps"] == "nn.Conv2d")
 
 
 def test_networks_fire_and_are_the_same_in_every_process() -> None:

@@ -1,0 +1,57 @@
+"""What laying narrow maps side by side saves: training passes of a VGG16 with and without it, in both arithmetics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.scripts.speed.cases import CASES, build_case
+from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
+from spiking_rl.scripts.speed.variants import OURS, RELU, Pass, build_pass
+from spiking_rl.vision.small_maps import SmallMapConv2d
+
+_CASE = "vgg16"
+_PRECISIONS = ("float32", "bfloat16")
+_PLAIN, _TOGETHER = "nn.Conv2d", "side by side"
+
+Key = tuple[str, int | None, str, str]
+
+
+def narrow_rows(*, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Return the rows of the ReLU network and of ours at T=1, each as a multiple of its time with ``nn.Conv2d``."""
+    case = CASES[_CASE]
+    runs: dict[Key, Pass] = {}
+    for maps in (_PLAIN, _TOGETHER):
+        network, inputs = build_case(case, 1)
+        if maps == _PLAIN:
+            make_plain(network)
+        for precision in _PRECISIONS:
+            runs[RELU, None, precision, maps] = build_pass(RELU, case, network, inputs, precision)
+            runs[OURS, 1, precision, maps] = build_pass(OURS, case, network, inputs, precision)
+    times = interleave(runs, rounds=rounds, seconds=seconds)
+    return [
+        {
+            "case": f"narrow-{_CASE}",
+            "network": case.network,
+            "pass": case.kind,
+            "library": library,
+            "precision": precision,
+            "maps": maps,
+            "timesteps": timesteps,
+            "batch": case.batch,
+            "ratio_to_plain": median_ratio(values, times[library, timesteps, precision, _PLAIN]),
+            "threads": torch.get_num_threads(),
+            **times_of(values),
+        }
+        for (library, timesteps, precision, maps), values in times.items()
+    ]
+
+
+def make_plain(network: LayeredNetwork) -> None:
+    """Let a network convolve with ``nn.Conv2d`` itself."""
+    for module in network.modules():
+        if isinstance(module, SmallMapConv2d):
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]  # same parameters, other arithmetic
