@@ -79,7 +79,8 @@ class ClassifyConfig:
     max_grad_norm: float = 5.0
     """Gradient clipping."""
     precision: Precision = "auto"
-    """Arithmetic of training, auto: bfloat16 on a GPU. Scores are always counted in float32."""
+    """Arithmetic of training and of the scores that select, auto: bfloat16 on a GPU. Test scores are counted in
+    float32."""
     batch_norm: bool = True
     """Train with batch normalisation, which costs nothing in the end: it folds into the weights."""
     fold_first: bool = False
