@@ -44,8 +44,8 @@ class TemporalPruningCallback(BaseCallback):
     own learners. Weights are scored between rollouts; the best of a stage are kept in memory. The
     next stage starts from them, in the target network too, with T lowered in the networks and in
     ``model.policy_kwargs`` and with a fresh optimiser; a replay buffer stays. After the last stage
-    the best weights are loaded and training stops: give ``learn`` at least ``first_budget`` plus
-    ``stage_budget`` per further stage. If ``learn`` ends earlier the model keeps its latest weights,
+    the best weights are loaded and training stops: give ``learn`` at least
+    ``pruning.remaining`` agent steps. If ``learn`` ends earlier the model keeps its latest weights,
     and another ``learn`` with the same callback goes on with the stage.
 
     Args:

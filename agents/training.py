@@ -255,7 +255,9 @@ def prune(
         with folder.locked():
             session.pruning = TemporalPruning.trained(now, agent_steps, config.goal)
             model.save_checkpoint(folder.checkpoints / checkpoint_name(now), environment=config.env)
-            session.begin(session.pruning.extend(to, agent_steps))
+            following = session.pruning.extend(to, agent_steps)
+            session.pruning.last_budget = config.last_steps or None
+            session.begin(following)
             session.run()
             return _with_best_weights(session)
 

@@ -142,6 +142,7 @@ def _classifier(options: Options, watch: Stopwatch) -> None:
     config.timesteps = config.prune_to = options.timesteps
     config.precision = options.precision
     config.ann_epochs, config.epochs, config.prune_epochs = 0, 1, 1
+    config.distill = 0.0  # there is no ReLU network to learn from
     images = _pixels(options.images)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = RunFolder(Path(name) / "run")

@@ -205,12 +205,14 @@ class TemporalPruning:
             stage_budget: what every further stage may spend, the last one too; None: as before.
 
         Raises:
-            UserError: stop is not below the T reached.
+            UserError: stop is not below the T reached, or a budget that is not positive and finite.
             RuntimeError: pruning is not finished yet.
         """
         if not self.finished:
             raise RuntimeError("pruning is still under way")
         check_pruning(self.start, stop)
+        if stage_budget is not None and not 0 < stage_budget < float("inf"):
+            raise UserError("stage_budget", stage_budget, "must be positive and finite")
         if stop >= self.timesteps:
             raise UserError("to", stop, f"the run is at T={self.timesteps} already; choose a smaller number")
         if stage_budget is not None:

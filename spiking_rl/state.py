@@ -112,6 +112,9 @@ def unpack_optimiser(
             found = {n: tuple(t.shape) for n, t in slots.items() if torch.is_tensor(t) and t.is_floating_point()}
             if slots and (len(slots) != len(found) or found != shapes):
                 raise ValueError("the optimiser's moments are not those of the network")
+            if not slots and isinstance(optimizer, torch.optim.SGD) and packed:
+                # A parameter that had no gradient so far; a fused step wants a buffer of all, or none. 0 is as good.
+                slots = optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             for name in kept - {"step"} if slots else ():  # fused optimisers read memory in the parameter's order
                 slots[name] = torch.empty_like(parameter).copy_(slots[name])
 

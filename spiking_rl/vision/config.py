@@ -40,7 +40,7 @@ class ClassifyConfig:
     seed: int = 0
     """Seed of every random generator."""
     ann_epochs: int = 40
-    """Epochs of the ReLU network that the spiking one starts from; 0: spikes from the start."""
+    """Epochs of the ReLU network that the spiking one starts from; 0: spikes from the start (with distill 0)."""
     epochs: int = 15
     """Epochs of the first spiking stage; 0: stop after the ReLU network."""
     prune_epochs: int = 8

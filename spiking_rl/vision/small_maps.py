@@ -39,7 +39,11 @@ class SmallMapConv2d(nn.Conv2d):
             return 1
         if input.device.type != "cpu" or input.dim() != 4:
             return 1
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        if torch.compiler.is_compiling():
+            return 1  # what is exported shall take batches of any size
+        kind = input.dtype
+        if torch.is_autocast_enabled("cpu") and kind != torch.float64:  # which autocast leaves alone
+            kind = torch.get_autocast_dtype("cpu")
         images, columns = input.shape[0], input.shape[3]
         if not images or columns > _NARROW.get(kind, 0):
             return 1
@@ -59,4 +63,4 @@ def _apart(wide: Tensor, together: int, columns: int) -> Tensor:
     rows_of_images, channels, rows, _ = wide.shape
     pixels = wide.permute(0, 2, 3, 1).reshape(rows_of_images, rows, together, columns + 1, channels)
     apart = pixels[..., :columns, :].transpose(1, 2).reshape(rows_of_images * together, rows, columns, channels)
-    return apart.permute(0, 3, 1, 2)
+    return apart.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # a copy for one row of images only

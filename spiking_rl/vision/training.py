@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import safetensors.torch
@@ -49,6 +49,7 @@ from spiking_rl.vision.feeding import Batch, Images, feed_of
 from spiking_rl.vision.parallel import Team
 
 _EVALUATED = 500  # images per forward pass
+_WATCHED = 4  # images, at least, of each batch that is scored: their spikes are counted
 _BALANCED = 512  # that set the thresholds: the papers' number
 _ALONE = Team()
 _MOST_EPOCHS = 2**20  # of a stage
@@ -194,7 +195,10 @@ class Trainer:
         """Return the trained ReLU network, this run's own or the one it started from."""
         run = self.config.start_from or str(self.folder.path)
         # It looks at every batch: folded, it takes less time.
-        return fold_batch_norm(load_relu(run, self.config, self.images)).to(self.device)
+        teacher = load_relu(run, self.config, self.images)
+        with suppress(UserError):  # a network of somebody's own, with a batch norm elsewhere
+            teacher = fold_batch_norm(teacher)
+        return teacher.to(self.device)
 
     @property
     def stage(self) -> str:
@@ -445,13 +449,13 @@ class Trainer:
     def _score(self) -> tuple[float, dict[str, float]]:
         """Return the accuracy on the validation images in percent, and the spike rates on some of them.
 
-        In the arithmetic of training, as it only selects; watched neurons take their time, so only some are.
+        In the arithmetic of training, as it only selects; watched neurons take their time, so a tenth is.
         """
         counter = SpikeCounter() if self.spiking else None
         right, count = 0, 0
         with _autocast(self.device, self.config.precision):
             for images, labels in self.images.validation():
-                watched = 0 if counter is None or count else _EVALUATED
+                watched = max(_WATCHED, len(labels) // 10)
                 for observer, part in ((counter, slice(watched)), (None, slice(watched, None))):
                     if len(labels[part]):
                         found = predict(self.network, images[part], self.mean, self.std, observer)

@@ -205,6 +205,16 @@ def test_an_extension_keeps_the_budgets_or_sets_one_for_all(budget: float | None
     assert seen == expected
 
 
+@pytest.mark.parametrize("budget", [0.0, -1.0, NAN, float("inf")])
+def test_an_extension_with_no_budget_is_refused_before_anything_changes(budget: float) -> None:
+    pruning = TemporalPruning(2, 2, first_budget=7, stage_budget=2)
+    pruning.report(0.0, 7)
+    before = pruning.state_dict()
+    with pytest.raises(UserError, match="positive and finite"):
+        pruning.extend(1, budget)
+    assert pruning.state_dict() == before
+
+
 @pytest.mark.parametrize("field", ["first_budget", "stage_budget", "last_budget"])
 @pytest.mark.parametrize("budget", [0, -1, NAN])
 def test_budgets_must_be_positive(field: str, budget: float) -> None:

@@ -84,3 +84,31 @@ def test_images_of_a_batch_do_not_touch() -> None:
     y = small(x)
     assert y[3].abs().max() > 0
     assert y[[0, 1, 2, 4, 5, 6, 7, 8, 9]].abs().max() == 0
+
+
+def test_doubles_are_left_as_they_are_under_autocast() -> None:
+    small, plain = _pair(True)
+    x = torch.randn(8, 3, 2, 2, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(small.double()(x), plain.double()(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2), (0, 3, 2, 2)])
+def test_single_images_and_no_images_are_taken(shape: tuple[int, ...]) -> None:
+    small, plain = _pair(True)
+    x = torch.randn(shape)
+    assert torch.equal(small(x), plain(x))
+
+
+def test_few_images_leave_channels_last() -> None:
+    small, _ = _pair(False)
+    x = torch.randn(8, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert small(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_exported_layer_takes_other_batches() -> None:
+    small, plain = _pair(True)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(small, (torch.randn(8, 3, 2, 2),), dynamic_shapes=({0: batch},)).module()
+    x = torch.randn(9, 3, 2, 2)
+    assert torch.allclose(exported(x), plain(x), atol=1e-5)

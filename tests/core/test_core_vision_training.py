@@ -169,6 +169,25 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path: Path) -> None:
         torch.testing.assert_close(one, parts, rtol=1e-3, atol=1e-6)
 
 
+def test_leaks_without_a_gradient_so_far_may_have_one_after_a_resume(tmp_path: Path) -> None:
+    """At T=1 they have none; where several processes go on with the run, they add up zeros."""
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=0, timesteps=1, optimizer="sgd"))
+    generator = torch.Generator().manual_seed(0)
+    batch = next(trainer.feed.batches(0, generator, 32, 0))
+    trainer._update(batch, generator)
+    trainer.save()
+    again = Trainer(load_config(trainer.folder.config), trainer.folder, dataset(), CPU)
+    again.restore()
+    trainer._update(batch, torch.Generator().manual_seed(1))
+    for parameter in again.network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    zero_grad = again.optimizer.zero_grad
+    again.optimizer.zero_grad = lambda: zero_grad(set_to_none=False)  # type: ignore[method-assign]
+    again._update(batch, torch.Generator().manual_seed(1))
+    for mine, theirs in zip(trainer.network.parameters(), again.network.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_the_learning_rate_follows_one_cycle_or_the_papers_milestones() -> None:
     assert rate_factor(0.0, ()) == pytest.approx(0.1)
     assert rate_factor(0.25, ()) == pytest.approx(1.0)
