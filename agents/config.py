@@ -41,8 +41,6 @@ class MainSettings:
     """Agent steps of a ReLU network that is trained first and then converted; 0: none."""
     prune_steps: int = 50_000
     """Agent steps of each later stage."""
-    last_steps: int = 0
-    """Agent steps of the last stage, where it is not the first; 0: as prune_steps."""
     num_envs: int = 16
     """Environments played side by side."""
     stateful: bool = False
@@ -60,6 +58,8 @@ class TrainConfig(MainSettings):
 
     hidden: tuple[int, ...] = (256, 256)
     """Neurons per hidden layer; for vector observations."""
+    last_steps: int = 0
+    """Agent steps of the last stage, where it is not the first; 0: as prune_steps."""
     layer_norm: bool = True
     """Normalise each layer's current before its neurons."""
     first_layer_norm: bool | None = None
