@@ -253,11 +253,9 @@ def prune(
         model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay
         model.rescale_leak = config.rescale_leak
         with folder.locked():
-            session.pruning = TemporalPruning.trained(now, agent_steps, config.goal)
+            session.pruning = TemporalPruning.trained(now, agent_steps, config.goal, config.last_steps or None)
             model.save_checkpoint(folder.checkpoints / checkpoint_name(now), environment=config.env)
-            following = session.pruning.extend(to, agent_steps)
-            session.pruning.last_budget = config.last_steps or None
-            session.begin(following)
+            session.begin(session.pruning.extend(to))
             session.run()
             return _with_best_weights(session)
 

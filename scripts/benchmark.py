@@ -127,29 +127,30 @@ def _stateful(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def _name(row: dict[str, Any]) -> str:
+    return "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
+
+
 def _half(options: Options) -> list[dict[str, Any]]:
     rows = half_rows(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
-        name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
         told = f"{row['ratio_to_float32']:.2f} x float32  {row['ratio_to_relu']:.2f} x ReLU"
-        print(f"{name:5} {row['precision']:9} {row['ms']:9.2f} ms  {told}", flush=True)
+        print(f"{_name(row):5} {row['precision']:9} {row['ms']:9.2f} ms  {told}", flush=True)
     return rows
 
 
 def _narrow(options: Options) -> list[dict[str, Any]]:
     rows = narrow_rows(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
-        name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
         told = f"{row['ratio_to_plain']:.2f} x nn.Conv2d"
-        print(f"{name:5} {row['precision']:9} {row['maps']:13} {row['ms']:9.2f} ms  {told}", flush=True)
+        print(f"{_name(row):5} {row['precision']:9} {row['maps']:13} {row['ms']:9.2f} ms  {told}", flush=True)
     return rows
 
 
 def _latency(options: Options) -> list[dict[str, Any]]:
     rows = latency_rows(options.timesteps, rounds=options.rounds, seconds=options.seconds)
     for row in rows:
-        name = "ReLU" if row["timesteps"] is None else f"T={row['timesteps']}"
-        print(f"{row['pass']:8} {name:5} {row['ms']:.4f} ms  {row['ratio_to_relu']:.2f} x ReLU", flush=True)
+        print(f"{row['pass']:8} {_name(row):5} {row['ms']:.4f} ms  {row['ratio_to_relu']:.2f} x ReLU", flush=True)
     return rows
 
 

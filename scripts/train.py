@@ -166,12 +166,11 @@ def _plan(config: TrainConfig) -> str:
         parts.append(f"{config.agent_steps:,} of a ReLU network")
     else:
         parts.append(f"{config.agent_steps:,} at T={config.timesteps}")
-    lowest = config.prune_to
-    if config.neuron == "lif" and lowest < config.timesteps and config.last_steps:
+    lowest, last = config.prune_to, []
+    prunes = config.neuron == "lif" and lowest < config.timesteps
+    if prunes and config.last_steps:
         last, lowest = [f"{config.last_steps:,} at T={lowest}"], lowest + 1
-    else:
-        last = []
-    if config.neuron == "lif" and lowest < config.timesteps:
+    if prunes and lowest < config.timesteps:
         each = f"T={lowest}" if lowest == config.timesteps - 1 else f"each of T={config.timesteps - 1} to {lowest}"
         parts.append(f"{config.prune_steps:,} at {each}")
     parts += last

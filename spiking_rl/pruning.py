@@ -146,20 +146,16 @@ class TemporalPruning:
     @property
     def budget(self) -> float:
         """What the current stage may spend."""
-        if len(self.stages) == 1:
-            return self.first_budget
-        if self.timesteps == self.stop and self.last_budget is not None:
-            return self.last_budget
-        return self.stage_budget
+        return self.first_budget if len(self.stages) == 1 else self._later_budget(self.timesteps)
 
     @property
     def remaining(self) -> float:
         """What the current stage and those after it may spend."""
-        later = self.timesteps - self.stop
-        if not later:
-            return self.budget
-        last = self.stage_budget if self.last_budget is None else self.last_budget
-        return self.budget + (later - 1) * self.stage_budget + last
+        return self.budget + sum(map(self._later_budget, range(self.stop, self.timesteps)))
+
+    def _later_budget(self, timesteps: int) -> float:
+        """Return what a stage that is not the first may spend."""
+        return self.last_budget if timesteps == self.stop and self.last_budget is not None else self.stage_budget
 
     @property
     def checkpoint(self) -> str:
@@ -224,12 +220,15 @@ class TemporalPruning:
         return Next(self.timesteps, checkpoint, False)
 
     @classmethod
-    def trained(cls, timesteps: int, stage_budget: float, goal: float | None = None) -> TemporalPruning:
+    def trained(
+        cls, timesteps: int, stage_budget: float, goal: float | None = None, last_budget: float | None = None
+    ) -> TemporalPruning:
         """Return a finished machine for a network that was trained at ``timesteps`` elsewhere.
 
-        Call :meth:`extend` to prune it; each stage may spend ``stage_budget``, or end at ``goal``.
+        Call :meth:`extend` to prune it; each stage may spend ``stage_budget`` (the last one ``last_budget``,
+        where it is given), or end at ``goal``.
         """
-        made = cls(timesteps, timesteps, stage_budget, stage_budget, goal)
+        made = cls(timesteps, timesteps, stage_budget, stage_budget, goal, last_budget=last_budget)
         made.finished = True
         return made
 

@@ -141,20 +141,9 @@ class ClassifyConfig:
         for name in ("prune_epochs", "ann_batch_size", "batch_size", "accumulate", "calibration_timesteps"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        for name in (
-            "seed",
-            "ann_epochs",
-            "epochs",
-            "last_epochs",
-            "crop",
-            "cutout",
-            "threads",
-            "image_size",
-            "workers",
-        ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
-        for name in ("ann_weight_decay", "weight_decay"):
+        epochs = ("ann_epochs", "epochs", "last_epochs")
+        others = ("seed", "crop", "cutout", "threads", "image_size", "workers", "ann_weight_decay", "weight_decay")
+        for name in (*epochs, *others):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
         if self.image_size and self.dataset not in ("imagenet", "folder"):
@@ -175,11 +164,8 @@ class ClassifyConfig:
         if not 0 <= self.distill <= 1:
             raise UserError("distill", self.distill, "must lie between 0 and 1")
         if self.distill and not (self.trains_ann or self.start_from):
-            raise UserError(
-                "distill",
-                self.distill,
-                "needs a ReLU network to learn from; 0 without one (see ann_epochs, start_from)",
-            )
+            remedy = "needs a ReLU network to learn from; 0 without one (see ann_epochs, start_from)"
+            raise UserError("distill", self.distill, remedy)
         if self.firing_rate is not None and not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if not 0 < self.percentile <= 100:

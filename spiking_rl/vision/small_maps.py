@@ -16,23 +16,22 @@ class SmallMapConv2d(nn.Conv2d):
     The CPU's kernels work on the columns of a map, 16 and more at once. The last layers of a VGG have four or two,
     and leave most of the arithmetic idle. Several images of a batch in a row, one column of zeros between them, are
     one wide map with the same 3x3 convolution: what padding would have added to every image, that column adds.
-    On maps of two columns it is three (float32) to nine times (bfloat16) as fast. Parameters, shapes and results are
-    those of ``nn.Conv2d``, up to rounding.
+    On maps of two columns, 128 images a batch, it is three (float32) to nine times (bfloat16) as fast. Parameters,
+    shapes and results are those of ``nn.Conv2d``, up to rounding.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        together = self._together(input)
+        kind = _arithmetic(input)
+        together = self._together(input, kind)
         if together == 1:
             return self._convolve(input, weight, bias)
-        if torch.is_autocast_enabled("cpu"):
-            input = input.to(torch.get_autocast_dtype("cpu"))
-        wide = self._convolve(_side_by_side(input, together), weight, bias)
+        wide = self._convolve(_side_by_side(input.to(kind), together), weight, bias)
         return _apart(wide, together, input.shape[3])
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
-    def _together(self, input: Tensor) -> int:
+    def _together(self, input: Tensor, kind: torch.dtype) -> int:
         """Return how many images to lay side by side."""
         plain = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
         if not plain or self.dilation != (1, 1) or self.groups != 1 or self.padding_mode != "zeros":
@@ -41,13 +40,16 @@ class SmallMapConv2d(nn.Conv2d):
             return 1
         if torch.compiler.is_compiling():
             return 1  # what is exported shall take batches of any size
-        kind = input.dtype
-        if torch.is_autocast_enabled("cpu") and kind != torch.float64:  # which autocast leaves alone
-            kind = torch.get_autocast_dtype("cpu")
         images, columns = input.shape[0], input.shape[3]
         if not images or columns > _NARROW.get(kind, 0):
             return 1
         return next(n for n in range(_WIDE // (columns + 1), 0, -1) if images % n == 0)
+
+
+def _arithmetic(input: Tensor) -> torch.dtype:
+    """Return the type in which a CPU convolves: autocast's, which leaves doubles alone."""
+    cast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64
+    return torch.get_autocast_dtype("cpu") if cast else input.dtype
 
 
 def _side_by_side(maps: Tensor, together: int) -> Tensor:
