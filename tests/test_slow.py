@@ -1,4 +1,4 @@
-"""Long checks: `pytest -m slow -n 0`. Their dates and results stand in the README."""
+"""Long checks: `pytest -m slow -n 0`. Their dates and results stand in docs/results/checks.md."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_five_seeds_of_cartpole(algo: str, bar: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
 def test_masked_cartpole_with_its_recipe(algo: str, tmp_path: Path) -> None:
-    """One seed of the memory test; the README has five."""
+    """One seed of the memory test; docs/results/memory.md has five."""
     command = [*COMMAND, "train", "cartpole-masked", "--algo", algo, "--run", str(tmp_path / "run"), "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -193,12 +194,22 @@ class Trainer:
 
     def _teacher(self) -> LayeredNetwork:
         """Return the trained ReLU network, this run's own or the one it started from."""
-        run = self.config.start_from or str(self.folder.path)
+        own = self.folder.checkpoint(None).is_dir()
+        run = str(self.folder.path) if own else str(self.config.start_from)
         # It looks at every batch: folded, it takes less time.
         teacher = load_relu(run, self.config, self.images)
         with suppress(UserError):  # a network of somebody's own, with a batch norm elsewhere
             teacher = fold_batch_norm(teacher)
         return teacher.to(self.device)
+
+    def _take_relu(self) -> None:
+        """Copy the ReLU network that a new run starts from into it: from then on it needs the other run no more."""
+        own, source = self.folder.checkpoint(None), self.config.start_from
+        if source is None or self.rows or self.batches or own.is_dir() or not self.team.leads:
+            return
+        with replace_folder(own) as partial:
+            for file in RunFolder(source).checkpoint(None).iterdir():
+                shutil.copyfile(file, partial / file.name)
 
     @property
     def stage(self) -> str:
@@ -239,6 +250,7 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
         self.team.alike(self.network)
+        self._take_relu()
         where = str(self.folder.tensorboard) if self.team.leads else None
         self.board = SummaryWriter(where, purge_step=len(self.rows) + 1) if where else None
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -294,20 +295,24 @@ def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
         torch.testing.assert_close(own[name], relu[name], rtol=0, atol=0)
     thresholds = [n.threshold.detach().clone() for n in trainer.network.neurons if isinstance(n, LIF)]
     trainer.run()
-    assert trainer.folder.checkpoint_timesteps() == [1]
+    assert trainer.folder.checkpoint_timesteps() == [1, None]
     assert [row["timesteps"] for row in trainer.rows] == [1]
+    theirs, ours = (f.checkpoint(None) for f in (whole.folder, trainer.folder))
+    assert load_checkpoint(ours).config["sha256"] == load_checkpoint(theirs).config["sha256"]
     after = [n.threshold.detach() for n in trainer.network.neurons if isinstance(n, LIF)]
     assert all(torch.equal(a, b) for a, b in zip(thresholds, after, strict=True)), "they were not to be trained"
-    # Once begun it needs its source no more.
-    gone = dataclasses.replace(config, start_from=str(tmp_path / "gone"))
+    # Once begun it needs its source no more, not even to learn from.
+    gone = dataclasses.replace(config, start_from=str(tmp_path / "gone"), distill=0.5)
     again = Trainer(gone, trainer.folder, dataset(), CPU)
     again.restore()
     assert again.finished
+    assert again.teacher is not None
     with pytest.raises(UserError, match=r"start_from = .*holds no run"):
         new_run(tmp_path / "none", gone)
     with pytest.raises(UserError, match=r"start_from = .*width = 0.0625: is 0.03125 there"):
         new_run(tmp_path / "wide", dataclasses.replace(config, width=1 / 16))
     spikes_only = dataclasses.replace(config, start_from=str(trainer.folder.path))
+    shutil.rmtree(ours)
     with pytest.raises(UserError, match="start_from = "):
         new_run(tmp_path / "no-relu", spikes_only)
 
