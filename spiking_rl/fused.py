@@ -395,7 +395,14 @@ def _fresh(
 
 
 def fused_fresh(
-    current: Tensor, leak: Tensor, threshold: Tensor, gamma: float, timesteps: int, repeat: int
+    current: Tensor,
+    leak: Tensor,
+    threshold: Tensor,
+    gamma: float,
+    timesteps: int,
+    repeat: int,
+    *,
+    spare: bool = False,
 ) -> Tensor | None:
     """Return spikes ``(T*B, *N)`` from rest of a flat current ``(T/repeat*B, *N)``, with their gradient.
 
@@ -406,6 +413,7 @@ def fused_fresh(
         gamma: height of the surrogate gradient.
         timesteps: T.
         repeat: timesteps that each current lasts; 1, or T.
+        spare: without a gradient, spikes may take the current's place in memory.
 
     Returns:
         None where the loops have to do it.
@@ -429,11 +437,16 @@ def fused_fresh(
             leak = leak.detach()
         spikes: Tensor = _FusedFresh.apply(current, leak, threshold, gamma, way)  # type: ignore[no-untyped-call]
         return spikes
-    return _fresh_spikes(current if way.fits else way.dense(current), leak, threshold, way)
+    return _fresh_spikes(current if way.fits else way.dense(current), leak, threshold, way, spare and repeat == 1)
 
 
-def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh) -> Tensor:
-    spikes = torch.empty_like(current) if way.alone else torch.empty_strided(way.frames, way.strides, dtype=way.stored)
+def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh, inside: bool = False) -> Tensor:
+    if inside:  # every current is read once, just before its spike is written
+        spikes = current
+    elif way.alone:
+        spikes = torch.empty_like(current)
+    else:
+        spikes = torch.empty_strided(way.frames, way.strides, dtype=way.stored)
     addresses = None, current.data_ptr(), None, spikes.data_ptr(), None, None
     _run(way.forward, way.sizes, leak, threshold, *addresses)
     return spikes

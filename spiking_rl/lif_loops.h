@@ -174,18 +174,21 @@ INLINE void NAME(backward_alone)(const Pass *pass, const Block *b, const STORED 
   const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
   const STORED *u = current + b->at, *by_spike = in->spikes + b->at;
   STORED *now = out->current + b->at;
-  float of_threshold[BLOCK];
   ahead(u, b->size * sizeof *u, 0);
   ahead(by_spike, b->size * sizeof *by_spike, 0);
   ahead(now, b->size * sizeof *now, 1);
-#pragma omp simd
+  float *of_threshold = sums + pass->width + b->first, total = 0.0f;
+#pragma omp simd reduction(+ : total)
   for (int64_t j = 0; j < b->size; j++) {
     const float relative = READ(u[j]) * inverse[own * j];
     const float fire = through_fire(READ(by_spike[j]), relative, height[own * j]);
     now[j] = WRITE(fire);
-    of_threshold[j] = -fire * relative;
+    if (own)
+      of_threshold[j] -= fire * relative;
+    else
+      total -= fire * relative;
   }
-  add_sums(sums + pass->width + b->first, of_threshold, b->size, own);
+  if (!own) *of_threshold += total;
 }
 
 INLINE void NAME(backward_any)(const Pass *pass, const Block *b, const STORED *current, const float *before,

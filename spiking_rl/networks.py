@@ -29,6 +29,16 @@ Both are ``(S, B, *N)`` with S = L*T when stateful; stateless decisions all trav
 """
 
 
+_MAKERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
+
+
+def _is_new(layer: nn.Module) -> bool:
+    """Tell whether what a layer returns is a tensor that nobody else holds, neither it nor a hook."""
+    while type(layer) is nn.Sequential and layer._modules and not layer._forward_hooks:
+        layer = next(reversed(layer._modules.values()))  # what comes last
+    return type(layer) in _MAKERS and not layer._forward_hooks
+
+
 class LayeredNetwork(nn.Module):
     """Hidden layers of linear map + neurons, and a readout that integrates and does not fire.
 
@@ -272,9 +282,11 @@ class LayeredNetwork(nn.Module):
             x = self._encode(x, observer)[0]
         if observer is None and not self.sources and not (self.training and any(self.dropout)):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
+            acting = spiking and not torch.is_grad_enabled()
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
                 x = layer(x)
-                x = neuron.fresh(x, timesteps, repeat) if spiking else neuron(x)  # type: ignore[operator]
+                spare = acting and _is_new(layer)
+                x = neuron.fresh(x, timesteps, repeat, spare=spare) if spiking else neuron(x)  # type: ignore[operator]
                 repeat = 1
         else:
             x = self._flat_layers(x, length, observer)

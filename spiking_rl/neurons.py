@@ -377,13 +377,14 @@ class LIF(nn.Module):
             single_spike=single_spike,
         )
 
-    def fresh(self, current: Tensor, timesteps: int, repeat: int = 1) -> Tensor:
+    def fresh(self, current: Tensor, timesteps: int, repeat: int = 1, *, spare: bool = False) -> Tensor:
         """Scan this layer from rest over a flat batch, for its spikes alone.
 
         Args:
             current: ``(T / repeat * B, *N)``, timestep by timestep.
             timesteps: T.
             repeat: timesteps that each current lasts: 1, or T.
+            spare: nobody needs the current any more: without a gradient, spikes may take its place in memory.
 
         Returns:
             Spikes ``(T * B, *N)``: those of :func:`lif_scan`, which this is a shorter way to.
@@ -392,10 +393,12 @@ class LIF(nn.Module):
             ValueError: repeat is neither.
         """
         if timesteps == repeat == 1:
+            if spare and current.dtype is torch.float32 and not torch.is_grad_enabled():
+                return current.gt_(self.threshold)  # one decision of a small network is all overhead
             return fire(current, self.threshold, self.gamma)
         if repeat not in (1, timesteps):
             raise ValueError(f"repeat is {repeat}; each current lasts 1 timestep, or all {timesteps}")
-        spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat)
+        spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat, spare=spare)
         if spikes is None:
             steps = current.reshape(timesteps // repeat, len(current) * repeat // timesteps, *current.shape[1:])
             scan = lif_scan(steps, None, self.leak, self.threshold, gamma=self.gamma, repeat=repeat, carry=False)

@@ -156,6 +156,10 @@ def test_the_short_way_from_rest_is_the_plain_loop(
     torch.testing.assert_close(found[0][2:], found[1][2:], rtol=2e-4, atol=1e-3)  # thousands of terms of either sign
     with torch.no_grad():
         assert torch.equal(lif.fresh(current, timesteps, repeat), found[0][0])
+        own = current.clone(memory_format=torch.preserve_format)
+        assert torch.equal(lif.fresh(own, timesteps, repeat, spare=True), found[0][0]), "in the current's place"
+    lif.fresh(current, timesteps, repeat, spare=True)
+    assert torch.equal(current, leaf.detach()), "a gradient needs it"
 
 
 @needs_compiler

@@ -296,6 +296,35 @@ def test_an_unknown_network_is_answered_with_the_known() -> None:
     assert "'no_such_network'" in str(caught.value)
 
 
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_nothing_that_others_hold_is_overwritten(timesteps: int) -> None:
+    """Without a gradient spikes take the place of currents, but of no input's, and of none that a hook has kept."""
+    torch.set_default_dtype(torch.float32)  # in which that happens
+    torch.manual_seed(0)
+    linear = [nn.Sequential(nn.Flatten(), nn.Linear(6, 6)), nn.Linear(6, 6), nn.Identity(), nn.Sequential()]
+    network = LayeredNetwork(
+        linear, [LIF(threshold=0.1) for _ in linear], nn.Linear(6, 2), input_shape=(2, 3), timesteps=timesteps
+    )
+    unchanged = LayeredNetwork(
+        [nn.Identity()], [LIF(threshold=0.1)], nn.Linear(6, 2), input_shape=(6,), timesteps=timesteps
+    )
+    inputs = torch.randn(1, 4, 2, 3)
+    before = inputs.clone()
+    wanted = network(inputs)[0].detach()
+    kept: list[Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _, __, out: kept.append(out)) for layer in (linear[0], linear[1])]
+    with torch.no_grad():
+        assert torch.equal(network(inputs)[0], wanted)
+        unchanged(inputs.flatten(2))
+    assert torch.equal(inputs, before)
+    assert len(kept) == 2
+    assert all(bool(((out != 0) & (out != 1)).any()) for out in kept), "these are currents"
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        assert torch.equal(network(inputs)[0], wanted)
+
+
 @EVERY
 def test_watching_a_network_changes_nothing(name: str) -> None:
     """An observer asks for potentials and takes another way through the layers; training drops outputs in both."""
