@@ -1,4 +1,4 @@
-"""Publish the learning curves of runs: JSON, and a figure against agent steps and minutes.
+"""Publish the learning curves of runs: JSON, and a figure against agent steps, or epochs, and minutes.
 
 python -m spiking_rl.scripts.curves runs/pong-seed0 runs/pong-relu-seed0 --output results/pong-curves.json
 """
@@ -18,8 +18,10 @@ from spiking_rl.errors import UserError
 from spiking_rl.plotting import learning_curves, save_figure
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import published_runs, write_results
+from spiking_rl.settings import load_settings
+from spiking_rl.vision import config as vision
 
-DESCRIPTION = """Gather what runs scored while they learned: greedy episodes on the selection seeds.
+DESCRIPTION = """Gather what runs scored while they learned, on selection seeds or validation images.
 
 Example: python -m spiking_rl.scripts.curves runs/pong-seed0 --output results/pong-curves.json"""
 
@@ -40,8 +42,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for folder in published_runs(options.runs, options.output):
         # With all its settings a curve has the recipe that made it.
-        config = load_config(folder.config)
-        settings = {"algo": config.algo, **dataclasses.asdict(config)}
+        if load_settings(folder.config).get("kind") == "classify":
+            settings = dataclasses.asdict(vision.load_config(folder.config))
+        else:
+            config = load_config(folder.config)
+            settings = {"algo": config.algo, **dataclasses.asdict(config)}
         if any(row["run"] == folder.path.name for row in rows):
             raise UserError("runs", str(folder.path), "has the name of another one, and curves are told by it")
         rows.append({"run": folder.path.name, "settings": settings, "curve": folder.read_progress()})

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Draw learning curves, and score, spike rate and energy against T.
 
-Of several agents' runs: one line per algorithm, the mean of its seeds, in a band from the lowest to the highest. Each
-figure is a .png and a .svg, its data a .csv beside them.
+Of several runs: one line per algorithm, or per network and data set, the mean of its seeds, in a band from the lowest
+to the highest. Each figure is a .png and a .svg, its data a .csv beside them.
 
 Example: spiking-rl plot runs/cartpole-seed0
          spiking-rl plot runs/cartpole-seed0 runs/cartpole-seed1 --output seeds.png"""
@@ -46,14 +46,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class AgentRun:
-    """An agent's run as a figure of several needs it: what it is called, and its rows of progress.csv."""
+class DrawnRun:
+    """A run as a figure of several needs it: what it is called, and its rows of progress.csv."""
 
     name: str
-    algo: str
-    environment: str
+    learner: str
+    """The algorithm, or a classifier's network."""
+    task: str
+    """The environment, or the data set."""
     seed: int
     rows: list[Row]
+    classifies: bool
 
     @property
     def without_seed(self) -> str:
@@ -129,53 +132,60 @@ def _draw_run(folder: RunFolder) -> list[Path]:
 
 
 def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
-    """Draw the learning curves of agents' runs.
+    """Draw the learning curves of several runs.
 
     Raises:
-        UserError: a name with another ending, a classifier, or a run named twice.
+        UserError: a name with another ending, agents beside classifiers, or a run named twice.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError("output", str(path), "must end with .png, .svg or .pdf")
     runs, seen = [], set()
     for folder in folders:
-        if _classifies(folder):
-            raise UserError("runs", str(folder.path), "holds a classifier; plot it alone, without --output")
         if folder.path.resolve() in seen:
             raise UserError("runs", str(folder.path), "is named twice; each run counts once")
         seen.add(folder.path.resolve())
         runs.append(read_run(folder))
+        if runs[-1].classifies != runs[0].classifies:
+            kinds = ("an agent", "a classifier")[:: -1 if runs[0].classifies else 1]
+            raise UserError(
+                "runs", str(folder.path), f"holds {kinds[1]}, and the first run {kinds[0]}; plot them apart"
+            )
     groups = {label: [r.rows for r in group] for label, group in group_runs(runs).items()}
     rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
     _save(learning_curves(groups), path, rows)
 
 
-def read_run(folder: RunFolder) -> AgentRun:
-    """Return what a figure shows of an agent's run.
+def read_run(folder: RunFolder) -> DrawnRun:
+    """Return what a figure of several shows of a run.
 
     Raises:
         UserError: no evaluation yet, or damaged.
     """
+    name, rows = folder.path.resolve().name, folder.read_progress()
+    if _classifies(folder):
+        classifier = vision.load_config(folder.config)
+        return DrawnRun(name, classifier.network, classifier.dataset, classifier.seed, rows, classifies=True)
     config = load_config(folder.config)
-    return AgentRun(folder.path.resolve().name, config.algo, config.env, config.seed, folder.read_progress())
+    return DrawnRun(name, config.algo, config.env, config.seed, rows, classifies=False)
 
 
-def group_runs(runs: Sequence[AgentRun]) -> dict[str, list[AgentRun]]:
+def group_runs(runs: Sequence[DrawnRun]) -> dict[str, list[DrawnRun]]:
     """Return the runs that differ by their seed alone, under what the legend calls them.
 
-    A name says no more than it must: the algorithm, and the environment or the run's name where groups of one
-    algorithm differ by that.
+    A name says no more than it must: the algorithm or network, and the environment, data set or run's name where groups
+    of one differ by that.
     """
-    found: dict[tuple[str, str, str], list[AgentRun]] = {}
+    found: dict[tuple[str, str, str], list[DrawnRun]] = {}
     for one in runs:
-        found.setdefault((one.algo, one.environment, one.without_seed), []).append(one)
+        found.setdefault((one.learner, one.task, one.without_seed), []).append(one)
     labels = {}
     for key, group in found.items():
-        algo, environment, bare = key
-        rivals = [other for other in found if other[0] == algo and other != key]
-        parts = [algo]
-        if any(other[1] != environment for other in rivals):
-            parts.append(environment)
-        if any(other[1] == environment for other in rivals):
+        learner, task, bare = key
+        rivals = [other for other in found if other[0] == learner and other != key]
+        parts = [learner]
+        if any(other[1] != task for other in rivals):
+            parts.append(task)
+        if any(other[1] == task for other in rivals):
             parts.append(bare)
         if len(group) > 1:
             what = "seeds" if len({r.seed for r in group}) == len(group) else "runs"
@@ -184,8 +194,9 @@ def group_runs(runs: Sequence[AgentRun]) -> dict[str, list[AgentRun]]:
     return labels
 
 
-def _about(one: AgentRun) -> Row:
-    return {"run": one.name, "algo": one.algo, "environment": one.environment, "seed": one.seed}
+def _about(one: DrawnRun) -> Row:
+    learner, task = ("network", "dataset") if one.classifies else ("algo", "environment")
+    return {"run": one.name, learner: one.learner, task: one.task, "seed": one.seed}
 
 
 def _evaluation(about: Row, row: Row) -> Row:

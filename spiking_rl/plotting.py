@@ -45,18 +45,20 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: bool = False) -> Figure:
-    """Draw the scores of several runs against agent steps: a line per group, the mean of its runs, in a band.
+    """Draw the scores of several runs against agent steps or epochs: a line per group, the mean of its runs in a band.
 
     The band reaches from the lowest run to the highest. Runs are evaluated at different agent steps, so their
     scores are interpolated, where all runs of the group have data (:func:`mean_and_band`).
 
     Args:
         groups: by name, such as an algorithm's, the rows of ``progress.csv`` of each of its runs; keys
-            ``agent_steps``, ``score`` and, for ``minutes``, ``seconds``.
+            ``agent_steps`` (of agents) or ``epoch`` (of classifiers), ``score`` and, for ``minutes``, ``seconds``.
         minutes: draw them against minutes of training too, where all runs know them.
     """
     runs = [rows for group in groups.values() for rows in group]
-    units = [("agent_steps", 1.0, "agent steps"), ("seconds", 60.0, "minutes of training")][: 1 + minutes]
+    images = any("epoch" in row for rows in runs for row in rows)
+    units = [("epoch", 1.0, "epochs") if images else ("agent_steps", 1.0, "agent steps")]
+    units += [("seconds", 60.0, "minutes of training")] if minutes else []
     units = [u for u in units if all(row.get(u[0]) is not None for rows in runs for row in rows)]
     figure, axes = _figure(len(units), 11 if len(units) > 1 else 6, 3.6)
     for ax, (key, unit, label) in zip(axes, units, strict=True):
@@ -65,10 +67,10 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
                 "color": _CURVES[i % len(_CURVES)],
                 "linestyle": _STYLES[i // len(_CURVES) % len(_STYLES)],
             }
-            _draw_group(ax, name, [[(r[key] / unit, r["score"]) for r in rows] for rows in group if rows], style)
+            _draw_group(ax, name, [_points(rows, key, unit) for rows in group if rows], style)
         ax.set_xlim(left=0)
         ax.set_xlabel(label)
-        ax.set_ylabel("return per episode, greedy")
+        ax.set_ylabel("validation accuracy (%)" if images else "return per episode, greedy")
         if key == "agent_steps":
             _steps_in_thousands(ax)
     if any(runs):
@@ -78,6 +80,13 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
         else:
             axes[0].legend(frameon=False, loc="best")
     return figure
+
+
+def _points(rows: Sequence[Row], key: str, unit: float) -> list[tuple[float, float]]:
+    """Return the scores of a run against one of its columns; epochs, which every stage counts anew, all together."""
+    if key == "epoch":
+        return [(i + 1, row["score"]) for i, row in enumerate(rows)]
+    return [(row[key] / unit, row["score"]) for row in rows]
 
 
 def _draw_group(ax: Axes, name: str, runs: Sequence[Sequence[tuple[float, float]]], style: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from spiking_rl.agents.config import load_recipe
@@ -106,3 +108,12 @@ def last_json(text: str) -> dict[str, object]:
     loaded = json.loads(text)
     assert isinstance(loaded, dict)
     return loaded
+
+
+def copy_run(run: Path, to: Path, **settings: object) -> Path:
+    """Copy a run's settings and curve, with other settings."""
+    to.mkdir(parents=True)
+    shutil.copy(run / "progress.csv", to)
+    loaded = yaml.safe_load((run / "config.yaml").read_text())
+    (to / "config.yaml").write_text(yaml.safe_dump({**loaded, **settings}))
+    return to

@@ -122,6 +122,16 @@ def test_seeds_make_one_line_in_a_band_where_all_have_data() -> None:
     assert band.get_datalim(axes.transData).y1 == pytest.approx(500)
 
 
+def test_classifiers_are_drawn_against_all_their_epochs() -> None:
+    """Every stage counts its epochs anew."""
+    rows = [{"epoch": e, "timesteps": t, "score": 80.0 + t, "seconds": 60.0} for t in (2, 1) for e in (1, 2)]
+    epochs, minutes = learning_curves({"vgg9": [rows], "vgg16": [rows[:2]]}, minutes=True).axes
+    assert epochs.lines[0].get_xdata().tolist() == [1, 2, 3, 4]  # type: ignore[union-attr]
+    assert epochs.lines[1].get_xdata().tolist() == [1, 2]  # type: ignore[union-attr]
+    assert (epochs.get_xlabel(), epochs.get_ylabel()) == ("epochs", "validation accuracy (%)")
+    assert minutes.get_xlabel() == "minutes of training"
+
+
 def test_minutes_are_drawn_where_all_runs_know_them() -> None:
     timed = [{**row, "seconds": 60.0 * i} for i, row in enumerate(CURVE)]
     steps, minutes = learning_curves({"pqn": [timed]}, minutes=True).axes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -13,10 +14,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Cli, as_flags, environment, last_json, write_shades
+from conftest import Cli, as_flags, copy_run, environment, last_json, write_shades
 from test_report import needs_browser, on_a_phone
 
 from spiking_rl import load_checkpoint
+from spiking_rl.runs import RunFolder
 from spiking_rl.vision.building import load_classifier
 from spiking_rl.vision.config import load_config
 from spiking_rl.vision.data import load_dataset, normalise
@@ -207,6 +209,33 @@ def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Pat
     assert done.returncode == 2
     assert str(tmp_path / "none") in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_curves_of_several_classifiers_make_one_figure(
+    finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+) -> None:
+    other, agent = copy_run(finished[0], tmp_path / "other", seed=1), tmp_path / "agent"
+    shutil.copytree(finished[0], agent)
+    picture = tmp_path / "several.png"
+    done = cli("plot", finished[0], other, "--output", picture)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    with picture.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    progress = RunFolder(finished[0]).read_progress()
+    assert len(rows) == 2 * len(progress)
+    assert (rows[0]["network"], rows[0]["dataset"], rows[-1]["seed"]) == ("vgg6", "folder", "1")
+    (agent / "config.yaml").write_text("algo: pqn\nenv: CartPole-v1\nseed: 0\n")
+    refused = cli("plot", finished[0], agent)
+    assert refused.returncode == 2
+    assert "holds an agent, and the first run a classifier; plot them apart" in refused.stderr
+
+    published = tmp_path / "curves.json"
+    command = [sys.executable, "-m", "spiking_rl.scripts.curves", str(finished[0]), "--output", str(published)]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    (row,) = json.loads(published.read_text())["rows"]
+    assert row["curve"] == progress
+    assert row["settings"]["network"] == "vgg6"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Cli, as_flags, environment, last_json
+from conftest import SMALL, Cli, as_flags, copy_run, environment, last_json
 
 from spiking_rl import load_checkpoint
 from spiking_rl.agents import SpikingPQN, load_agent
@@ -236,15 +236,6 @@ def test_render_refuses_a_neuron_that_is_not_there(
     assert named in said
     assert named == "--spikes" or "layer1:0 to layer1:15, layer2:0 to layer2:15" in said
     assert not (tmp_path / "film.mp4").exists()
-
-
-def copy_run(run: Path, to: Path, **settings: object) -> Path:
-    """Copy a run's settings and curve, with other settings."""
-    to.mkdir(parents=True)
-    shutil.copy(run / "progress.csv", to)
-    loaded = yaml.safe_load((run / "config.yaml").read_text())
-    (to / "config.yaml").write_text(yaml.safe_dump({**loaded, **settings}))
-    return to
 
 
 def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> None:
