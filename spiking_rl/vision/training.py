@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from spiking_rl.checkpoint import load_checkpoint, load_into, read_json, save_checkpoint
+from spiking_rl.checkpoint import CONFIG, WEIGHTS, load_checkpoint, load_into, read_json, save_checkpoint
 from spiking_rl.energy import SpikeCounter, odd_layers
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import recover_folder, replace_folder
@@ -194,8 +194,8 @@ class Trainer:
 
     def _teacher(self) -> LayeredNetwork:
         """Return the trained ReLU network, this run's own or the one it started from."""
-        own = self.folder.checkpoint(None).is_dir()
-        run = str(self.folder.path) if own else str(self.config.start_from)
+        elsewhere = None if self.folder.checkpoint(None).is_dir() else self.config.start_from
+        run = elsewhere or str(self.folder.path)
         # It looks at every batch: folded, it takes less time.
         teacher = load_relu(run, self.config, self.images)
         with suppress(UserError):  # a network of somebody's own, with a batch norm elsewhere
@@ -208,8 +208,8 @@ class Trainer:
         if source is None or self.rows or self.batches or own.is_dir() or not self.team.leads:
             return
         with replace_folder(own) as partial:
-            for file in RunFolder(source).checkpoint(None).iterdir():
-                shutil.copyfile(file, partial / file.name)
+            for name in (WEIGHTS, CONFIG):
+                shutil.copyfile(RunFolder(source).checkpoint(None) / name, partial / name)
 
     @property
     def stage(self) -> str:
