@@ -17,6 +17,7 @@ from spiking_rl.agents.config import load_config
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import learning_curves, save_figure
 from spiking_rl.scripts.options import parse, script
+from spiking_rl.scripts.plot import refuse_mixture
 from spiking_rl.scripts.published import published_runs, write_results
 from spiking_rl.settings import load_settings
 from spiking_rl.vision import config as vision
@@ -40,7 +41,9 @@ def main() -> None:
     """Write the curves and the figure."""
     options = parse(Options, "curves", sys.argv[1:], DESCRIPTION)
     rows: list[dict[str, Any]] = []
-    for folder in published_runs(options.runs, options.output):
+    folders = list(published_runs(options.runs, options.output))
+    refuse_mixture(folders)
+    for folder in folders:
         # With all its settings a curve has the recipe that made it.
         if load_settings(folder.config).get("kind") == "classify":
             settings = dataclasses.asdict(vision.load_config(folder.config))

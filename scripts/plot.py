@@ -139,20 +139,29 @@ def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError("output", str(path), "must end with .png, .svg or .pdf")
+    refuse_mixture(folders)
     runs, seen = [], set()
     for folder in folders:
         if folder.path.resolve() in seen:
             raise UserError("runs", str(folder.path), "is named twice; each run counts once")
         seen.add(folder.path.resolve())
         runs.append(read_run(folder))
-        if runs[-1].classifies != runs[0].classifies:
-            kinds = ("an agent", "a classifier")[:: -1 if runs[0].classifies else 1]
-            raise UserError(
-                "runs", str(folder.path), f"holds {kinds[1]}, and the first run {kinds[0]}; plot them apart"
-            )
     groups = {label: [r.rows for r in group] for label, group in group_runs(runs).items()}
     rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
     _save(learning_curves(groups), path, rows)
+
+
+def refuse_mixture(folders: Sequence[RunFolder]) -> None:
+    """Refuse agents beside classifiers: their scores have no axis in common.
+
+    Raises:
+        UserError: a run of another kind than the first.
+    """
+    first = _classifies(folders[0])
+    for folder in folders:
+        if _classifies(folder) != first:
+            other, kind = ("an agent", "a classifier") if first else ("a classifier", "an agent")
+            raise UserError("runs", str(folder.path), f"holds {other}, and the first run {kind}; draw them apart")
 
 
 def read_run(folder: RunFolder) -> DrawnRun:
@@ -164,6 +173,7 @@ def read_run(folder: RunFolder) -> DrawnRun:
     name, rows = folder.path.resolve().name, folder.read_progress()
     if _classifies(folder):
         classifier = vision.load_config(folder.config)
+        rows = [{**row, "epoch": i + 1} for i, row in enumerate(rows)]  # which every stage counts anew
         return DrawnRun(name, classifier.network, classifier.dataset, classifier.seed, rows, classifies=True)
     config = load_config(folder.config)
     return DrawnRun(name, config.algo, config.env, config.seed, rows, classifies=False)

@@ -29,14 +29,20 @@ Both are ``(S, B, *N)`` with S = L*T when stateful; stateless decisions all trav
 """
 
 
+_GLOBAL_HOOKS = nn.modules.module._global_forward_hooks  # of all modules
 _MAKERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
 
 
 def _is_new(layer: nn.Module) -> bool:
     """Tell whether what a layer returns is a tensor that nobody else holds, neither it nor a hook."""
-    while type(layer) is nn.Sequential and layer._modules and not layer._forward_hooks:
+    while type(layer) is nn.Sequential and layer._modules and _is_plain(layer):
         layer = next(reversed(layer._modules.values()))  # what comes last
-    return type(layer) in _MAKERS and not layer._forward_hooks
+    return type(layer) in _MAKERS and _is_plain(layer) and not _GLOBAL_HOOKS
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Tell whether nobody listens to a module or has put a function of theirs in its place."""
+    return not layer._forward_hooks and "forward" not in layer.__dict__
 
 
 class LayeredNetwork(nn.Module):
@@ -285,8 +291,10 @@ class LayeredNetwork(nn.Module):
             acting = spiking and not torch.is_grad_enabled()
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
                 x = layer(x)
-                spare = acting and _is_new(layer)
-                x = neuron.fresh(x, timesteps, repeat, spare=spare) if spiking else neuron(x)  # type: ignore[operator]
+                if acting and type(neuron) is LIF and _is_new(layer):
+                    x = neuron.fresh(x, timesteps, repeat, spare=True)
+                else:
+                    x = neuron.fresh(x, timesteps, repeat) if spiking else neuron(x)  # type: ignore[operator]
                 repeat = 1
         else:
             x = self._flat_layers(x, length, observer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.balancing import balance_thresholds, convert_balanced
-from spiking_rl.checkpoint import load_checkpoint, load_into
+from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into
 from spiking_rl.conversion import calibrate_thresholds, take_weights
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
@@ -151,11 +151,11 @@ def convert(relu: LayeredNetwork, config: ClassifyConfig, images: ImageFacts, in
     return spiking
 
 
-def load_relu(run: str, config: ClassifyConfig, images: ImageFacts) -> LayeredNetwork:
-    """Return the trained ReLU network of another run, for a spiking one to start from.
+def load_relu(run: str, config: ClassifyConfig, images: ImageFacts) -> tuple[LayeredNetwork, Checkpoint]:
+    """Return the trained ReLU network of a run, for a spiking one to start from, and the checkpoint that holds it.
 
     Args:
-        run: the other run's folder.
+        run: that run's folder.
         config: settings of the run that starts from it.
         images: its data set, with as many classes.
 
@@ -174,7 +174,7 @@ def load_relu(run: str, config: ClassifyConfig, images: ImageFacts) -> LayeredNe
         load_into(relu, checkpoint.tensors, folder.checkpoint(None))
     except UserError as error:
         raise UserError("start_from", run, f"cannot be started from: {error}") from None
-    return relu.eval()
+    return relu.eval(), checkpoint
 
 
 def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tensor) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import time
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -21,10 +20,10 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from spiking_rl.checkpoint import CONFIG, WEIGHTS, load_checkpoint, load_into, read_json, save_checkpoint
+from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into, read_json, save_checkpoint
 from spiking_rl.energy import SpikeCounter, odd_layers
 from spiking_rl.errors import UserError, WorkError
-from spiking_rl.files import recover_folder, replace_folder
+from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, clamp_after_step
@@ -156,9 +155,10 @@ class Trainer:
         self.feed = feed_of(images, config, device, team)
         self.mean, self.std = images.mean, images.std
         begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
+        self.taken: Checkpoint | None = None  # the ReLU network of another run
         if config.start_from is not None and not begun:
-            relu = load_relu(config.start_from, config, images).to(device)
-            self._begin(convert(relu, config, images, self._some_inputs()))
+            relu, self.taken = load_relu(self._relu_run(), config, images)
+            self._begin(convert(relu.to(device), config, images, self._some_inputs()))
             return
         self._begin(build(config, images, spiking=self.spiking))
         if self.spiking and not begun:
@@ -194,22 +194,23 @@ class Trainer:
 
     def _teacher(self) -> LayeredNetwork:
         """Return the trained ReLU network, this run's own or the one it started from."""
-        elsewhere = None if self.folder.checkpoint(None).is_dir() else self.config.start_from
-        run = elsewhere or str(self.folder.path)
         # It looks at every batch: folded, it takes less time.
-        teacher = load_relu(run, self.config, self.images)
+        teacher, _ = load_relu(self._relu_run(), self.config, self.images)
         with suppress(UserError):  # a network of somebody's own, with a batch norm elsewhere
             teacher = fold_batch_norm(teacher)
         return teacher.to(self.device)
 
+    def _relu_run(self) -> str:
+        """Return the run that has the ReLU network: this one, or as long as it has none the one it starts from."""
+        own = self.folder.checkpoint(None)
+        elsewhere = None if own.is_dir() or being_replaced(own) else self.config.start_from
+        return elsewhere or str(self.folder.path)
+
     def _take_relu(self) -> None:
-        """Copy the ReLU network that a new run starts from into it: from then on it needs the other run no more."""
-        own, source = self.folder.checkpoint(None), self.config.start_from
-        if source is None or self.rows or self.batches or own.is_dir() or not self.team.leads:
-            return
-        with replace_folder(own) as partial:
-            for name in (WEIGHTS, CONFIG):
-                shutil.copyfile(RunFolder(source).checkpoint(None) / name, partial / name)
+        """Keep the ReLU network that a new run starts from: from then on it needs the other run no more."""
+        if self.taken is not None and self.team.leads:
+            save_checkpoint(self.folder.checkpoint(None), *self.taken)
+        self.taken = None
 
     @property
     def stage(self) -> str:

@@ -157,7 +157,10 @@ def test_the_short_way_from_rest_is_the_plain_loop(
     with torch.no_grad():
         assert torch.equal(lif.fresh(current, timesteps, repeat), found[0][0])
         own = current.clone(memory_format=torch.preserve_format)
-        assert torch.equal(lif.fresh(own, timesteps, repeat, spare=True), found[0][0]), "in the current's place"
+        inside = lif.fresh(own, timesteps, repeat, spare=True)
+        assert torch.equal(inside, found[0][0])
+        if repeat == 1 and stored is torch.float32:  # as many currents as spikes
+            assert inside.data_ptr() == own.data_ptr(), "in the current's place"
     lif.fresh(current, timesteps, repeat, spare=True)
     assert torch.equal(current, leaf.detach()), "a gradient needs it"
 

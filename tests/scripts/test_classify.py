@@ -225,13 +225,15 @@ def test_curves_of_several_classifiers_make_one_figure(
     progress = RunFolder(finished[0]).read_progress()
     assert len(rows) == 2 * len(progress)
     assert (rows[0]["network"], rows[0]["dataset"], rows[-1]["seed"]) == ("vgg6", "folder", "1")
+    assert [int(row["epoch"]) for row in rows] == 2 * list(range(1, len(progress) + 1)), "all together, as drawn"
     (agent / "config.yaml").write_text("algo: pqn\nenv: CartPole-v1\nseed: 0\n")
     refused = cli("plot", finished[0], agent)
     assert refused.returncode == 2
-    assert "holds an agent, and the first run a classifier; plot them apart" in refused.stderr
+    assert "holds an agent, and the first run a classifier; draw them apart" in refused.stderr
 
     published = tmp_path / "curves.json"
-    command = [sys.executable, "-m", "spiking_rl.scripts.curves", str(finished[0]), "--output", str(published)]
+    command = [sys.executable, "-m", "spiking_rl.scripts.curves", "--output", str(published), str(finished[0])]
+    assert subprocess.run([*command, str(agent)], capture_output=True, timeout=120).returncode == 2
     assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     (row,) = json.loads(published.read_text())["rows"]
     assert row["curve"] == progress
