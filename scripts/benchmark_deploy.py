@@ -65,14 +65,14 @@ class Variant:
     Attributes:
         network: the layers.
         way: how they are run.
-        library: whose code that is.
+        maker: whose code that is.
         timesteps: T for spikes, None for ReLU.
         decide: the function of an input ``(1, *input_shape)``.
     """
 
     network: str
     way: str
-    library: str
+    maker: str
     timesteps: int | None
     decide: Decision
 
@@ -215,7 +215,7 @@ def _measured(variants: Sequence[Variant], inputs: Tensor, rounds: int) -> Itera
         yield {
             "network": variant.network,
             "pass": variant.way,
-            "library": variant.library,
+            "library": variant.maker,
             "timesteps": variant.timesteps,
             "batch": 1,
             "ratio_to_relu": round(float(median / np.median(times[0])), 3),

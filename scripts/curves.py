@@ -19,7 +19,6 @@ from spiking_rl.plotting import learning_curves, save_figure
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.plot import refuse_mixture
 from spiking_rl.scripts.published import published_runs, write_results
-from spiking_rl.settings import load_settings
 from spiking_rl.vision import config as vision
 
 DESCRIPTION = """Gather what runs scored while they learned, on selection seeds or validation images.
@@ -45,7 +44,7 @@ def main() -> None:
     refuse_mixture(folders)
     for folder in folders:
         # With all its settings a curve has the recipe that made it.
-        if load_settings(folder.config).get("kind") == "classify":
+        if vision.classifies(folder.config):
             settings = dataclasses.asdict(vision.load_config(folder.config))
         else:
             config = load_config(folder.config)

@@ -17,10 +17,9 @@ from spiking_rl.plotting import early_exit, save_figure
 from spiking_rl.provenance import commit, machine, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
-from spiking_rl.settings import load_settings
 from spiking_rl.vision import evaluation as vision
 from spiking_rl.vision.building import load_classifier
-from spiking_rl.vision.config import load_config
+from spiking_rl.vision.config import classifies, load_config
 from spiking_rl.vision.data import load_dataset
 
 DESCRIPTION = """Decide early: stop at the first timestep at which the best output leads by a margin.
@@ -67,10 +66,10 @@ def run(args: list[str]) -> dict[str, Any]:
     timesteps = options.timesteps or max(kept, default=0)
     if timesteps not in kept or timesteps < 2:
         raise UserError("timesteps", timesteps, f"needs a checkpoint of at least 2; {folder.path} holds T = {kept}")
-    classifies = load_settings(folder.config).get("kind") == "classify"
-    measured = (_classifier if classifies else _agent)(folder, timesteps, options)
+    images = classifies(folder.config)
+    measured = (_classifier if images else _agent)(folder, timesteps, options)
     title, gap, measure = measured
-    score = "top1" if classifies else "mean_return"
+    score = "top1" if images else "mean_return"
     rows = []
     print(f"{title}; margins in units of {gap:.3g}")
     print(f"{'margin':>8} {'timesteps':>9} {'score':>8} {'energy':>7}")

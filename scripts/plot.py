@@ -18,7 +18,6 @@ from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, learn
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse
 from spiking_rl.scripts.published import checked_rows
-from spiking_rl.settings import load_settings
 from spiking_rl.vision import config as vision
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def _draw_run(folder: RunFolder) -> list[Path]:
     progress, rows = folder.read_progress(), []
     if folder.results.is_file():
         rows = checked_rows(read_json(folder.results, "results"), folder.results)
-    if _classifies(folder):
+    if vision.classifies(folder.config):
         classifier = vision.load_config(folder.config)
         about = {"network": classifier.network, "dataset": classifier.dataset, "seed": classifier.seed}
         title = f"{classifier.network}, {classifier.dataset}, seed {classifier.seed}"
@@ -157,9 +156,9 @@ def refuse_mixture(folders: Sequence[RunFolder]) -> None:
     Raises:
         UserError: a run of another kind than the first.
     """
-    first = _classifies(folders[0])
+    first = vision.classifies(folders[0].config)
     for folder in folders:
-        if _classifies(folder) != first:
+        if vision.classifies(folder.config) != first:
             other, kind = ("an agent", "a classifier") if first else ("a classifier", "an agent")
             raise UserError("runs", str(folder.path), f"holds {other}, and the first run {kind}; draw them apart")
 
@@ -171,7 +170,7 @@ def read_run(folder: RunFolder) -> DrawnRun:
         UserError: no evaluation yet, or damaged.
     """
     name, rows = folder.path.resolve().name, folder.read_progress()
-    if _classifies(folder):
+    if vision.classifies(folder.config):
         classifier = vision.load_config(folder.config)
         rows = [{**row, "epoch": i + 1} for i, row in enumerate(rows)]  # which every stage counts anew
         return DrawnRun(name, classifier.network, classifier.dataset, classifier.seed, rows, classifies=True)
@@ -234,7 +233,3 @@ def _save(figure: Figure, path: Path, rows: Sequence[Row]) -> None:
 def _pictures(path: Path) -> list[Path]:
     """Return the pictures that are made for one: a .svg beside a .png."""
     return [path, path.with_suffix(".svg")] if path.suffix == ".png" else [path]
-
-
-def _classifies(folder: RunFolder) -> bool:
-    return bool(load_settings(folder.config).get("kind") == "classify")

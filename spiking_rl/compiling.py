@@ -24,7 +24,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def built_loops() -> ctypes.CDLL | None:
     """Return the compiled loops; None where there is no compiler, or the switch is off.
 
     The result is kept in the user's cache folder, under a name made of the source, the compiler and the processor.

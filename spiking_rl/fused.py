@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spiking_rl.compiling import library
+from spiking_rl.compiling import built_loops
 
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
@@ -108,7 +108,7 @@ def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
         and current.is_cpu
         and leak.is_cpu
         and threshold.is_cpu
-        and library() is not None
+        and built_loops() is not None
     )
 
 
@@ -171,7 +171,7 @@ def _run(loop: Callable[..., int], sizes: int, leak: Tensor, threshold: Tensor, 
 
 def _loop(name: str, stored: torch.dtype) -> Callable[..., int]:
     """Return the compiled loop ``lif_forward`` or ``lif_backward`` for currents of a type."""
-    loop: Callable[..., int] = getattr(library(), f"{name}_{_STORED[stored]}")
+    loop: Callable[..., int] = getattr(built_loops(), f"{name}_{_STORED[stored]}")
     return loop
 
 

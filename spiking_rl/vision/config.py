@@ -211,6 +211,15 @@ def save_config(path: Path, config: ClassifyConfig, provenance: dict[str, Any]) 
     save_settings(path, {"kind": "classify", **dataclasses.asdict(config), "provenance": provenance})
 
 
+def classifies(path: Path) -> bool:
+    """Tell whether a run's config.yaml is that of a classifier.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    return bool(load_settings(path).get("kind") == "classify")
+
+
 def load_config(path: Path) -> ClassifyConfig:
     """Read the settings of a run.
 

@@ -155,9 +155,9 @@ class Trainer:
         self.feed = feed_of(images, config, device, team)
         self.mean, self.std = images.mean, images.std
         begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
-        self.taken: Checkpoint | None = None  # the ReLU network of another run
+        self._taken: Checkpoint | None = None  # the ReLU network of another run
         if config.start_from is not None and not begun:
-            relu, self.taken = load_relu(self._relu_run(), config, images)
+            relu, self._taken = load_relu(self._relu_run(), config, images)
             self._begin(convert(relu.to(device), config, images, self._some_inputs()))
             return
         self._begin(build(config, images, spiking=self.spiking))
@@ -208,9 +208,9 @@ class Trainer:
 
     def _take_relu(self) -> None:
         """Keep the ReLU network that a new run starts from: from then on it needs the other run no more."""
-        if self.taken is not None and self.team.leads:
-            save_checkpoint(self.folder.checkpoint(None), *self.taken)
-        self.taken = None
+        if self._taken is not None and self.team.leads:
+            save_checkpoint(self.folder.checkpoint(None), *self._taken)
+        self._taken = None
 
     @property
     def stage(self) -> str:
@@ -246,12 +246,12 @@ class Trainer:
             Interrupted: stopped early; the state is saved.
             OSError: the disk is full or gone; what was saved stays.
         """
-        threads = torch.get_num_threads()
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
         self._started = time.monotonic()
         self.team.alike(self.network)
         self._take_relu()
+        threads = torch.get_num_threads()
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
         where = str(self.folder.tensorboard) if self.team.leads else None
         self.board = SummaryWriter(where, purge_step=len(self.rows) + 1) if where else None
         try:

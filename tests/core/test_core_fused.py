@@ -18,15 +18,15 @@ from torch import Tensor
 from spiking_rl import LIF, LIFState, build_network, compiling, fused, lif_scan, lif_scan_reference
 from spiking_rl.surrogate import fire
 
-needs_compiler = pytest.mark.skipif(compiling.library() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(compiling.built_loops() is None, reason="no C compiler here")
 
 
 @pytest.fixture
 def no_library() -> Iterator[None]:
     """Forget what was built, before and after."""
-    compiling.library.cache_clear()
+    compiling.built_loops.cache_clear()
     yield
-    compiling.library.cache_clear()
+    compiling.built_loops.cache_clear()
 
 
 def values(scan: object, tensors: dict[str, Tensor | None], arriving: list[Tensor], **options: object) -> list[Tensor]:
@@ -365,11 +365,11 @@ def test_without_a_compiler_a_network_learns_all_the_same(
         return outputs.detach(), gradient
 
     expected = learn()
-    compiling.library.cache_clear()
+    compiling.built_loops.cache_clear()
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiling.library() is None
+    assert compiling.built_loops() is None
     torch.testing.assert_close(learn(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -377,12 +377,12 @@ def test_without_a_compiler_a_network_learns_all_the_same(
 @pytest.mark.usefixtures("no_library")
 def test_it_is_built_once_and_only_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiling.library() is not None
+    assert compiling.built_loops() is not None
     (built,) = (tmp_path / "spiking-rl").glob("*.so")
     made = built.stat().st_mtime_ns
-    compiling.library.cache_clear()
-    assert compiling.library() is not None
+    compiling.built_loops.cache_clear()
+    assert compiling.built_loops() is not None
     assert built.stat().st_mtime_ns == made
     os.chmod(tmp_path / "spiking-rl", 0o777)
-    compiling.library.cache_clear()
-    assert compiling.library() is None, "a library that others can replace must not be loaded"
+    compiling.built_loops.cache_clear()
+    assert compiling.built_loops() is None, "a library that others can replace must not be loaded"
