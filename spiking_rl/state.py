@@ -16,8 +16,13 @@ from spiking_rl.files import read_bounded, require_regular, sha256_of
 
 _MAX_TENSOR_BYTES = 16 * 2**30  # weights, their average and the optimiser's moments
 
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
-_MOMENTS = {torch.optim.Adam: _ADAM, torch.optim.RAdam: _ADAM, torch.optim.SGD: ("momentum_buffer",)}
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of a parameter."""
+
+MUON = ("momentum_buffer",)
+"""What Muon keeps of a parameter."""
+
+_MOMENTS = {torch.optim.Adam: ADAM, torch.optim.RAdam: ADAM, torch.optim.SGD: ("momentum_buffer",)}
 
 REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 """What to do where a training state cannot be continued."""
@@ -105,7 +110,7 @@ def unpack_optimiser(
             packed.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": packed, "param_groups": optimizer.state_dict()["param_groups"]})
     for group in optimizer.param_groups:
-        kept = {*_MOMENTS[type(optimizer)], *(["max_exp_avg_sq"] if group.get("amsgrad") else [])}
+        kept = {*_moments(optimizer, group), *(["max_exp_avg_sq"] if group.get("amsgrad") else [])}
         for parameter in group["params"]:
             slots = optimizer.state.get(parameter, {})
             shapes = {name: () if name == "step" else tuple(parameter.shape) for name in kept}
@@ -117,6 +122,12 @@ def unpack_optimiser(
                 slots = optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
             for name in kept - {"step"} if slots else ():  # fused optimisers read memory in the parameter's order
                 slots[name] = torch.empty_like(parameter).copy_(slots[name])
+
+
+def _moments(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
+    """Return what is kept of the parameters of a group, which says so itself where groups differ."""
+    own: tuple[str, ...] | None = group.get("moments")
+    return _MOMENTS[type(optimizer)] if own is None else own
 
 
 def generators() -> dict[str, Any]:

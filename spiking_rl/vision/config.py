@@ -13,7 +13,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.pruning import check_pruning
 from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
 
-Optimizer = Literal["adam", "sgd"]
+Optimizer = Literal["adam", "sgd", "muon"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Encoding = Literal["direct", "hybrid", "poisson"]
 
@@ -50,7 +50,8 @@ class ClassifyConfig:
     start_from: str | None = None
     """Run whose ReLU network the spiking one starts from, instead of training one."""
     ann_optimizer: Optimizer = "sgd"
-    """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's."""
+    """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's; muon orthogonalises the updates of convolutions,
+    has Adam for the rest at a thirtieth of the learning rate, and likes large batches."""
     ann_learning_rate: float = 0.05
     """Highest learning rate of the ReLU network."""
     ann_weight_decay: float = 5e-4
@@ -60,7 +61,7 @@ class ClassifyConfig:
     ann_milestones: tuple[float, ...] = ()
     """Parts of the training after which its learning rate is divided by 5; none: one cycle, up and then down to 0."""
     optimizer: Optimizer = "adam"
-    """Optimiser of the spiking stages; adam is AMSGrad."""
+    """Optimiser of the spiking stages; adam is AMSGrad, muon as for the ReLU network."""
     learning_rate: float = 1e-3
     """Highest learning rate of the spiking stages."""
     weight_decay: float = 0.0

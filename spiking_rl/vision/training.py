@@ -46,6 +46,7 @@ from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
+from spiking_rl.vision.muon import Muon
 from spiking_rl.vision.parallel import Team
 
 _EVALUATED = 500  # images per forward pass
@@ -99,11 +100,14 @@ def predict(
     return torch.cat(found)
 
 
+def _halves(device: torch.device, precision: str) -> bool:
+    """Tell whether to train in bfloat16."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
 def _autocast(device: torch.device, precision: str) -> Any:
     """Return the context of a forward pass in training."""
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if _halves(device, precision) else nullcontext()
 
 
 class Trainer:
@@ -175,22 +179,29 @@ class Trainer:
             if isinstance(neuron, LIF):
                 neuron.threshold.requires_grad_(config.train_threshold)
                 neuron.leak.requires_grad_(config.train_leak)
-        decayed = [p for p in network.parameters() if p.requires_grad and p.dim() > 1]
-        others = [p for p in network.parameters() if p.requires_grad and p.dim() <= 1]
+        self.optimizer = self._optimiser()
+        clamp_after_step(self.optimizer, network)
+        self.batches = 0
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        """Return a fresh optimiser of the stage's network, and note its highest learning rate."""
+        config = self.config
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
         name, rate, decay = (
             (config.optimizer, config.learning_rate, config.weight_decay)
             if self.spiking
             else (config.ann_optimizer, config.ann_learning_rate, config.ann_weight_decay)
         )
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         self.highest_rate = rate
-        self.optimizer: torch.optim.Optimizer
+        if name == "muon":
+            kernels, matrices = [p for p in decayed if p.dim() == 4], [p for p in decayed if p.dim() != 4]
+            arithmetic = torch.bfloat16 if _halves(self.device, config.precision) else torch.float32
+            return Muon(kernels, matrices, others, rate, decay, arithmetic)
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         if name == "sgd":
-            self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
-        else:
-            self.optimizer = torch.optim.Adam(groups, lr=rate, amsgrad=True, fused=True)
-        clamp_after_step(self.optimizer, network)
-        self.batches = 0
+            return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.Adam(groups, lr=rate, amsgrad=True, fused=True)
 
     def _teacher(self) -> LayeredNetwork:
         """Return the trained ReLU network, this run's own or the one it started from."""
