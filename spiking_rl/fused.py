@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spiking_rl.compiling import built_loops
+from spiking_rl.holders import held_alone
 
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
@@ -508,10 +509,13 @@ class _FusedFresh(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inside = held_alone(grads)  # asked before anything here holds it
         current, leak, threshold = ctx.saved_tensors
         gamma, way = ctx.options
         arriving = way.dense(grads[0])
-        of_current = torch.empty_like(current)
+        inside = (inside or arriving is not grads[0]) and arriving.shape == current.shape
+        # Every gradient is read just before the one that leaves is written.
+        of_current = arriving if inside else torch.empty_like(current)
         of_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         of_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
         addresses = current.data_ptr(), None, arriving.data_ptr(), None, None

@@ -191,11 +191,62 @@ INLINE void NAME(backward_alone)(const Pass *pass, const Block *b, const STORED 
   if (!own) *of_threshold += total;
 }
 
+/* The same for a few fresh timesteps, as many as the constant `steps`: they stay in registers. */
+INLINE void NAME(backward_few)(const Pass *pass, const Block *b, const STORED *current, const NAME(Arriving) *in,
+                               const NAME(Leaving) *out, float *sums, const int own, const int lasts, const int steps) {
+  const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
+  const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
+  const int64_t size = b->size, all = pass->all, bytes = size * sizeof *current;
+  const STORED *now = current + b->at, *by_spike = in->spikes + b->at;
+  STORED *leaves = out->current + b->at;
+  float of_leak[BLOCK], of_threshold[BLOCK];
+  for (int t = 0; t < steps; t++) {
+    ahead(by_spike + t * all, bytes, 0);
+    if (t && lasts) continue;
+    ahead(now + t * all, bytes, 0);
+    ahead(leaves + t * all, bytes, 1);
+  }
+#pragma GCC ivdep
+  for (int64_t j = 0; j < size; j++) {
+    const float limit = threshold[own * j], decay = leak[own * j];
+    float u[MOST], reset[MOST], membrane = 0.0f, carried = 0.0f, shared = 0.0f, leaking = 0.0f, total = 0.0f;
+#pragma GCC unroll 8
+    for (int t = 0; t < steps; t++) {
+      u[t] = decay * membrane + READ(now[(lasts ? 0 : t) * all + j]);
+      reset[t] = u[t] > limit ? limit : 0.0f;
+      membrane = u[t] - reset[t];
+    }
+#pragma GCC unroll 8
+    for (int t = steps - 1; t >= 0; t--) {
+      const float relative = u[t] * inverse[own * j];
+      const float fire = through_fire(READ(by_spike[t * all + j]), relative, height[own * j]);
+      total -= fire * relative + (u[t] > limit ? carried : 0.0f);
+      carried += fire;
+      carried = carried < TINY && carried > -TINY ? 0.0f : carried; /* what is no number stays none */
+      if (lasts)
+        shared += carried;
+      else
+        leaves[t * all + j] = WRITE(carried);
+      if (t) {
+        leaking += carried * (u[t - 1] - reset[t - 1]);
+        carried *= decay;
+      }
+    }
+    if (lasts) leaves[j] = WRITE(shared);
+    of_leak[j] = leaking;
+    of_threshold[j] = total;
+  }
+  add_sums(sums + b->first, of_leak, size, own);
+  add_sums(sums + pass->width + b->first, of_threshold, size, own);
+}
+
 INLINE void NAME(backward_any)(const Pass *pass, const Block *b, const STORED *current, const float *before,
                                const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
                                const int own, const int once) {
   if (alone(pass, before) && in->spikes && !in->potentials && !in->after)
     NAME(backward_alone)(pass, b, current, in, out, sums, own);
+  else if (few(pass, before) && !once && in->spikes && !in->potentials && !in->after && out->leak)
+    WITH_FEW(pass, NAME(backward_few), pass, b, current, in, out, sums, own);
   else
     NAME(backward_block)(pass, b, current, before, in, out, sums, scratch, own, once);
 }

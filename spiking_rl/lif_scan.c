@@ -16,6 +16,7 @@
 #include <string.h>
 
 #define BLOCK 512 /* neurons, at most */
+#define MOST 5    /* timesteps that are few */
 #define TINY 1e-30f /* what leaks over many timesteps ends in denormal numbers, on which the next convolution takes ages */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -112,6 +113,29 @@ INLINE void ahead(const void *stretch, int64_t bytes, const int write) {
 
 /* One fresh timestep: the potential is the current. */
 INLINE int alone(const Pass *pass, const float *before) { return pass->shape.timesteps == 1 && !before; }
+
+/* A few fresh timesteps, of a current each or of one that lasts. */
+INLINE int few(const Pass *pass, const float *before) {
+  const Shape *s = &pass->shape;
+  return s->timesteps > 1 && s->timesteps <= MOST && (s->repeat == 1 || s->repeat == s->timesteps) && !before && !pass->keep;
+}
+
+/* Calls FUNCTION with the arguments given and two more constants: whether the current lasts, and the timesteps. */
+#define WITH_FEW(pass, FUNCTION, ...)                                   \
+  do {                                                                  \
+    const int64_t steps = (pass)->shape.timesteps;                      \
+    if ((pass)->shape.repeat > 1) {                                     \
+      if (steps == 2) FUNCTION(__VA_ARGS__, 1, 2);                      \
+      if (steps == 3) FUNCTION(__VA_ARGS__, 1, 3);                      \
+      if (steps == 4) FUNCTION(__VA_ARGS__, 1, 4);                      \
+      if (steps == 5) FUNCTION(__VA_ARGS__, 1, 5);                      \
+    } else {                                                            \
+      if (steps == 2) FUNCTION(__VA_ARGS__, 0, 2);                      \
+      if (steps == 3) FUNCTION(__VA_ARGS__, 0, 3);                      \
+      if (steps == 4) FUNCTION(__VA_ARGS__, 0, 4);                      \
+      if (steps == 5) FUNCTION(__VA_ARGS__, 0, 5);                      \
+    }                                                                   \
+  } while (0)
 
 INLINE void rest(const Block *b, const float *before, float *membrane) {
   for (int64_t j = 0; j < b->size; j++) membrane[j] = before ? before[b->at + j] : 0.0f;

@@ -1,0 +1,125 @@
+"""Gradients that leave the scan take the memory of those that arrive, unless somebody else holds these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spiking_rl import LIF, compiling, fused, holders
+
+needs_compiler = pytest.mark.skipif(compiling.built_loops() is None, reason="no C compiler here")
+
+
+def spikes_and_score(timesteps: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a current, its spikes, and a scalar of them; the same at every call."""
+    torch.manual_seed(0)
+    current = torch.randn(8, 16, requires_grad=True)
+    spikes = LIF().fresh(current, timesteps)
+    return current, spikes, nn.Linear(16, 3)(spikes).square().sum()
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return the list of what each backward pass of a scan will have found."""
+    found: list[bool] = []
+
+    def spy(grads: tuple[Tensor, ...]) -> bool:
+        # One function more stands in between, with no name of its own for what it hands on.
+        found.append(holders._holders(grads) == holders._fewest())
+        return found[-1]
+
+    monkeypatch.setattr(fused, "held_alone", spy)
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("timesteps", [1, 2])
+def test_it_makes_no_difference(timesteps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for answer in (True, False):
+        monkeypatch.setattr(fused, "held_alone", lambda _, answer=answer: answer)
+        current, _, score = spikes_and_score(timesteps)
+        score.backward()
+        found.append(current.grad)
+    assert found[0] is not None
+    assert bool(found[0].any())
+    assert torch.equal(found[0], found[1])  # type: ignore[arg-type]
+
+
+@needs_compiler
+def test_a_gradient_of_its_own_is_written_over(inside: list[bool]) -> None:
+    spikes_and_score()[2].backward()
+    assert inside == [True]
+
+
+def by_hook(spikes: Tensor, score: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    spikes.register_hook(kept.append)
+    score.backward()
+    return kept[0]
+
+
+def by_asking(spikes: Tensor, score: Tensor) -> Tensor:
+    (current,) = (n for n in _leaves(spikes) if n.shape == spikes.shape)
+    return torch.autograd.grad(score, [spikes, current])[0]
+
+
+def by_retaining(spikes: Tensor, score: Tensor) -> Tensor:
+    spikes.retain_grad()
+    score.backward()
+    assert spikes.grad is not None
+    return spikes.grad
+
+
+def by_handing_it_in(spikes: Tensor, score: Tensor) -> Tensor:
+    grad = torch.autograd.grad(score, spikes, retain_graph=True)[0]
+    spikes.backward(grad)
+    return grad
+
+
+def by_a_view(spikes: Tensor, score: Tensor) -> Tensor:
+    kept: list[Tensor] = []
+    spikes.register_hook(lambda grad: kept.append(grad[:]))
+    score.backward()
+    return kept[0]
+
+
+def by_a_sum(spikes: Tensor, score: Tensor) -> Tensor:
+    """The gradient of a sum goes to both of its parts."""
+    other = torch.zeros_like(spikes, requires_grad=True)
+    (spikes + other).mul(_grad_of(spikes)).sum().backward()
+    assert other.grad is not None
+    return other.grad
+
+
+def _grad_of(spikes: Tensor) -> Tensor:
+    _, again, score = spikes_and_score()
+    assert torch.equal(spikes, again)
+    return torch.autograd.grad(score, again)[0]
+
+
+def _leaves(spikes: Tensor) -> list[Tensor]:
+    assert spikes.grad_fn is not None
+    return [f.variable for f, _ in spikes.grad_fn.next_functions if hasattr(f, "variable")]
+
+
+@needs_compiler
+@pytest.mark.parametrize("keep", [by_hook, by_asking, by_retaining, by_handing_it_in, by_a_view, by_a_sum])
+def test_whoever_holds_a_gradient_keeps_it(keep: Callable[[Tensor, Tensor], Tensor]) -> None:
+    _, spikes, score = spikes_and_score()
+    assert torch.equal(keep(spikes, score), _grad_of(spikes))
+
+
+@needs_compiler
+def test_where_torch_does_not_count_holders_everything_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_holders", lambda grads: None)
+    holders._fewest.cache_clear()
+    try:
+        _, spikes, score = spikes_and_score()
+        assert torch.equal(by_hook(spikes, score), _grad_of(spikes))
+        assert not holders.held_alone((torch.ones(1),))
+    finally:
+        holders._fewest.cache_clear()
