@@ -23,7 +23,7 @@ def held_alone(grads: tuple[Tensor, ...]) -> bool:
 def _holders(grads: tuple[Tensor, ...]) -> tuple[int, int, int] | None:
     """Count who holds a gradient: in Python, among torch's own, and its memory; None where torch does not tell."""
     try:
-        memory = torch._C._storage_Use_Count(grads[0].untyped_storage()._cdata)  # type: ignore[attr-defined]
+        memory = torch._C._storage_Use_Count(grads[0].untyped_storage()._cdata)
         return sys.getrefcount(grads[0]), grads[0]._use_count(), memory  # type: ignore[attr-defined]
     except AttributeError:
         return None

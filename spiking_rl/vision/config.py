@@ -61,7 +61,7 @@ class ClassifyConfig:
     ann_milestones: tuple[float, ...] = ()
     """Parts of the training after which its learning rate is divided by 5; none: one cycle, up and then down to 0."""
     optimizer: Optimizer = "adam"
-    """Optimiser of the spiking stages; adam is AMSGrad, muon as for the ReLU network."""
+    """Optimiser of the spiking stages; adam is AMSGrad, muon as for the ReLU network (rates of about 0.02)."""
     learning_rate: float = 1e-3
     """Highest learning rate of the spiking stages."""
     weight_decay: float = 0.0

@@ -71,9 +71,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
-def test_a_classifier_learns_and_keeps_what_it_can_at_every_t(whole: Trainer) -> None:
+@pytest.fixture(scope="module")
+def with_muon(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The same with Muon in both stages."""
+    rates = {"ann_learning_rate": 0.2, "learning_rate": 0.1, "ann_weight_decay": 0.01, "weight_decay": 0.01}
+    config = dataclasses.replace(SMALL, ann_optimizer="muon", optimizer="muon", **rates)
+    trainer = new_run(tmp_path_factory.mktemp("runs") / "muon", config)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("trainer", ["whole", "with_muon"])
+def test_a_classifier_learns_and_keeps_what_it_can_at_every_t(trainer: str, request: pytest.FixtureRequest) -> None:
+    whole: Trainer = request.getfixturevalue(trainer)
     config = load_config(whole.folder.config)
-    assert config == SMALL
+    assert config == whole.config
     for timesteps in (None, 2, 1):
         row = evaluate(whole.folder, config, dataset(), timesteps, CPU)
         assert row["top1"] > 85, f"chance is 33 at T={timesteps}"
@@ -87,10 +99,16 @@ def test_a_classifier_learns_and_keeps_what_it_can_at_every_t(whole: Trainer) ->
     assert {p.name for p in whole.folder.checkpoints.iterdir()} == {"relu", "relu-end", "T2", "T2-end", "T1", "T1-end"}
 
 
-@pytest.mark.parametrize("stop_at", [5, 16, 20, 40, 70])
-def test_a_stopped_run_goes_on_bit_for_bit(whole: Trainer, tmp_path: Path, stop_at: int) -> None:
+@pytest.mark.parametrize(
+    ("unbroken", "stop_at"),
+    [*(("whole", update) for update in (5, 16, 20, 40, 70)), ("with_muon", 20), ("with_muon", 70)],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(
+    unbroken: str, request: pytest.FixtureRequest, tmp_path: Path, stop_at: int
+) -> None:
     """In the first epoch and at its end, later in the ReLU network, with spikes, and at the lower T."""
-    trainer = new_run(tmp_path / "run")
+    whole: Trainer = request.getfixturevalue(unbroken)
+    trainer = new_run(tmp_path / "run", whole.config)
     updates = 0
     update = trainer._update
 
