@@ -352,6 +352,7 @@ class Fresh(NamedTuple):
         sizes: address of what the loops need to know of shapes.
         fits: the current lies as the spikes do.
         alone: there is one timestep, so nothing ever leaks.
+        lasts: each current lasts several timesteps.
         forward: the loops.
         backward: likewise.
     """
@@ -363,6 +364,7 @@ class Fresh(NamedTuple):
     sizes: int
     fits: bool
     alone: bool
+    lasts: bool
     forward: Callable[..., int]
     backward: Callable[..., int]
 
@@ -392,7 +394,44 @@ def _fresh(
     fits = _lies(shape, strides, found.strides)
     frames = (timesteps * batch, *shape[1:])
     both = _loop("lif_forward", stored), _loop("lif_backward", stored)
-    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, *both)
+    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, repeat > 1, *both)
+
+
+class Ways:
+    """How a layer's scan from rest went the last time: a call of the same kind looks up next to nothing.
+
+    Between two convolutions whatever Python does has left the caches, and takes three times as long as in a loop of its
+    own: with a small network that was most of what spikes cost.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        # What was asked, and the answer; one object, as several threads may be asking.
+        self._last: tuple[tuple[Any, ...], Fresh | None] = ((), None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ways, ()  # a copy begins anew: addresses are good in one process only
+
+    def find(self, current: Tensor, leak: Tensor, threshold: Tensor, timesteps: int, repeat: int) -> Fresh | None:
+        """Return how a scan from rest over a flat current ``(T/repeat*B, *N)`` goes, or None where it does not."""
+        if torch.compiler.is_compiling():  # before anything that the compiler cannot look through
+            return None
+        kinds = current.dtype, leak.dtype, threshold.dtype, current.is_cpu, leak.is_cpu, threshold.is_cpu
+        shapes = current.shape, current.stride(), leak.shape, threshold.shape
+        seen = type(current), kinds, shapes, timesteps, repeat, torch.get_num_threads()
+        last, way = self._last
+        if seen != last:
+            way = _find(current, leak, threshold, timesteps, repeat)
+            self._last = seen, way
+        return way
+
+
+def _find(current: Tensor, leak: Tensor, threshold: Tensor, timesteps: int, repeat: int) -> Fresh | None:
+    if not _takes(current, leak, threshold):
+        return None
+    shapes = current.shape, current.stride(), current.dtype, leak.shape, threshold.shape
+    return _fresh(*shapes, timesteps, repeat, torch.get_num_threads())
 
 
 def fused_fresh(
@@ -404,6 +443,7 @@ def fused_fresh(
     repeat: int,
     *,
     spare: bool = False,
+    ways: Ways | None = None,
 ) -> Tensor | None:
     """Return spikes ``(T*B, *N)`` from rest of a flat current ``(T/repeat*B, *N)``, with their gradient.
 
@@ -415,29 +455,17 @@ def fused_fresh(
         timesteps: T.
         repeat: timesteps that each current lasts; 1, or T.
         spare: without a gradient, spikes may take the current's place in memory.
+        ways: the layer's own.
 
     Returns:
         None where the loops have to do it.
     """
-    if not _takes(current, leak, threshold):
-        return None
-    way = _fresh(
-        current.shape,
-        current.stride(),
-        current.dtype,
-        leak.shape,
-        threshold.shape,
-        timesteps,
-        repeat,
-        torch.get_num_threads(),
-    )
+    find = _find if ways is None else ways.find
+    way = find(current, leak, threshold, timesteps, repeat)
     if way is None:
         return None
     if torch.is_grad_enabled():
-        if way.alone:
-            leak = leak.detach()
-        spikes: Tensor = _FusedFresh.apply(current, leak, threshold, gamma, way)  # type: ignore[no-untyped-call]
-        return spikes
+        return _apply(current, None if way.alone else leak, threshold, gamma, way)
     return _fresh_spikes(current if way.fits else way.dense(current), leak, threshold, way, spare and repeat == 1)
 
 
@@ -454,7 +482,7 @@ def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh, 
 
 
 class FreshScan:
-    """:func:`fused_fresh` without a gradient, for parameters that stay as they are: a call looks up next to nothing.
+    """:func:`fused_fresh` without a gradient, for parameters that stay as they are.
 
     Args:
         leak: one, or one per entry of the first neuron axis.
@@ -466,59 +494,62 @@ class FreshScan:
     def __init__(self, leak: Tensor, threshold: Tensor, timesteps: int, repeat: int) -> None:
         self.leak, self.threshold = leak.detach().contiguous(), threshold.detach().contiguous()
         self.timesteps, self.repeat = timesteps, repeat
-        # What the last current was, and how it went; one object, as several threads may be calling.
-        self._last: tuple[tuple[Any, ...], Fresh | None] = ((), None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy begins anew: addresses are good in one process only.
-        return FreshScan, (self.leak, self.threshold, self.timesteps, self.repeat)
+        self._ways = Ways()
 
     def __call__(self, current: Tensor) -> Tensor | None:
         """Return spikes ``(T*B, *N)`` from rest of a flat current; None where the loops have to do it."""
-        if torch.compiler.is_compiling():
-            return None
-        seen = type(current), current.is_cpu, current.dtype, current.shape, current.stride(), torch.get_num_threads()
-        last, way = self._last
-        if seen != last:
-            way = self._find(current)
-            self._last = seen, way
+        way = self._ways.find(current, self.leak, self.threshold, self.timesteps, self.repeat)
         if way is None:
             return None
         # Addresses are asked for at every call: a tensor moves when it is shared with another process.
         return _fresh_spikes(current if way.fits else way.dense(current), self.leak, self.threshold, way)
 
-    def _find(self, current: Tensor) -> Fresh | None:
-        leak, threshold = self.leak, self.threshold
-        if not _takes(current, leak, threshold):
-            return None
-        sizes = leak.shape, threshold.shape, self.timesteps, self.repeat, torch.get_num_threads()
-        return _fresh(current.shape, current.stride(), current.dtype, *sizes)
-
 
 class _FusedFresh(torch.autograd.Function):
-    """What most of training is, without what it does not need."""
+    """What most of training is, without what it does not need; of one timestep no leak is given."""
 
     @staticmethod
-    def forward(ctx: Any, current: Tensor, leak: Tensor, threshold: Tensor, gamma: float, way: Fresh) -> Tensor:
+    def forward(ctx: Any, current: Tensor, leak: Tensor | None, threshold: Tensor, gamma: float, way: Fresh) -> Tensor:
         if not way.fits:
             current = way.dense(current)
         ctx.save_for_backward(current, leak, threshold)
         ctx.options = gamma, way
-        return _fresh_spikes(current, leak, threshold, way)
+        return _fresh_spikes(current, threshold if leak is None else leak, threshold, way)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inside = held_alone(grads)  # asked before anything here holds it
-        current, leak, threshold = ctx.saved_tensors
-        gamma, way = ctx.options
-        arriving = way.dense(grads[0])
-        inside = (inside or arriving is not grads[0]) and arriving.shape == current.shape
-        # Every gradient is read just before the one that leaves is written.
-        of_current = arriving if inside else torch.empty_like(current)
-        of_leak = torch.empty_like(leak, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
-        of_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
-        addresses = current.data_ptr(), None, arriving.data_ptr(), None, None
-        results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
-        _run(way.backward, way.sizes, leak, threshold, None, gamma, *addresses, *results)
-        return of_current, of_leak, of_threshold, None, None
+        if torch.is_grad_enabled():  # somebody may be going to ask for second derivatives
+            return _refuse_second(ctx, *grads)
+        return _fresh_backward(ctx, grads)
+
+
+def _fresh_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    inside = held_alone(grads)  # asked before anything here holds it
+    current, leak, threshold = ctx.saved_tensors
+    gamma, way = ctx.options
+    arriving = way.dense(grads[0])
+    inside = not way.lasts and (inside or arriving is not grads[0])
+    # Every gradient is read just before the one that leaves is written.
+    of_current = arriving if inside else torch.empty_like(current)
+    of_threshold = torch.empty_like(threshold, memory_format=torch.contiguous_format)
+    of_leak = None if leak is None else torch.empty_like(leak, memory_format=torch.contiguous_format)
+    addresses = current.data_ptr(), None, arriving.data_ptr(), None, None
+    results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
+    _run(way.backward, way.sizes, threshold if leak is None else leak, threshold, None, gamma, *addresses, *results)
+    return of_current, of_leak, of_threshold, None, None
+
+
+@once_differentiable
+def _refuse_second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return _fresh_backward(ctx, grads)
+
+
+# Function.apply spends most of its time on functorch's transforms, of which there are none in training.
+_transforming: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+_applied: Callable[..., Tensor] = super(torch.autograd.Function, _FusedFresh).apply
+
+
+def _apply(*arguments: Any) -> Tensor:
+    if _transforming is None or _transforming():
+        return _FusedFresh.apply(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+    return _applied(*arguments)

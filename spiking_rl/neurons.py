@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
-from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, Plan, fused_fresh, fused_scan, plan
+from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, Plan, Ways, fused_fresh, fused_scan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
@@ -352,6 +352,7 @@ class LIF(nn.Module):
         self.threshold = nn.Parameter(torch.full(shape, float(threshold)))
         self.leak = nn.Parameter(torch.full(shape, float(leak)))
         self.gamma = gamma
+        self._ways = Ways()
 
     def forward(
         self,
@@ -392,16 +393,22 @@ class LIF(nn.Module):
         Raises:
             ValueError: repeat is neither.
         """
-        if timesteps == repeat == 1:
-            if spare and current.dtype is torch.float32 and not torch.is_grad_enabled():
-                return current.gt_(self.threshold)  # one decision of a small network is all overhead
-            return fire(current, self.threshold, self.gamma)
+        parameters = self._parameters  # asking the module for them takes as long as a small layer
+        leak, threshold = parameters.get("leak"), parameters.get("threshold")
+        if leak is None or threshold is None:  # somebody computes them
+            leak, threshold = self.leak, self.threshold
+        if timesteps == repeat == 1 and not torch.is_grad_enabled():
+            if spare and current.dtype is torch.float32:
+                return current.gt_(threshold)  # one decision of a small network is all overhead
+            return fire(current, threshold, self.gamma)
         if repeat not in (1, timesteps):
             raise ValueError(f"repeat is {repeat}; each current lasts 1 timestep, or all {timesteps}")
-        spikes = fused_fresh(current, self.leak, self.threshold, self.gamma, timesteps, repeat, spare=spare)
+        spikes = fused_fresh(current, leak, threshold, self.gamma, timesteps, repeat, spare=spare, ways=self._ways)
+        if spikes is None and timesteps == 1:
+            spikes = fire(current, threshold, self.gamma)
         if spikes is None:
             steps = current.reshape(timesteps // repeat, len(current) * repeat // timesteps, *current.shape[1:])
-            scan = lif_scan(steps, None, self.leak, self.threshold, gamma=self.gamma, repeat=repeat, carry=False)
+            scan = lif_scan(steps, None, leak, threshold, gamma=self.gamma, repeat=repeat, carry=False)
             spikes = scan.spikes.flatten(0, 1)
         return spikes
 

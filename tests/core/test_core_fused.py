@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import threading
@@ -386,3 +387,42 @@ def test_it_is_built_once_and_only_where_nobody_else_writes(monkeypatch: pytest.
     os.chmod(tmp_path / "spiking-rl", 0o777)
     compiling.built_loops.cache_clear()
     assert compiling.built_loops() is None, "a library that others can replace must not be loaded"
+
+
+class _Squared(torch.nn.Module):
+    def forward(self, root: Tensor) -> Tensor:
+        return root.square()
+
+
+@needs_compiler
+def test_a_layer_that_has_changed_since_its_last_scan_is_looked_at_again() -> None:
+    torch.manual_seed(0)
+    lif = LIF(leak=0.5)
+    current = torch.randn(6, 5, 4, 4)
+
+    def check(given: Tensor = current, timesteps: int = 3) -> None:
+        spikes = lif.fresh(given, timesteps)
+        steps = given.unflatten(0, (timesteps, -1))
+        wanted = lif_scan_reference(steps, None, lif.leak, lif.threshold).spikes.flatten(0, 1)
+        torch.testing.assert_close(spikes, wanted, rtol=0, atol=0)
+
+    check()
+    check(timesteps=2)
+    check(current.to(memory_format=torch.channels_last))
+    check(current[:, :2])
+    lif.threshold = torch.nn.Parameter(torch.rand(5, 1, 1) + 0.1)
+    check()
+    check(current.double())
+    lif.double()
+    check(current.double())
+    lif.float()
+    torch.nn.utils.parametrize.register_parametrization(lif, "threshold", _Squared())
+    check()
+    twin = copy.deepcopy(lif)
+    assert torch.equal(twin.fresh(current, 3), lif.fresh(current, 3))
+
+
+@needs_compiler
+def test_transforms_of_functions_are_refused_as_torch_refuses_them() -> None:
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda current: LIF().fresh(current, 2).sum())(torch.randn(4, 3))
