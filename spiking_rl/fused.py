@@ -351,7 +351,7 @@ class Fresh(NamedTuple):
         stored: type of the current and of the spikes.
         sizes: address of what the loops need to know of shapes.
         fits: the current lies as the spikes do.
-        alone: there is one timestep, so nothing ever leaks.
+        alone: there is one timestep, so nothing ever leaks, and no leak is given.
         lasts: each current lasts several timesteps.
         forward: the loops.
         backward: likewise.
@@ -386,6 +386,8 @@ def _fresh(
 ) -> Fresh | None:
     if repeat not in (1, timesteps) or not shape or shape[0] % (timesteps // repeat):
         return None
+    if timesteps == 1:  # nothing leaks: the loops are given thresholds in place of leaks
+        leak = threshold
     batch = shape[0] * repeat // timesteps
     found = _plan(torch.Size((batch, *shape[1:])), strides, leak, threshold)
     if found is None:
@@ -466,10 +468,11 @@ def fused_fresh(
         return None
     if torch.is_grad_enabled():
         return _apply(current, None if way.alone else leak, threshold, gamma, way)
-    return _fresh_spikes(current if way.fits else way.dense(current), leak, threshold, way, spare and repeat == 1)
+    current = current if way.fits else way.dense(current)
+    return _fresh_spikes(current, None if way.alone else leak, threshold, way, spare and repeat == 1)
 
 
-def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh, inside: bool = False) -> Tensor:
+def _fresh_spikes(current: Tensor, leak: Tensor | None, threshold: Tensor, way: Fresh, inside: bool = False) -> Tensor:
     if inside:  # every current is read once, just before its spike is written
         spikes = current
     elif way.alone:
@@ -477,7 +480,7 @@ def _fresh_spikes(current: Tensor, leak: Tensor, threshold: Tensor, way: Fresh, 
     else:
         spikes = torch.empty_strided(way.frames, way.strides, dtype=way.stored)
     addresses = None, current.data_ptr(), None, spikes.data_ptr(), None, None
-    _run(way.forward, way.sizes, leak, threshold, *addresses)
+    _run(way.forward, way.sizes, threshold if leak is None else leak, threshold, *addresses)
     return spikes
 
 
@@ -502,7 +505,8 @@ class FreshScan:
         if way is None:
             return None
         # Addresses are asked for at every call: a tensor moves when it is shared with another process.
-        return _fresh_spikes(current if way.fits else way.dense(current), self.leak, self.threshold, way)
+        leak = None if way.alone else self.leak
+        return _fresh_spikes(current if way.fits else way.dense(current), leak, self.threshold, way)
 
 
 class _FusedFresh(torch.autograd.Function):
@@ -514,7 +518,7 @@ class _FusedFresh(torch.autograd.Function):
             current = way.dense(current)
         ctx.save_for_backward(current, leak, threshold)
         ctx.options = gamma, way
-        return _fresh_spikes(current, threshold if leak is None else leak, threshold, way)
+        return _fresh_spikes(current, leak, threshold, way)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,12 +17,14 @@ _OTHERS = 1 / 30  # Adam's learning rate as a part of Muon's
 _STEPS = 5
 _QUINTIC = (3.4445, -4.775, 2.0315)  # Jordan's: takes singular values from above 0.01 to about 1 in five steps
 _TINY = 1e-7
+_GROUPS = 3
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return a matrix ``(m, n)`` with its singular values brought to about 1, between 0.7 and 1.2, by Newton-Schulz.
+    """Return a matrix ``(m, n)`` with its singular values brought to about 1 by Newton-Schulz iterations.
 
-    In the arithmetic of the matrix; bfloat16 will do.
+    Those of at least a hundredth of the matrix' norm come out between 0.6 and 1.2, smaller ones below. In the
+    arithmetic of the matrix; bfloat16 will do.
     """
     wide = len(matrix) <= matrix.shape[1]
     x = matrix if wide else matrix.mT
@@ -60,14 +62,32 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         arithmetic: torch.dtype = torch.float32,
     ) -> None:
-        self.arithmetic = arithmetic
         first = {"params": list(kernels), "weight_decay": weight_decay, "moments": MUON}
         rest = [
             {"params": list(parameters), "weight_decay": decay, "moments": ADAM, "fused": True}
             for parameters, decay in ((matrices, weight_decay), (others, 0.0))
         ]
-        super().__init__([first, *rest], {"lr": lr})
-        self._adam = torch.optim.AdamW([dict(group) for group in rest], betas=_BETAS)
+        super().__init__([first, *rest], {"lr": lr, "arithmetic": arithmetic})
+        self._adam = self._new_adam()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state, of a copy or of a file."""
+        super().__setstate__(state)
+        self._adam = self._new_adam()
+
+    def _new_adam(self) -> torch.optim.AdamW:
+        groups = [{"params": group["params"], "fused": True} for group in self.param_groups[1:]]
+        return torch.optim.AdamW(groups, betas=_BETAS)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse more groups than there are.
+
+        Raises:
+            ValueError: after construction.
+        """
+        if len(self.param_groups) == _GROUPS:
+            raise ValueError("has its three groups; make another optimiser for more parameters")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -81,14 +101,15 @@ class Muon(torch.optim.Optimizer):
         kernels = self.param_groups[0]
         for kernel in kernels["params"]:
             if kernel.grad is not None:
-                self._update(kernel, kernels["lr"], kernels["weight_decay"])
+                self._update(kernel, kernels)
         self._adam.state = self.state  # one state, saved and restored as one
-        for group in self._adam.param_groups:
-            group["lr"] = kernels["lr"] * _OTHERS
+        for own, group in zip(self.param_groups[1:], self._adam.param_groups, strict=True):
+            group["lr"], group["weight_decay"] = kernels["lr"] * _OTHERS, own["weight_decay"]
         self._adam.step()
 
-    def _update(self, kernel: nn.Parameter, rate: float, decay: float) -> None:
+    def _update(self, kernel: nn.Parameter, group: dict[str, Any]) -> None:
         assert kernel.grad is not None
+        rate, decay = group["lr"], group["weight_decay"]
         slots = self.state[kernel]
         if not slots:
             slots["momentum_buffer"] = torch.zeros_like(kernel)
@@ -96,7 +117,7 @@ class Muon(torch.optim.Optimizer):
         ahead = kernel.grad.lerp(momentum, _MOMENTUM)  # Nesterov's
         # In the order in which channels-last kernels lie in memory; that of the columns does not matter.
         pixels = ahead.permute(0, 2, 3, 1)
-        update = orthogonalise(pixels.reshape(len(ahead), -1).to(self.arithmetic))
+        update = orthogonalise(pixels.reshape(len(ahead), -1).to(group["arithmetic"]))
         update = update.reshape(pixels.shape).permute(0, 3, 1, 2)
         rows, columns = len(kernel), kernel[0].numel()
         kernel.mul_(1 - rate * decay).add_(update.to(kernel.dtype), alpha=-rate * math.sqrt(max(1.0, rows / columns)))

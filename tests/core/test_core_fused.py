@@ -426,3 +426,20 @@ def test_a_layer_that_has_changed_since_its_last_scan_is_looked_at_again() -> No
 def test_transforms_of_functions_are_refused_as_torch_refuses_them() -> None:
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda current: LIF().fresh(current, 2).sum())(torch.randn(4, 3))
+
+
+@needs_compiler
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 8), (8, 1)])
+def test_one_timestep_reads_no_leak(sizes: tuple[int, int], learning: bool) -> None:
+    """Whatever is read beyond a parameter's end would be other memory; here it is the rest of a larger tensor."""
+    leaks, thresholds = (torch.full((8,), 0.5)[:n].reshape(() if n == 1 else (n,)) for n in sizes)
+    current = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    way = fused._find(current, leaks, thresholds, 1, 1)
+    assert way is not None
+    told = ctypes.cast(way.sizes, ctypes.POINTER(fused._Shape)).contents
+    assert told.leaks == told.thresholds == sizes[1]
+    with torch.set_grad_enabled(learning):
+        spikes = fused.fused_fresh(current, leaks, thresholds, 1.0, 1, 1)
+    assert spikes is not None
+    assert torch.equal(spikes, (current > 0.5).float())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +33,7 @@ def test_zero_stays_zero() -> None:
     assert not orthogonalise(torch.zeros(3, 5)).any()
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 @pytest.mark.parametrize("shape", [(8, 4, 3, 3), (40, 2, 3, 3), (6, 10, 1, 1)])
 def test_a_kernel_is_updated_as_torch_updates_a_matrix(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -75,6 +78,22 @@ def test_everything_else_is_adams() -> None:
         ours.step()
         adam.step()
     torch.testing.assert_close(mine, theirs)
+
+
+def test_a_copy_goes_on_as_the_original() -> None:
+    torch.manual_seed(0)
+    kernel, other = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.randn(5))
+    pair = (kernel, other, Muon([kernel], [], [other], lr=0.1, weight_decay=0.3, arithmetic=torch.bfloat16))
+    grads = [torch.randn_like(kernel), torch.randn_like(other)]
+    found = []
+    for mine in (copy.deepcopy(pair), pair):
+        for parameter, grad in zip(mine[:2], grads, strict=True):
+            parameter.grad = grad.clone()
+        mine[2].step()
+        found.append([parameter.detach() for parameter in mine[:2]])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    with pytest.raises(ValueError, match="three groups"):
+        pair[2].add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 
 def test_a_closure_is_refused() -> None:
