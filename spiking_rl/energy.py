@@ -226,6 +226,49 @@ def membrane_traffic(network: LayeredNetwork, *, stateful: bool = False) -> int:
     return 2 * network.timesteps * sum(math.prod(shape) for shape in network.neuron_shapes())
 
 
+def accumulate_weights(network: LayeredNetwork) -> dict[str, float]:
+    """Return what a spike per neuron and timestep of each hidden layer would cost, by name.
+
+    Weighted so, the layers' spikes per neuron and decision add up to accumulates per multiply-accumulate behind the
+    first layer: what :func:`spikes_per_input` gives, weighted by MACs.
+
+    Args:
+        network: a spiking network.
+    """
+    macs = macs_per_layer(network)[1:]
+    weights = {}
+    for name in network.layer_names:
+        alone = {other: float(other == name) for other in network.layer_names}
+        arriving = spikes_per_input(network, alone)
+        weights[name] = sum(r * m for r, m in zip(arriving, macs, strict=True)) / sum(macs)
+    return weights
+
+
+class SpikeCost:
+    """Observer that adds up what the spikes of a forward pass cost, with its gradient, for use in a loss.
+
+    Pass the instance as ``observer``, and read :attr:`total` afterwards.
+
+    Args:
+        network: a spiking network.
+    """
+
+    def __init__(self, network: LayeredNetwork) -> None:
+        self._weights = accumulate_weights(network)
+        self._timesteps = network.timesteps
+        self.total: Tensor | float = 0.0
+        """Accumulates per multiply-accumulate behind the first layer, over all timesteps; see `clear`."""
+
+    def __call__(self, layer: str, output: Tensor, potential: Tensor) -> None:
+        """Add one layer's spikes ``(S, B, *N)``."""
+        if layer in self._weights:  # a coded input is no layer
+            self.total = self.total + self._weights[layer] * self._timesteps * output.float().mean()
+
+    def clear(self) -> None:
+        """Begin again, for another forward pass."""
+        self.total = 0.0
+
+
 class SpikeCounter:
     """Observer that accumulates spike rates over any number of forward passes.
 

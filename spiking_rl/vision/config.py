@@ -77,6 +77,9 @@ class ClassifyConfig:
     distill: float = 0.0
     """Part of the spiking stages' loss that pulls their class probabilities to those of the ReLU network they start
     from, on the same augmented images (Hinton et al. 2015); the rest is the cross-entropy with the labels."""
+    spike_penalty: float = 0.0
+    """So many times the accumulates per multiply-accumulate behind the first layer, over all timesteps, are added to
+    the spiking stages' loss: fewer spikes, above all where they cost most."""
     max_grad_norm: float = 5.0
     """Gradient clipping."""
     precision: Precision = "auto"
@@ -158,8 +161,9 @@ class ClassifyConfig:
         for name in ("label_smoothing", "dropout", "dense_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 0 and below 1")
-        if not 0 <= self.kappa < float("inf"):
-            raise UserError("kappa", self.kappa, "must be 0 or positive, and finite")
+        for name in ("kappa", "spike_penalty"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
         if self.encoding not in ENCODINGS:
             raise UserError("encoding", self.encoding, f"must be one of {', '.join(ENCODINGS)}")
         if not 0 <= self.distill <= 1:

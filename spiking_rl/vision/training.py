@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into, read_json, save_checkpoint
-from spiking_rl.energy import SpikeCounter, odd_layers
+from spiking_rl.energy import SpikeCost, SpikeCounter, odd_layers
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
@@ -175,6 +175,7 @@ class Trainer:
         config = self.config
         self.network = network.to(self.device)
         self.teacher = self._teacher() if self.spiking and config.distill else None
+        self.cost = SpikeCost(self.network) if self.spiking and config.spike_penalty else None
         for neuron in network.neurons:
             if isinstance(neuron, LIF):
                 neuron.threshold.requires_grad_(config.train_threshold)
@@ -434,10 +435,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for images, labels in batch.parts(config.accumulate, generator) if batch else ():
             with _autocast(self.device, config.precision):
-                logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0))
+                logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0), observer=self.cost)
                 loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
                 if self.teacher is not None:
                     loss = torch.lerp(loss, self._distance(logits[0].float(), images), config.distill)
+                if self.cost is not None:
+                    loss = loss + config.spike_penalty * self.cost.total
+                    self.cost.clear()
             assert batch is not None
             share = len(labels) / len(batch)
             (loss * share).backward()  # type: ignore[no-untyped-call]

@@ -19,7 +19,8 @@ from spiking_rl import (
     normalisation_macs,
     spikes_per_input,
 )
-from spiking_rl.energy import energy_pj, odd_layers
+from spiking_rl.conversion import calibrate_thresholds
+from spiking_rl.energy import SpikeCost, accumulate_weights, energy_pj, odd_layers
 
 
 @pytest.mark.parametrize("neuron", ["lif", "relu"])
@@ -170,3 +171,34 @@ def test_membrane_traffic() -> None:
     assert membrane_traffic(network) == 0
     assert membrane_traffic(network, stateful=True) == 2 * 13
     assert membrane_traffic(build_network("mlp", (4,), 2, neuron="relu")) == 0
+
+
+@pytest.mark.parametrize("name", ["vgg9", "resnet12", "nature_cnn"])
+def test_a_spike_costs_what_the_count_says(name: str) -> None:
+    shape = (4, 84, 84) if name == "nature_cnn" else (3, 32, 32)
+    torch.manual_seed(0)
+    network = build_network(name, shape, 10, timesteps=2, **({} if name == "nature_cnn" else {"width": 1 / 16}))
+    weights = accumulate_weights(network)
+    rates = {layer: float(rate) for layer, rate in zip(weights, torch.rand(len(weights)), strict=True)}
+    macs = macs_per_layer(network)[1:]
+    counted = sum(r * m for r, m in zip(spikes_per_input(network, rates), macs, strict=True)) / sum(macs)
+    assert sum(weights[layer] * rate for layer, rate in rates.items()) == pytest.approx(counted)
+
+
+def test_the_cost_of_a_pass_is_that_of_its_counted_spikes_and_has_a_gradient() -> None:
+    torch.manual_seed(0)
+    network = build_network("vgg6", (3, 32, 32), 10, timesteps=3, width=1 / 16)
+    calibrate_thresholds(network, torch.rand(8, 3, 32, 32), 0.2)
+    inputs = torch.rand(1, 4, 3, 32, 32)
+    counter, cost = SpikeCounter(), SpikeCost(network)
+    network(inputs, observer=counter)
+    network(inputs, observer=cost)
+    weights = accumulate_weights(network)
+    counted = 3 * sum(weights[layer] * rate for layer, rate in counter.rates.items())
+    assert isinstance(cost.total, torch.Tensor)
+    assert float(cost.total.detach()) == pytest.approx(counted, rel=1e-5)
+    cost.total.backward()
+    thresholds = [neuron.threshold for neuron in network.neurons]
+    assert all(t.grad is not None and float(t.grad) < 0 for t in thresholds[-1:]), "a higher one saves spikes"
+    cost.clear()
+    assert cost.total == 0

@@ -387,3 +387,15 @@ def test_nothing_to_learn_from_is_refused() -> None:
         dataclasses.replace(SMALL, distill=0.5, ann_epochs=0).check()
     with pytest.raises(UserError, match=r"distill = 1\.5"):
         dataclasses.replace(SMALL, distill=1.5).check()
+
+
+def test_a_penalty_leaves_fewer_spikes(whole: Trainer, tmp_path: Path) -> None:
+    counted = []
+    for penalty in (0.0, 10.0):
+        config = dataclasses.replace(SMALL, start_from=str(whole.folder.path), spike_penalty=penalty)
+        trainer = new_run(tmp_path / str(penalty), config)
+        trainer.run()
+        counted.append(evaluate(trainer.folder, config, dataset(), 2, CPU)["accumulates_per_mac"])
+    assert counted[1] < 0.75 * counted[0]
+    with pytest.raises(UserError, match="spike_penalty = -1"):
+        dataclasses.replace(SMALL, spike_penalty=-1.0).check()
