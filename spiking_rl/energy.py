@@ -244,6 +244,22 @@ def accumulate_weights(network: LayeredNetwork) -> dict[str, float]:
     return weights
 
 
+class _Mean(torch.autograd.Function):
+    """The mean in 32-bit floats, whose gradient is one number for all; torch's own writes that out for every entry."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.like = x.shape, x.dtype
+        # Of bfloat16 the sum alone is rounded to that: asked for in 32 bits it would take ten times as long.
+        return x.sum().float() / x.numel()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        share: Tensor = (grads[0] / math.prod(shape)).to(dtype)
+        return share.expand(shape)
+
+
 class SpikeCost:
     """Observer that adds up what the spikes of a forward pass cost, with its gradient, for use in a loss.
 
@@ -262,7 +278,8 @@ class SpikeCost:
     def __call__(self, layer: str, output: Tensor, potential: Tensor) -> None:
         """Add one layer's spikes ``(S, B, *N)``."""
         if layer in self._weights:  # a coded input is no layer
-            self.total = self.total + self._weights[layer] * self._timesteps * output.float().mean()
+            mean: Tensor = _Mean.apply(output)  # type: ignore[no-untyped-call]
+            self.total = self.total + self._weights[layer] * self._timesteps * mean
 
     def clear(self) -> None:
         """Begin again, for another forward pass."""
