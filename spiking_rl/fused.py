@@ -351,7 +351,7 @@ class Fresh(NamedTuple):
         stored: type of the current and of the spikes.
         sizes: address of what the loops need to know of shapes.
         fits: the current lies as the spikes do.
-        alone: there is one timestep, so nothing ever leaks, and no leak is given.
+        alone: there is one timestep, so nothing ever leaks.
         lasts: each current lasts several timesteps.
         forward: the loops.
         backward: likewise.
@@ -367,6 +367,10 @@ class Fresh(NamedTuple):
     lasts: bool
     forward: Callable[..., int]
     backward: Callable[..., int]
+
+    def given(self, leak: Tensor | None, threshold: Tensor) -> Tensor:
+        """Return what the loops are given for a leak: of one timestep, which reads none, the threshold."""
+        return threshold if self.alone or leak is None else leak
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return a flat batch in this layout and type, a copy only where it is otherwise."""
@@ -469,7 +473,7 @@ def fused_fresh(
     if torch.is_grad_enabled():
         return _apply(current, None if way.alone else leak, threshold, gamma, way)
     current = current if way.fits else way.dense(current)
-    return _fresh_spikes(current, None if way.alone else leak, threshold, way, spare and repeat == 1)
+    return _fresh_spikes(current, leak, threshold, way, spare and repeat == 1)
 
 
 def _fresh_spikes(current: Tensor, leak: Tensor | None, threshold: Tensor, way: Fresh, inside: bool = False) -> Tensor:
@@ -480,7 +484,7 @@ def _fresh_spikes(current: Tensor, leak: Tensor | None, threshold: Tensor, way: 
     else:
         spikes = torch.empty_strided(way.frames, way.strides, dtype=way.stored)
     addresses = None, current.data_ptr(), None, spikes.data_ptr(), None, None
-    _run(way.forward, way.sizes, threshold if leak is None else leak, threshold, *addresses)
+    _run(way.forward, way.sizes, way.given(leak, threshold), threshold, *addresses)
     return spikes
 
 
@@ -505,8 +509,7 @@ class FreshScan:
         if way is None:
             return None
         # Addresses are asked for at every call: a tensor moves when it is shared with another process.
-        leak = None if way.alone else self.leak
-        return _fresh_spikes(current if way.fits else way.dense(current), leak, self.threshold, way)
+        return _fresh_spikes(current if way.fits else way.dense(current), self.leak, self.threshold, way)
 
 
 class _FusedFresh(torch.autograd.Function):
@@ -539,7 +542,7 @@ def _fresh_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None,
     of_leak = None if leak is None else torch.empty_like(leak, memory_format=torch.contiguous_format)
     addresses = current.data_ptr(), None, arriving.data_ptr(), None, None
     results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
-    _run(way.backward, way.sizes, threshold if leak is None else leak, threshold, None, gamma, *addresses, *results)
+    _run(way.backward, way.sizes, way.given(leak, threshold), threshold, None, gamma, *addresses, *results)
     return of_current, of_leak, of_threshold, None, None
 
 

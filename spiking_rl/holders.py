@@ -38,11 +38,6 @@ def _holders(grads: tuple[Tensor, ...]) -> tuple[int, int] | None:
     return sys.getrefcount(grads[0]), sys.getrefcount(memory)
 
 
-def _asked(grads: tuple[Tensor, ...]) -> tuple[int, int] | None:
-    """Stand where :func:`held_alone` does."""
-    return _holders(grads)
-
-
 class _Count(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, counted: list[tuple[int, int] | None]) -> Tensor:
@@ -51,7 +46,7 @@ class _Count(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.counted.append(_asked(grads))
+        ctx.counted.append(_holders(grads))
         return grads[0], None
 
 

@@ -19,10 +19,10 @@ _MAX_TENSOR_BYTES = 16 * 2**30  # weights, their average and the optimiser's mom
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 """What Adam keeps of a parameter."""
 
-MUON = ("momentum_buffer",)
-"""What Muon keeps of a parameter."""
+MOMENTUM = ("momentum_buffer",)
+"""What SGD and Muon keep of a parameter."""
 
-_MOMENTS = {torch.optim.Adam: ADAM, torch.optim.RAdam: ADAM, torch.optim.SGD: ("momentum_buffer",)}
+_MOMENTS = {torch.optim.Adam: ADAM, torch.optim.RAdam: ADAM, torch.optim.SGD: MOMENTUM}
 
 REMEDY = "start the run again in another folder, or name the run's checkpoints instead"
 """What to do where a training state cannot be continued."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.state import ADAM, MUON
+from spiking_rl.state import ADAM, MOMENTUM
 
 _MOMENTUM = 0.9
 _BETAS = (0.9, 0.99)
@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         arithmetic: torch.dtype = torch.float32,
     ) -> None:
-        first = {"params": list(kernels), "weight_decay": weight_decay, "moments": MUON}
+        first = {"params": list(kernels), "weight_decay": weight_decay, "moments": MOMENTUM}
         rest = [
             {"params": list(parameters), "weight_decay": decay, "moments": ADAM, "fused": True}
             for parameters, decay in ((matrices, weight_decay), (others, 0.0))
