@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from spiking_rl.allocator import keep_memory
+from spiking_rl.compiling import build_op
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import save_figure
 from spiking_rl.scripts.options import parse, script
@@ -64,6 +65,7 @@ def main() -> None:
     """Measure, print, write."""
     options = parse(Options, "benchmark", sys.argv[1:], DESCRIPTION)
     _check(options)
+    build_op()  # not in the background of what is timed
     torch.set_num_threads(options.threads)
     kept = not options.stock_allocator and keep_memory()
     for peer in PEERS:

@@ -1,4 +1,9 @@
-"""The compiled loops of ``lif_scan.c``: built once per machine by its own C compiler, else done without."""
+"""What is compiled: built once per machine by its own compilers, else done without.
+
+The loops of ``lif_scan.c`` take a second, and are waited for. ``lif_op.cpp``, which makes an operation of torch's own
+of them, includes torch's headers, which take half a minute: it is built in the background, and used from the next start
+on.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,15 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import time
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
+
+import torch
 
 SWITCH = "SPIKING_RL_COMPILE"
 """Environment variable; ``0`` leaves the compiled loops out."""
@@ -70,6 +82,91 @@ def _built(compiler: str, threads: tuple[str, ...]) -> Path:
             subprocess.run([compiler, "-shared", str(made), "-o", str(built)], **quiet)  # type: ignore[call-overload]
             built.replace(path)
     return path
+
+
+_OP = Path(__file__).with_name("lif_op.cpp")
+_OP_FLAGS = ["-O2", "-std=c++20", "-fvisibility=hidden", "-shared", "-fPIC"]
+_PATIENCE = 600  # seconds after which whoever was building the operation is taken to have died
+# In a shell that outlives this process, given the lock, the result, where to tell of failure, and the command.
+_IN_BACKGROUND = """
+lock=$1; made=$2; failed=$3; shift 3
+( if nice -n 10 "$@" -o "$lock.part" 2>"$lock.log"; then mv "$lock.part" "$made"; else mv "$lock.log" "$failed"; fi
+  rm -f "$lock" "$lock.part" "$lock.log" ) </dev/null >/dev/null 2>&1 &
+"""
+
+
+@functools.cache
+def built_op() -> ModuleType | None:
+    """Return the module of ``lif_op.cpp``; None where there is none yet, there cannot be, or the switch is off.
+
+    Where it is missing it is built in the background, for the next process that asks.
+    """
+    try:
+        path, command = _op_command()
+        if not path.is_file() and _may_build(path):
+            _build_op(path, command)
+        return _imported(path) if path.is_file() else None
+    except (OSError, subprocess.SubprocessError, ImportError):
+        return None
+
+
+def build_op() -> None:
+    """Build the module of ``lif_op.cpp`` now, where it can be, before anybody asks for it."""
+    try:
+        path, command = _op_command()
+        while not path.is_file() and not path.with_suffix(".failed").exists():
+            if _may_build(path):
+                _build_op(path, command)
+            time.sleep(0.1)  # somebody is at it
+    except (OSError, subprocess.SubprocessError):
+        return
+
+
+def _op_command() -> tuple[Path, list[str]]:
+    """Return where the operation lies, and the command that makes it but for ``-o``; raise where it cannot be made."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if built_loops() is None or compiler is None or not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise FileNotFoundError("no compilers, or no headers of Python")
+    home = Path(torch.__file__).parent
+    includes = (home / "include", home / "include/torch/csrc/api/include", sysconfig.get_path("include"))
+    libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]  # those that are loaded already
+    interface = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = [*_OP_FLAGS, interface, *(f"-isystem{path}" for path in includes)]
+    parts = (_OP.read_text(), compiler, torch.__version__, EXTENSION_SUFFIXES[0], platform.machine(), *flags)
+    name = f"lif_op-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.so"
+    return _cache() / name, [compiler, *flags, str(_OP), *libraries]
+
+
+def _may_build(path: Path) -> bool:
+    """Tell whether nobody has failed to build it, and nobody is about to; if so, others will be told that we are."""
+    if path.with_suffix(".failed").exists():
+        return False
+    lock = path.with_suffix(".building")
+    try:
+        if time.time() - lock.stat().st_mtime > _PATIENCE:
+            lock.unlink()
+    except FileNotFoundError:
+        pass
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _build_op(path: Path, command: list[str]) -> None:
+    told = [str(path.with_suffix(suffix)) for suffix in (".building", ".so", ".failed")]
+    shell = ["sh", "-c", _IN_BACKGROUND, "sh", *told, *command]
+    subprocess.run(shell, check=True, timeout=60, start_new_session=True)
+
+
+def _imported(path: Path) -> ModuleType:
+    loader = ExtensionFileLoader("lif_op", str(path))
+    spec = spec_from_loader("lif_op", loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 def _cache() -> Path:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spiking_rl.compiling import built_loops
+from spiking_rl.compiling import built_loops, built_op
 from spiking_rl.holders import held_alone
 
 _BLOCK = 512  # neurons that are scanned together
@@ -355,6 +355,7 @@ class Fresh(NamedTuple):
         lasts: each current lasts several timesteps.
         forward: the loops.
         backward: likewise.
+        compiled: the same as the operation of ``lif_op.cpp`` knows it, and the case that it is for; None without one.
     """
 
     plan: Plan
@@ -367,6 +368,7 @@ class Fresh(NamedTuple):
     lasts: bool
     forward: Callable[..., int]
     backward: Callable[..., int]
+    compiled: Any
 
     def given(self, leak: Tensor | None, threshold: Tensor) -> Tensor:
         """Return what the loops are given for a leak: of one timestep, which reads none, the threshold."""
@@ -400,7 +402,13 @@ def _fresh(
     fits = _lies(shape, strides, found.strides)
     frames = (timesteps * batch, *shape[1:])
     both = _loop("lif_forward", stored), _loop("lif_backward", stored)
-    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, repeat > 1, *both)
+    compiled, op = None, built_op()
+    if op is not None and fits:
+        layouts = shape, strides, leak, threshold, frames, found.strides
+        loops = (ctypes.cast(loop, ctypes.c_void_p).value for loop in both)  # type: ignore[arg-type]
+        told = (*map(tuple, layouts), stored is torch.bfloat16, timesteps, repeat, threads)
+        compiled = op.Way(*told, ctypes.string_at(sizes, ctypes.sizeof(_Shape)), *loops)
+    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, repeat > 1, *both, compiled)
 
 
 class Ways:
@@ -410,11 +418,13 @@ class Ways:
     own: with a small network that was most of what spikes cost.
     """
 
-    __slots__ = ("_last",)
+    __slots__ = ("_last", "compiled")
 
     def __init__(self) -> None:
         # What was asked, and the answer; one object, as several threads may be asking.
         self._last: tuple[tuple[Any, ...], Fresh | None] = ((), None)
+        self.compiled: Any = None
+        """The answer as ``lif_op.cpp`` knows it, which is asked first, and sees whether the question is another."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ways, ()  # a copy begins anew: addresses are good in one process only
@@ -430,6 +440,7 @@ class Ways:
         if seen != last:
             way = _find(current, leak, threshold, timesteps, repeat)
             self._last = seen, way
+            self.compiled = None if way is None else way.compiled
         return way
 
 
@@ -466,10 +477,16 @@ def fused_fresh(
     Returns:
         None where the loops have to do it.
     """
-    find = _find if ways is None else ways.find
-    way = find(current, leak, threshold, timesteps, repeat)
+    given = current, leak, threshold, timesteps, repeat
+    compiled = None if ways is None or torch.compiler.is_compiling() else ways.compiled
+    spikes: Tensor | None
+    if compiled is not None and (spikes := compiled.spikes(*given, gamma, spare)) is not None:
+        return spikes
+    way = _find(*given) if ways is None else ways.find(*given)
     if way is None:
         return None
+    if way.compiled not in (None, compiled) and (spikes := way.compiled.spikes(*given, gamma, spare)) is not None:
+        return spikes
     if torch.is_grad_enabled():
         return _apply(current, None if way.alone else leak, threshold, gamma, way)
     current = current if way.fits else way.dense(current)
@@ -505,7 +522,12 @@ class FreshScan:
 
     def __call__(self, current: Tensor) -> Tensor | None:
         """Return spikes ``(T*B, *N)`` from rest of a flat current; None where the loops have to do it."""
-        way = self._ways.find(current, self.leak, self.threshold, self.timesteps, self.repeat)
+        given = current, self.leak, self.threshold, self.timesteps, self.repeat
+        compiled = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self._ways.compiled
+        spikes: Tensor | None
+        if compiled is not None and (spikes := compiled.spikes(*given, 0.0, False)) is not None:
+            return spikes  # there is no gradient, so it has no height
+        way = self._ways.find(*given)
         if way is None:
             return None
         # Addresses are asked for at every call: a tensor moves when it is shared with another process.

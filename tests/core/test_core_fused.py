@@ -395,6 +395,7 @@ class _Squared(torch.nn.Module):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("scanning")
 def test_a_layer_that_has_changed_since_its_last_scan_is_looked_at_again() -> None:
     torch.manual_seed(0)
     lif = LIF(leak=0.5)
@@ -423,6 +424,7 @@ def test_a_layer_that_has_changed_since_its_last_scan_is_looked_at_again() -> No
 
 
 @needs_compiler
+@pytest.mark.usefixtures("scanning")
 def test_transforms_of_functions_are_refused_as_torch_refuses_them() -> None:
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda current: LIF().fresh(current, 2).sum())(torch.randn(4, 3))

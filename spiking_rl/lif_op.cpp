@@ -1,0 +1,248 @@
+/* The scan from rest as an operation of torch's own: what most of training is, with no Python between two convolutions.
+ *
+ * What it does is what fused.py does, with the same loops (lif_scan.c, whose addresses it is given), so the same bits.
+ * There the layout of tensors is worked out, once per layer; here it is compared with what the layer had the last time.
+ * Whatever is not plain (another layout, subclasses, modes and transforms that look at tensors) is left to fused.py.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <ATen/Parallel.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/TracerMode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr size_t SIZES = 12; /* of Shape in lif_scan.c */
+
+using Forward = int(const int64_t *shape, const float *leak, const float *threshold, const float *keep,
+                    const void *current, const float *before, void *spikes, float *potentials, float *after);
+using Backward = int(const int64_t *shape, const float *leak, const float *threshold, const float *keep, float gamma,
+                     const void *current, const float *before, const void *by_spikes, const float *by_potentials,
+                     const float *by_after, void *of_current, float *of_before, float *of_leak, float *of_threshold);
+
+/* How a layer's last scan went: what was given, and what follows from it. */
+struct Way : torch::CustomClassHolder {
+  std::vector<int64_t> sizes, strides, leak, threshold; /* of the current; of the parameters */
+  at::ScalarType stored;
+  int64_t timesteps, repeat;
+  int threads;
+  std::vector<int64_t> frames, packed; /* sizes and strides of the spikes */
+  int64_t shape[SIZES];
+  Forward *forward;
+  Backward *backward;
+};
+
+using Held = c10::intrusive_ptr<Way>;
+
+void check(int done) {
+  if (!done) throw std::bad_alloc();
+}
+
+const float *parameter(const Tensor &tensor) { return tensor.const_data_ptr<float>(); }
+
+/* Of one timestep no leak is read: the threshold stands in for it, as the sizes say. */
+const float *leak_or(const Tensor &leak, const Tensor &threshold) { return parameter(leak.defined() ? leak : threshold); }
+
+Tensor fire(const Way &way, const Tensor &current, const Tensor &leak, const Tensor &threshold, bool inside) {
+  Tensor spikes = inside ? current /* every current is read once, just before its spike is written */
+                  : way.timesteps == 1 ? at::empty_like(current)
+                                       : at::empty_strided(way.frames, way.packed, current.options());
+  check(way.forward(way.shape, leak_or(leak, threshold), parameter(threshold), nullptr, current.const_data_ptr(),
+                    nullptr, spikes.mutable_data_ptr(), nullptr, nullptr));
+  return spikes;
+}
+
+/* Whether nobody but the backward pass holds a gradient, or its memory, so that it may be written over. Memory that is
+ * not torch's own (an array's) is held by others, who are not counted. */
+bool held_alone(const Tensor &grad) {
+  return grad.use_count() == 1 && grad.storage().use_count() == 1 && grad.storage().resizable();
+}
+
+/* Results of which no derivative may be taken: asking for one raises (as once_differentiable does in Python). */
+variable_list refuse_second(variable_list found) {
+  for (Tensor &grad : found)
+    if (grad.defined()) grad = grad.detach().requires_grad_();
+  torch::autograd::DelayedError error("the surrogate gradient has no derivative of its own", int64_t(found.size()));
+  return error.apply(std::move(found));
+}
+
+struct Scan : torch::autograd::Function<Scan> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &current, const std::optional<Tensor> &leak,
+                        const Tensor &threshold, double gamma, const Held &way) {
+    const Tensor leaking = leak.value_or(Tensor());
+    ctx->save_for_backward({current, leaking, threshold});
+    ctx->saved_data["gamma"] = gamma;
+    ctx->saved_data["way"] = c10::IValue::make_capsule(way);
+    return fire(*way, current, leaking, threshold, false);
+  }
+
+  /* Torch hands over its own list: a copy would hold every gradient once more. */
+  static variable_list backward(AutogradContext *ctx, variable_list &grads) {
+    const auto held = ctx->saved_data["way"].toCapsule();
+    const Way &way = static_cast<const Way &>(*held);
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &current = saved[0], &leak = saved[1], &threshold = saved[2];
+    const bool asked = at::GradMode::is_enabled() && grads[0].requires_grad();
+    bool inside = held_alone(grads[0]);
+    Tensor arriving = std::move(grads[0]);
+    if (arriving.scalar_type() != way.stored || arriving.strides() != at::IntArrayRef(way.packed)) {
+      arriving = at::empty_strided(way.frames, way.packed, current.options()).copy_(arriving.detach());
+      inside = true;
+    }
+    /* Every gradient is read just before the one that leaves is written; of a current that lasts there are fewer. */
+    Tensor of_current = inside && way.repeat == 1 ? arriving : at::empty_like(current);
+    Tensor of_threshold = at::empty(threshold.sizes(), threshold.options());
+    Tensor of_leak = leak.defined() ? at::empty(leak.sizes(), leak.options()) : Tensor();
+    check(way.backward(way.shape, leak_or(leak, threshold), parameter(threshold), nullptr,
+                       float(ctx->saved_data["gamma"].toDouble()), current.const_data_ptr(), nullptr,
+                       arriving.const_data_ptr(), nullptr, nullptr, of_current.mutable_data_ptr(), nullptr,
+                       of_leak.defined() ? of_leak.mutable_data_ptr<float>() : nullptr,
+                       of_threshold.mutable_data_ptr<float>()));
+    variable_list found{of_current, of_leak, of_threshold};
+    if (asked) found = refuse_second(found);
+    found.resize(5); /* gamma and the way have none */
+    return found;
+  }
+};
+
+/* Whether somebody looks at what happens to tensors, and has to be shown. */
+bool watched() {
+  return at::functorch::functorchTLSAccessor() || c10::impl::dispatch_mode_enabled() ||
+         at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
+}
+
+bool is(const Tensor &tensor, at::ScalarType type) {
+  const auto odd = c10::DispatchKeySet({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor,
+                                        c10::DispatchKey::Functionalize, c10::DispatchKey::Python});
+  return tensor.defined() && tensor.is_cpu() && tensor.layout() == at::kStrided && tensor.has_storage() &&
+         tensor.scalar_type() == type && !tensor.key_set().has_any(odd);
+}
+
+bool fits(const Way &way, const Tensor &current, const Tensor &leak, const Tensor &threshold) {
+  const auto given = [](const Tensor &parameter, const std::vector<int64_t> &sizes) {
+    return is(parameter, at::kFloat) && parameter.sizes() == at::IntArrayRef(sizes) && parameter.is_contiguous();
+  };
+  return is(current, way.stored) && current.sizes() == at::IntArrayRef(way.sizes) &&
+         current.strides() == at::IntArrayRef(way.strides) && given(threshold, way.threshold) &&
+         (way.timesteps == 1 || given(leak, way.leak)) && at::get_num_threads() == way.threads && !watched();
+}
+
+/* Lets other threads run Python. */
+struct Released {
+  PyThreadState *state = PyEval_SaveThread();
+  ~Released() { PyEval_RestoreThread(state); }
+};
+
+struct PyWay {
+  PyObject_HEAD
+  Held way;
+};
+
+/* way.spikes(current, leak, threshold, timesteps, repeat, gamma, spare): spikes, or None where this is another case. */
+PyObject *spikes(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments are taken, not %zd", count);
+  for (int i = 0; i < 3; i++)
+    if (!THPVariable_CheckExact(given[i])) Py_RETURN_NONE;
+  const Held way = reinterpret_cast<PyWay *>(self)->way;
+  const Tensor &current = THPVariable_Unpack(given[0]), &leak = THPVariable_Unpack(given[1]),
+               &threshold = THPVariable_Unpack(given[2]);
+  const int64_t timesteps = PyLong_AsLongLong(given[3]), repeat = PyLong_AsLongLong(given[4]);
+  const double gamma = PyFloat_AsDouble(given[5]);
+  const int spare = PyObject_IsTrue(given[6]);
+  if (PyErr_Occurred()) return nullptr;
+  if (timesteps != way->timesteps || repeat != way->repeat || !fits(*way, current, leak, threshold)) Py_RETURN_NONE;
+  const Tensor leaking = timesteps == 1 ? Tensor() : leak;
+  Tensor found;
+  {
+    const Released others_go_on;
+    if (at::GradMode::is_enabled())
+      found = Scan::apply(current, leaking.defined() ? std::optional<Tensor>(leaking) : std::nullopt, threshold, gamma, way);
+    else
+      found = fire(*way, current, leaking, threshold, spare && repeat == 1);
+  }
+  return THPVariable_Wrap(std::move(found));
+  END_HANDLE_TH_ERRORS
+}
+
+std::vector<int64_t> integers(PyObject *tuple) {
+  std::vector<int64_t> found;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); i++)
+    found.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)));
+  return found;
+}
+
+PyObject *new_way(PyTypeObject *type, PyObject *arguments, PyObject *) {
+  HANDLE_TH_ERRORS
+  PyObject *tuples[6];
+  const char *shape;
+  Py_ssize_t bytes;
+  int half, threads;
+  long long timesteps, repeat;
+  unsigned long long forward, backward;
+  auto tuple = &PyTuple_Type;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!O!O!O!pLLiy#KK", tuple, &tuples[0], tuple, &tuples[1], tuple, &tuples[2],
+                        tuple, &tuples[3], tuple, &tuples[4], tuple, &tuples[5], &half, &timesteps, &repeat, &threads,
+                        &shape, &bytes, &forward, &backward))
+    return nullptr;
+  auto way = c10::make_intrusive<Way>();
+  if (bytes != sizeof way->shape) return PyErr_Format(PyExc_ValueError, "the loops' sizes take %zd bytes", bytes);
+  way->sizes = integers(tuples[0]);
+  way->strides = integers(tuples[1]);
+  way->leak = integers(tuples[2]);
+  way->threshold = integers(tuples[3]);
+  way->frames = integers(tuples[4]);
+  way->packed = integers(tuples[5]);
+  if (PyErr_Occurred()) return nullptr;
+  way->stored = half ? at::kBFloat16 : at::kFloat;
+  way->timesteps = timesteps;
+  way->repeat = repeat;
+  way->threads = threads;
+  std::memcpy(way->shape, shape, sizeof way->shape);
+  way->forward = reinterpret_cast<Forward *>(forward);
+  way->backward = reinterpret_cast<Backward *>(backward);
+  PyObject *made = type->tp_alloc(type, 0);
+  if (made) new (&reinterpret_cast<PyWay *>(made)->way) Held(std::move(way));
+  return made;
+  END_HANDLE_TH_ERRORS
+}
+
+void free_way(PyObject *self) {
+  PyTypeObject *type = Py_TYPE(self);
+  reinterpret_cast<PyWay *>(self)->way.~Held();
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMethodDef methods[] = {{"spikes", reinterpret_cast<PyCFunction>(spikes), METH_FASTCALL, nullptr}, {}};
+
+PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void *>(new_way)},
+                       {Py_tp_dealloc, reinterpret_cast<void *>(free_way)},
+                       {Py_tp_methods, methods},
+                       {}};
+
+PyType_Spec spec = {"lif_op.Way", sizeof(PyWay), 0, Py_TPFLAGS_DEFAULT, slots};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "lif_op", nullptr, -1, nullptr};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit_lif_op() {
+  PyObject *module = PyModule_Create(&definition), *type = module ? PyType_FromSpec(&spec) : nullptr;
+  if (!type || PyModule_AddObjectRef(module, "Way", type) < 0) Py_CLEAR(module);
+  Py_XDECREF(type);
+  return module;
+}
