@@ -1,8 +1,7 @@
 """What is compiled: built once per machine by its own compilers, else done without.
 
-The loops of ``lif_scan.c`` take a second, and are waited for. ``lif_op.cpp``, which makes an operation of torch's own
-of them, includes torch's headers, which take half a minute: it is built in the background, and used from the next start
-on.
+The loops of ``lif_scan.c`` take seconds, and are waited for. ``lif_op.cpp``, which makes them an operation of torch's
+own, includes torch's headers, which take half a minute: it is built in the background, and used from the next start on.
 """
 
 from __future__ import annotations
@@ -31,15 +30,17 @@ SWITCH = "SPIKING_RL_COMPILE"
 _SOURCES = [Path(__file__).with_name(name) for name in ("lif_scan.c", "lif_loops.h")]
 # No fused multiply-add and no reordering: the forward pass gives the plain loop's values bit for bit.
 _FLAGS = ["-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+_STORED = {torch.float32: (), torch.bfloat16: ("-DHALVES",)}
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # a sixth off the backward pass; compilers stop at 256 by themselves
 
 
 @functools.cache
-def built_loops() -> ctypes.CDLL | None:
+def built_loops(stored: torch.dtype = torch.float32) -> ctypes.CDLL | None:
     """Return the compiled loops; None where there is no compiler, or the switch is off.
 
-    The result is kept in the user's cache folder, under a name made of the source, the compiler and the processor.
+    Each type of currents and spikes, float32 and bfloat16, has a library of its own, built when it is first asked for.
+    It is kept in the user's cache folder, under a name made of the source, the compiler and the processor.
     """
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):
         return None
@@ -50,7 +51,7 @@ def built_loops() -> ctypes.CDLL | None:
     # linked against none, and where torch's cannot be found it is built without threads.
     for threads in (("-fopenmp",), ("-fopenmp-simd",)):
         try:
-            return _declared(ctypes.CDLL(str(_built(compiler, threads))))
+            return _declared(ctypes.CDLL(str(_built(compiler, (*threads, *_STORED[stored])))))
         except (OSError, subprocess.SubprocessError):
             continue
     return None
@@ -59,17 +60,16 @@ def built_loops() -> ctypes.CDLL | None:
 def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """Tell ctypes what the loops take: addresses, all but the surrogate gradient's height."""
     address = ctypes.c_void_p
-    for stored in ("float", "bfloat16"):
-        getattr(loaded, f"lif_forward_{stored}").argtypes = [address] * 9
-        getattr(loaded, f"lif_backward_{stored}").argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
+    loaded.lif_forward.argtypes = [address] * 9
+    loaded.lif_backward.argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
     return loaded
 
 
-def _built(compiler: str, threads: tuple[str, ...]) -> Path:
+def _built(compiler: str, chosen: tuple[str, ...]) -> Path:
     """Return the path of the library, building it if it is not there."""
     parts = [
         *(source.read_bytes() for source in _SOURCES),
-        *(text.encode() for text in (compiler, _processor(), *_FLAGS, *threads)),
+        *(text.encode() for text in (compiler, _processor(), *_FLAGS, *chosen)),
     ]
     folder = _cache()
     path = folder / f"lif_scan-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
@@ -78,7 +78,7 @@ def _built(compiler: str, threads: tuple[str, ...]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made, built = Path(scratch, "lif_scan.o"), Path(scratch, "lif_scan.so")
             quiet = {"check": True, "capture_output": True, "timeout": 60}
-            subprocess.run([compiler, *_FLAGS, *threads, "-c", str(_SOURCES[0]), "-o", str(made)], **quiet)  # type: ignore[call-overload]
+            subprocess.run([compiler, *_FLAGS, *chosen, "-c", str(_SOURCES[0]), "-o", str(made)], **quiet)  # type: ignore[call-overload]
             subprocess.run([compiler, "-shared", str(made), "-o", str(built)], **quiet)  # type: ignore[call-overload]
             built.replace(path)
     return path

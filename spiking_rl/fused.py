@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from spiking_rl.holders import held_alone
 
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
-_STORED = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+_STORED = (torch.float32, torch.bfloat16)
 _SMALL = 1 << 15  # neurons times timesteps that one thread has done before another has woken up
 
 
@@ -109,7 +109,7 @@ def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
         and current.is_cpu
         and leak.is_cpu
         and threshold.is_cpu
-        and built_loops() is not None
+        and built_loops(current.dtype) is not None
     )
 
 
@@ -172,7 +172,7 @@ def _run(loop: Callable[..., int], sizes: int, leak: Tensor, threshold: Tensor, 
 
 def _loop(name: str, stored: torch.dtype) -> Callable[..., int]:
     """Return the compiled loop ``lif_forward`` or ``lif_backward`` for currents of a type."""
-    loop: Callable[..., int] = getattr(built_loops(), f"{name}_{_STORED[stored]}")
+    loop: Callable[..., int] = getattr(built_loops(stored), name)
     return loop
 
 
@@ -341,6 +341,23 @@ class FusedScan(torch.autograd.Function):
         return of_current, of_before, *sums, None, None, None
 
 
+class Compiled(Protocol):
+    """A scan from rest as the operation of ``lif_op.cpp`` knows it."""
+
+    def spikes(
+        self,
+        current: Tensor,
+        leak: Tensor,
+        threshold: Tensor,
+        timesteps: int,
+        repeat: int,
+        gamma: float,
+        spare: bool,
+        /,
+    ) -> Tensor | None:
+        """Return what :func:`fused_fresh` does; None where this is another case, or not a plain one."""
+
+
 class Fresh(NamedTuple):
     """How a scan from rest over a flat batch ``(K*B, *N)`` goes: nothing but spikes comes out.
 
@@ -355,7 +372,7 @@ class Fresh(NamedTuple):
         lasts: each current lasts several timesteps.
         forward: the loops.
         backward: likewise.
-        compiled: the same as the operation of ``lif_op.cpp`` knows it, and the case that it is for; None without one.
+        compiled: the same without Python in between; None where there is no such operation.
     """
 
     plan: Plan
@@ -368,7 +385,7 @@ class Fresh(NamedTuple):
     lasts: bool
     forward: Callable[..., int]
     backward: Callable[..., int]
-    compiled: Any
+    compiled: Compiled | None
 
     def given(self, leak: Tensor | None, threshold: Tensor) -> Tensor:
         """Return what the loops are given for a leak: of one timestep, which reads none, the threshold."""
@@ -402,7 +419,8 @@ def _fresh(
     fits = _lies(shape, strides, found.strides)
     frames = (timesteps * batch, *shape[1:])
     both = _loop("lif_forward", stored), _loop("lif_backward", stored)
-    compiled, op = None, built_op()
+    compiled: Compiled | None = None
+    op = built_op()
     if op is not None and fits:
         layouts = shape, strides, leak, threshold, frames, found.strides
         loops = (ctypes.cast(loop, ctypes.c_void_p).value for loop in both)  # type: ignore[arg-type]
@@ -423,7 +441,7 @@ class Ways:
     def __init__(self) -> None:
         # What was asked, and the answer; one object, as several threads may be asking.
         self._last: tuple[tuple[Any, ...], Fresh | None] = ((), None)
-        self.compiled: Any = None
+        self.compiled: Compiled | None = None
         """The answer as ``lif_op.cpp`` knows it, which is asked first, and sees whether the question is another."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -479,14 +497,15 @@ def fused_fresh(
     """
     given = current, leak, threshold, timesteps, repeat
     compiled = None if ways is None or torch.compiler.is_compiling() else ways.compiled
-    spikes: Tensor | None
     if compiled is not None and (spikes := compiled.spikes(*given, gamma, spare)) is not None:
         return spikes
     way = _find(*given) if ways is None else ways.find(*given)
     if way is None:
         return None
-    if way.compiled not in (None, compiled) and (spikes := way.compiled.spikes(*given, gamma, spare)) is not None:
-        return spikes
+    if way.compiled is not compiled and way.compiled is not None:
+        spikes = way.compiled.spikes(*given, gamma, spare)
+        if spikes is not None:
+            return spikes
     if torch.is_grad_enabled():
         return _apply(current, None if way.alone else leak, threshold, gamma, way)
     current = current if way.fits else way.dense(current)
@@ -524,7 +543,6 @@ class FreshScan:
         """Return spikes ``(T*B, *N)`` from rest of a flat current; None where the loops have to do it."""
         given = current, self.leak, self.threshold, self.timesteps, self.repeat
         compiled = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self._ways.compiled
-        spikes: Tensor | None
         if compiled is not None and (spikes := compiled.spikes(*given, 0.0, False)) is not None:
             return spikes  # there is no gradient, so it has no height
         way = self._ways.find(*given)

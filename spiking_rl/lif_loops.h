@@ -1,13 +1,12 @@
-/* Included by lif_scan.c, once for each STORED type: READ makes a float of it, WRITE makes it of a float, and NAME tells
- * its functions from the other's. `own` and `once` are constants wherever these are called, so that each of their values
- * gets loops of its own. */
+/* The second part of lif_scan.c: READ makes a float of what is STORED, WRITE makes it of a float. `own` and `once` are
+ * constants wherever these are called, so that each of their values gets loops of its own. */
 
-INLINE const STORED *NAME(current_at)(const Pass *pass, const Block *b, int64_t t, const STORED *current) {
+INLINE const STORED *current_at(const Pass *pass, const Block *b, int64_t t, const STORED *current) {
   return current + t / pass->shape.repeat * pass->all + b->at;
 }
 
-INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *current, const float *before,
-                                STORED *spikes, float *potentials, float *after, const int own, const int once) {
+INLINE void forward_block(const Pass *pass, const Block *b, const STORED *current, const float *before, STORED *spikes,
+                          float *potentials, float *after, const int own, const int once) {
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
   if (alone(pass, before) && !potentials && !after) {
     const STORED *now = current + b->at;
@@ -23,7 +22,7 @@ INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *
   if (once)
     for (int64_t j = 0; j < b->size; j++) spent[j] = 0.0f;
   for (int64_t t = 0; t < pass->shape.timesteps; t++) {
-    const STORED *now = NAME(current_at)(pass, b, t, current);
+    const STORED *now = current_at(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
     STORED *spike = spikes + t * pass->all + b->at;
     ahead(now, b->size * sizeof *now, 0);
@@ -46,14 +45,14 @@ INLINE void NAME(forward_block)(const Pass *pass, const Block *b, const STORED *
 }
 
 /* Returns 0 where memory ran out. */
-int NAME(lif_forward)(const Shape *shape, const float *leak, const float *threshold, const float *keep,
-                      const STORED *current, const float *before, STORED *spikes, float *potentials, float *after) {
+int lif_forward(const Shape *shape, const float *leak, const float *threshold, const float *keep, const STORED *current,
+                const float *before, STORED *spikes, float *potentials, float *after) {
   Pass pass;
   if (!begin(&pass, shape, leak, threshold, keep, 0.0f)) return 0;
 #pragma omp parallel for num_threads(shape->threads) if (shape->threads > 1)
   for (int64_t unit = 0; unit < shape->batch * pass.pieces; unit++) {
     EACH_BLOCK(&pass, unit, b,
-               WITH_CONSTANTS(shape, NAME(forward_block), &pass, &b, current, before, spikes, potentials, after));
+               WITH_CONSTANTS(shape, forward_block, &pass, &b, current, before, spikes, potentials, after));
   }
   free(pass.leak);
   return 1;
@@ -62,19 +61,19 @@ int NAME(lif_forward)(const Shape *shape, const float *leak, const float *thresh
 typedef struct {
   const STORED *spikes; /* gradients that arrive; each may be NULL */
   const float *potentials, *after;
-} NAME(Arriving);
+} Arriving;
 
 typedef struct {
   STORED *current; /* gradients that leave; all but those of current and threshold may be NULL */
   float *before;
   float *leak, *threshold; /* one, or one per channel, as Shape says */
-} NAME(Leaving);
+} Leaving;
 
 /* `now` gets dL/dI of the timestep; if the current lasts (`add`), what it adds up to goes on in `g`. `earlier` are
  * potentials of the timestep before, if there is one (`more`). */
-INLINE void NAME(backward_step)(const Pass *pass, const Block *b, int64_t t, const float *u, const float *earlier,
-                                const STORED *by_spike, STORED *now, Gradients *g, const int add, const int more,
-                                const int own, const int once) {
+INLINE void backward_step(const Pass *pass, const Block *b, int64_t t, const float *u, const float *earlier,
+                          const STORED *by_spike, STORED *now, Gradients *g, const int add, const int more,
+                          const int own, const int once) {
   const float keep = keep_at(pass, t, b->sample);
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
   const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
@@ -103,9 +102,9 @@ INLINE void NAME(backward_step)(const Pass *pass, const Block *b, int64_t t, con
 }
 
 /* `sums` is a row of leak's, then of threshold's, gradients; `scratch` holds S potentials and a row of zeros. */
-INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED *current, const float *before,
-                                 const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
-                                 const int own, const int once) {
+INLINE void backward_block(const Pass *pass, const Block *b, const STORED *current, const float *before,
+                           const Arriving *in, const Leaving *out, float *sums, float *scratch, const int own,
+                           const int once) {
   const int64_t size = b->size, all = pass->all, at = b->at, last = pass->shape.timesteps - 1;
   const int64_t repeat = pass->shape.repeat;
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
@@ -115,7 +114,7 @@ INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED 
   if (once)
     for (int64_t j = 0; j < size; j++) g.when[j] = (float)(last + 1);
   for (int64_t t = 0; t <= last; t++) {
-    const STORED *now = NAME(current_at)(pass, b, t, current);
+    const STORED *now = current_at(pass, b, t, current);
     const float keep = keep_at(pass, t, b->sample);
     float *u = scratch + t * size;
     ahead(now, size * sizeof *now, 0);
@@ -144,11 +143,11 @@ INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED 
         g.carried[j] += in->potentials[t * all + at + j];
       }
     if (t && repeat == 1)
-      NAME(backward_step)(pass, b, t, u, u - size, by_spike, now, &g, 0, 1, own, once);
+      backward_step(pass, b, t, u, u - size, by_spike, now, &g, 0, 1, own, once);
     else if (t)
-      NAME(backward_step)(pass, b, t, u, u - size, by_spike, now, &g, 1, 1, own, once);
+      backward_step(pass, b, t, u, u - size, by_spike, now, &g, 1, 1, own, once);
     else
-      NAME(backward_step)(pass, b, t, u, 0, by_spike, now, &g, 1, 0, own, once);
+      backward_step(pass, b, t, u, 0, by_spike, now, &g, 1, 0, own, once);
     if (t % repeat == 0 && (repeat > 1 || !t))
       for (int64_t j = 0; j < size; j++) {
         now[j] = WRITE(g.shared[j]);
@@ -169,8 +168,8 @@ INLINE void NAME(backward_block)(const Pass *pass, const Block *b, const STORED 
 }
 
 /* The same for one fresh timestep without a membrane afterwards, which is most of what is trained. */
-INLINE void NAME(backward_alone)(const Pass *pass, const Block *b, const STORED *current, const NAME(Arriving) *in,
-                                 const NAME(Leaving) *out, float *sums, const int own) {
+INLINE void backward_alone(const Pass *pass, const Block *b, const STORED *current, const Arriving *in,
+                           const Leaving *out, float *sums, const int own) {
   const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
   const STORED *u = current + b->at, *by_spike = in->spikes + b->at;
   STORED *now = out->current + b->at;
@@ -192,8 +191,8 @@ INLINE void NAME(backward_alone)(const Pass *pass, const Block *b, const STORED 
 }
 
 /* The same for a few fresh timesteps, as many as the constant `steps`: they stay in registers. */
-INLINE void NAME(backward_few)(const Pass *pass, const Block *b, const STORED *current, const NAME(Arriving) *in,
-                               const NAME(Leaving) *out, float *sums, const int own, const int lasts, const int steps) {
+INLINE void backward_few(const Pass *pass, const Block *b, const STORED *current, const Arriving *in,
+                         const Leaving *out, float *sums, const int own, const int lasts, const int steps) {
   const float *leak = pass->leak + b->first, *threshold = pass->threshold + b->first;
   const float *inverse = pass->inverse + b->first, *height = pass->height + b->first;
   const int64_t size = b->size, all = pass->all, bytes = size * sizeof *current;
@@ -240,24 +239,45 @@ INLINE void NAME(backward_few)(const Pass *pass, const Block *b, const STORED *c
   add_sums(sums + pass->width + b->first, of_threshold, size, own);
 }
 
-INLINE void NAME(backward_any)(const Pass *pass, const Block *b, const STORED *current, const float *before,
-                               const NAME(Arriving) *in, const NAME(Leaving) *out, float *sums, float *scratch,
-                               const int own, const int once) {
+/* Each of them is a function to the compiler too: as parts of one it takes four times as long. */
+typedef void Few(const Pass *, const Block *, const STORED *, const Arriving *, const Leaving *, float *);
+
+#define FEW(own, lasts, steps)                                                                                        \
+  static __attribute__((noinline)) void few##own##lasts##steps(                                                       \
+      const Pass *pass, const Block *b, const STORED *current, const Arriving *in, const Leaving *out, float *sums) { \
+    backward_few(pass, b, current, in, out, sums, own, lasts, steps);                                                 \
+  }
+#define EACH_FEW(own, lasts) FEW(own, lasts, 2) FEW(own, lasts, 3) FEW(own, lasts, 4) FEW(own, lasts, 5)
+EACH_FEW(0, 0)
+EACH_FEW(0, 1)
+EACH_FEW(1, 0)
+EACH_FEW(1, 1)
+
+/* By whether neurons have parameters of their own, whether the current lasts, and timesteps from two on. */
+static Few *const all_few[2][2][MOST - 1] = {
+    {{few002, few003, few004, few005}, {few012, few013, few014, few015}},
+    {{few102, few103, few104, few105}, {few112, few113, few114, few115}},
+};
+#undef FEW
+#undef EACH_FEW
+
+INLINE void backward_any(const Pass *pass, const Block *b, const STORED *current, const float *before,
+                         const Arriving *in, const Leaving *out, float *sums, float *scratch, const int own,
+                         const int once) {
   if (alone(pass, before) && in->spikes && !in->potentials && !in->after)
-    NAME(backward_alone)(pass, b, current, in, out, sums, own);
+    backward_alone(pass, b, current, in, out, sums, own);
   else if (few(pass, before) && !once && in->spikes && !in->potentials && !in->after && out->leak)
-    WITH_FEW(pass, NAME(backward_few), pass, b, current, in, out, sums, own);
+    all_few[own][pass->shape.repeat > 1][pass->shape.timesteps - 2](pass, b, current, in, out, sums);
   else
-    NAME(backward_block)(pass, b, current, before, in, out, sums, scratch, own, once);
+    backward_block(pass, b, current, before, in, out, sums, scratch, own, once);
 }
 
 /* Returns 0 where memory ran out. */
-int NAME(lif_backward)(const Shape *shape, const float *leak, const float *threshold, const float *keep, float gamma,
-                       const STORED *current, const float *before, const STORED *by_spikes,
-                       const float *by_potentials, const float *by_after, STORED *of_current, float *of_before,
-                       float *of_leak, float *of_threshold) {
-  const NAME(Arriving) in = {by_spikes, by_potentials, by_after};
-  const NAME(Leaving) out = {of_current, of_before, of_leak, of_threshold};
+int lif_backward(const Shape *shape, const float *leak, const float *threshold, const float *keep, float gamma,
+                 const STORED *current, const float *before, const STORED *by_spikes, const float *by_potentials,
+                 const float *by_after, STORED *of_current, float *of_before, float *of_leak, float *of_threshold) {
+  const Arriving in = {by_spikes, by_potentials, by_after};
+  const Leaving out = {of_current, of_before, of_leak, of_threshold};
   Pass pass;
   if (!begin(&pass, shape, leak, threshold, keep, gamma)) return 0;
   const int64_t units = shape->batch * pass.pieces, room = (shape->timesteps + 1) * pass.block;
@@ -270,7 +290,7 @@ int NAME(lif_backward)(const Shape *shape, const float *leak, const float *thres
       float *row = sums + 2 * pass.width * group, *own = scratch + room * group;
       for (int64_t unit = units * group / shape->groups; unit < units * (group + 1) / shape->groups; unit++) {
         EACH_BLOCK(&pass, unit, b,
-                   WITH_CONSTANTS(shape, NAME(backward_any), &pass, &b, current, before, &in, &out, row, own));
+                   WITH_CONSTANTS(shape, backward_any, &pass, &b, current, before, &in, &out, row, own));
       }
     }
     if (of_leak) gather(&pass, sums, of_leak, shape->leaks);

@@ -5,14 +5,13 @@
  * Whatever is not plain (another layout, subclasses, modes and transforms that look at tensors) is left to fused.py.
  */
 #define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
+#include <Python.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -54,10 +53,12 @@ void check(int done) {
 const float *parameter(const Tensor &tensor) { return tensor.const_data_ptr<float>(); }
 
 /* Of one timestep no leak is read: the threshold stands in for it, as the sizes say. */
-const float *leak_or(const Tensor &leak, const Tensor &threshold) { return parameter(leak.defined() ? leak : threshold); }
+const float *leak_or(const Tensor &leak, const Tensor &threshold) {
+  return parameter(leak.defined() ? leak : threshold);
+}
 
 Tensor fire(const Way &way, const Tensor &current, const Tensor &leak, const Tensor &threshold, bool inside) {
-  Tensor spikes = inside ? current /* every current is read once, just before its spike is written */
+  Tensor spikes = inside               ? current /* every current is read once, just before its spike is written */
                   : way.timesteps == 1 ? at::empty_like(current)
                                        : at::empty_strided(way.frames, way.packed, current.options());
   check(way.forward(way.shape, leak_or(leak, threshold), parameter(threshold), nullptr, current.const_data_ptr(),
@@ -71,11 +72,12 @@ bool held_alone(const Tensor &grad) {
   return grad.use_count() == 1 && grad.storage().use_count() == 1 && grad.storage().resizable();
 }
 
-/* Results of which no derivative may be taken: asking for one raises (as once_differentiable does in Python). */
+/* Results of which no derivative may be taken: asking for one raises, with the words of Python's. */
 variable_list refuse_second(variable_list found) {
   for (Tensor &grad : found)
     if (grad.defined()) grad = grad.detach().requires_grad_();
-  torch::autograd::DelayedError error("the surrogate gradient has no derivative of its own", int64_t(found.size()));
+  const char *told = "trying to differentiate twice a function that was marked with @once_differentiable";
+  torch::autograd::DelayedError error(told, int64_t(found.size()));
   return error.apply(std::move(found));
 }
 
@@ -120,8 +122,9 @@ struct Scan : torch::autograd::Function<Scan> {
 
 /* Whether somebody looks at what happens to tensors, and has to be shown. */
 bool watched() {
-  return at::functorch::functorchTLSAccessor() || c10::impl::dispatch_mode_enabled() ||
-         at::impl::torch_function_mode_enabled() || at::tracer::impl::is_dispatch_enabled();
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::dispatch_mode_enabled() || at::impl::torch_function_mode_enabled() ||
+         at::tracer::impl::is_dispatch_enabled();
 }
 
 bool is(const Tensor &tensor, at::ScalarType type) {
@@ -147,8 +150,7 @@ struct Released {
 };
 
 struct PyWay {
-  PyObject_HEAD
-  Held way;
+  PyObject_HEAD Held way;
 };
 
 /* way.spikes(current, leak, threshold, timesteps, repeat, gamma, spare): spikes, or None where this is another case. */
@@ -170,7 +172,8 @@ PyObject *spikes(PyObject *self, PyObject *const *given, Py_ssize_t count) {
   {
     const Released others_go_on;
     if (at::GradMode::is_enabled())
-      found = Scan::apply(current, leaking.defined() ? std::optional<Tensor>(leaking) : std::nullopt, threshold, gamma, way);
+      found = Scan::apply(current, leaking.defined() ? std::optional<Tensor>(leaking) : std::nullopt, threshold, gamma,
+                          way);
     else
       found = fire(*way, current, leaking, threshold, spare && repeat == 1);
   }
@@ -238,7 +241,7 @@ PyType_Spec spec = {"lif_op.Way", sizeof(PyWay), 0, Py_TPFLAGS_DEFAULT, slots};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "lif_op", nullptr, -1, nullptr};
 
-} // namespace
+}  // namespace
 
 PyMODINIT_FUNC PyInit_lif_op() {
   PyObject *module = PyModule_Create(&definition), *type = module ? PyType_FromSpec(&spec) : nullptr;

@@ -120,23 +120,6 @@ INLINE int few(const Pass *pass, const float *before) {
   return s->timesteps > 1 && s->timesteps <= MOST && (s->repeat == 1 || s->repeat == s->timesteps) && !before && !pass->keep;
 }
 
-/* Calls FUNCTION with the arguments given and two more constants: whether the current lasts, and the timesteps. */
-#define WITH_FEW(pass, FUNCTION, ...)                                   \
-  do {                                                                  \
-    const int64_t steps = (pass)->shape.timesteps;                      \
-    if ((pass)->shape.repeat > 1) {                                     \
-      if (steps == 2) FUNCTION(__VA_ARGS__, 1, 2);                      \
-      if (steps == 3) FUNCTION(__VA_ARGS__, 1, 3);                      \
-      if (steps == 4) FUNCTION(__VA_ARGS__, 1, 4);                      \
-      if (steps == 5) FUNCTION(__VA_ARGS__, 1, 5);                      \
-    } else {                                                            \
-      if (steps == 2) FUNCTION(__VA_ARGS__, 0, 2);                      \
-      if (steps == 3) FUNCTION(__VA_ARGS__, 0, 3);                      \
-      if (steps == 4) FUNCTION(__VA_ARGS__, 0, 4);                      \
-      if (steps == 5) FUNCTION(__VA_ARGS__, 0, 5);                      \
-    }                                                                   \
-  } while (0)
-
 INLINE void rest(const Block *b, const float *before, float *membrane) {
   for (int64_t j = 0; j < b->size; j++) membrane[j] = before ? before[b->at + j] : 0.0f;
 }
@@ -196,19 +179,14 @@ static void gather(const Pass *pass, const float *sums, float *total, int64_t pa
       for (int64_t c = 0; c < parameters; c++) total[c] += sums[2 * pass->width * group + i + c];
 }
 
-/* The loops, for each way to store currents, spikes and their gradients. */
-#define STORED float
-#define READ(x) (x)
-#define WRITE(x) (x)
-#define NAME(function) function##_float
-#include "lif_loops.h"
-#undef STORED
-#undef READ
-#undef WRITE
-#undef NAME
-
+/* The loops, for one way to store currents, spikes and their gradients: a library each. */
+#ifdef HALVES
 #define STORED uint16_t
 #define READ(x) widen(x)
 #define WRITE(x) narrow(x)
-#define NAME(function) function##_bfloat16
+#else
+#define STORED float
+#define READ(x) (x)
+#define WRITE(x) (x)
+#endif
 #include "lif_loops.h"

@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from spiking_rl import compiling, fused
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.training import replace_settings, start_run
 from spiking_rl.runs import RunFolder
@@ -117,3 +119,38 @@ def copy_run(run: Path, to: Path, **settings: object) -> Path:
     loaded = yaml.safe_load((run / "config.yaml").read_text())
     (to / "config.yaml").write_text(yaml.safe_dump({**loaded, **settings}))
     return to
+
+
+@pytest.fixture(scope="session")
+def built_operation() -> ModuleType:
+    """Return the scan as an operation of torch's own, built."""
+    compiling.build_op()
+    compiling.built_op.cache_clear()
+    module = compiling.built_op()
+    if module is None:
+        pytest.skip("no C++ compiler here, or no headers")
+    return module
+
+
+@pytest.fixture
+def operation(built_operation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scan with it."""
+    monkeypatch.setattr(fused, "built_op", lambda: built_operation)
+    fused._fresh.cache_clear()
+    yield
+    fused._fresh.cache_clear()
+
+
+@pytest.fixture
+def scan_in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Get to the same loops by way of Python."""
+    monkeypatch.setattr(fused, "built_op", lambda: None)
+    fused._fresh.cache_clear()
+    yield
+    fused._fresh.cache_clear()
+
+
+@pytest.fixture(params=["scan_in_python", "operation"])
+def scanning(request: pytest.FixtureRequest) -> None:
+    """Scan in one way, then in the other."""
+    request.getfixturevalue(request.param)
