@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from spiking_rl.allocator import keep_memory
+from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.compiling import build_op
 from spiking_rl.errors import UserError
 from spiking_rl.plotting import save_figure
@@ -134,6 +135,9 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _half(options: Options) -> list[dict[str, Any]]:
+    if not has_bfloat16():
+        print("half: left out, this processor has no instructions for bfloat16")
+        return []
     rows = half_rows(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
         told = f"{row['ratio_to_float32']:.2f} x float32  {row['ratio_to_relu']:.2f} x ReLU"

@@ -21,6 +21,7 @@ from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.report import evaluate_run, format_table
 from spiking_rl.agents.session import TrainingSession
 from spiking_rl.agents.training import resume_run, start_run
+from spiking_rl.arithmetic import slow_arithmetic
 from spiking_rl.errors import UserError
 from spiking_rl.provenance import peak_rss_mb
 from spiking_rl.runs import RunFolder
@@ -146,6 +147,9 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     """Run a session to its end, then make the table, the figures and the video."""
     folder, config = session.folder, session.config
     print(f"run folder: {folder.path}\n{_plan(config)}")
+    for field in ("precision", "spike_precision"):
+        if slow := slow_arithmetic(getattr(config, field), session.model.device, field):
+            print(slow)
     try:
         session.run()
     except Interrupted as stop:

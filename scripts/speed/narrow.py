@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.scripts.speed.cases import CASES, build_case
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
@@ -21,14 +22,17 @@ Key = tuple[str, int | None, str, str]
 
 
 def narrow_rows(*, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Return the rows of the ReLU network and of ours at T=1, each as a multiple of its time with ``nn.Conv2d``."""
+    """Return the rows of the ReLU network and of ours at T=1, each as a multiple of its time with ``nn.Conv2d``.
+
+    In bfloat16 only where the processor has instructions for it.
+    """
     case = CASES[_CASE]
     runs: dict[Key, Pass] = {}
     for maps in (_PLAIN, _TOGETHER):
         network, inputs = build_case(case, 1)
         if maps == _PLAIN:
             make_plain(network)
-        for precision in _PRECISIONS:
+        for precision in _PRECISIONS[: 1 + has_bfloat16()]:
             runs[RELU, None, precision, maps] = build_pass(RELU, case, network, inputs, precision)
             runs[OURS, 1, precision, maps] = build_pass(OURS, case, network, inputs, precision)
     times = interleave(runs, rounds=rounds, seconds=seconds)

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from spiking_rl.arithmetic import slow_arithmetic
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into, read_json, save_checkpoint
 from spiking_rl.energy import SpikeCost, SpikeCounter, odd_layers
 from spiking_rl.errors import UserError, WorkError
@@ -259,6 +260,8 @@ class Trainer:
             OSError: the disk is full or gone; what was saved stays.
         """
         self._started = time.monotonic()
+        if slow := slow_arithmetic(self.config.precision, self.device, "precision"):
+            self.note(slow)
         self.team.alike(self.network)
         self._take_relu()
         threads = torch.get_num_threads()

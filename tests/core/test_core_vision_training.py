@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spiking_rl import UserError, load_checkpoint
+from spiking_rl import UserError, arithmetic, load_checkpoint
 from spiking_rl.energy import macs_per_layer
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
@@ -299,6 +299,23 @@ def test_bfloat16_trains_and_is_scored_in_float32(tmp_path: Path) -> None:
     exact.run()
     assert trainer.rows[0]["loss"] != exact.rows[0]["loss"]
     assert trainer.rows[0]["loss"] == pytest.approx(exact.rows[0]["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions", "told"),
+    [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0), ("auto", False, 0)],
+)
+def test_an_arithmetic_that_is_emulated_is_told_of(
+    precision: str, instructions: bool, told: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda device: instructions)
+    notes: list[str] = []
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, precision=precision))
+    trainer.note = notes.append
+    trainer.stop_requested = True
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert sum("no instructions for bfloat16" in note and "--precision" in note for note in notes) == told
 
 
 def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:

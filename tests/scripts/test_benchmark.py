@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from spiking_rl import UserError, lif_scan
 from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.scripts import benchmark as measuring
 from spiking_rl.scripts.benchmark import main
 from spiking_rl.scripts.published import add_results
-from spiking_rl.scripts.speed import cases, rows
+from spiking_rl.scripts.speed import cases, narrow, rows
 from spiking_rl.scripts.speed.cases import CASES, LEAK, Case, build_case
 from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.narrow import make_plain, narrow_rows
@@ -138,7 +139,17 @@ def test_bfloat16_is_told_as_a_multiple_of_float32(monkeypatch: pytest.MonkeyPat
     assert all(r["ratio_to_relu"] == 1 for r in rows if r["timesteps"] is None)
 
 
-def test_a_network_with_plain_convolutions_is_timed_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_left_out_where_it_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "has_bfloat16", lambda: False)
+    assert measuring._half(measuring.Options()) == []
+    assert "no instructions for bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_network_with_plain_convolutions_is_timed_beside(halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(narrow, "has_bfloat16", lambda: halves)
     small = Case("vgg16", (3, 32, 32), 3, 4, (1,), True, (("width", 0.05),))
     monkeypatch.setitem(CASES, "vgg16", small)
     network, inputs = build_case(small, 1)
@@ -147,7 +158,7 @@ def test_a_network_with_plain_convolutions_is_timed_beside(monkeypatch: pytest.M
     assert {type(m) for m in network.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
     assert torch.allclose(network(inputs.unsqueeze(0))[0], expected, atol=1e-4)
     rows = narrow_rows(rounds=3, seconds=1)
-    assert len(rows) == 8
+    assert len(rows) == (8 if halves else 4)
     assert all(r["ratio_to_plain"] == 1 for r in rows if r["maps"] == "nn.Conv2d")
 
 

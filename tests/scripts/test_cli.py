@@ -20,6 +20,7 @@ from conftest import SMALL, Cli, as_flags, copy_run, environment, last_json
 
 from spiking_rl import load_checkpoint
 from spiking_rl.agents import SpikingPQN, load_agent
+from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import run as run_command
 from spiking_rl.scripts.plot import group_runs, read_run
@@ -37,9 +38,10 @@ def whole_job(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 def test_train_says_what_is_to_come(cli: Cli, tmp_path: Path) -> None:
     last = 512
     settings = {**SMALL, "prune_to": 1, "last_steps": last, "eval_every": last, "ann_steps": 1024}
-    flags = as_flags({**settings, "report_episodes": 0, "video_episodes": 0})
+    flags = as_flags({**settings, "report_episodes": 0, "video_episodes": 0, "spike_precision": "bfloat16"})
     done = cli("train", "cartpole", *flags, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    assert ("no instructions for bfloat16" in done.stdout) == (not has_bfloat16())
     budget, later = SMALL["agent_steps"], SMALL["prune_steps"]
     stages = f"{budget:,} at T=3, {later:,} at T=2, {last} at T=1"
     assert f"at most: 1,024 of a ReLU network, {stages}; Ctrl-C" in done.stdout
