@@ -269,6 +269,8 @@ class SpikeCost:
         network: a spiking network.
     """
 
+    potentials = False
+
     def __init__(self, network: LayeredNetwork) -> None:
         self._weights = accumulate_weights(network)
         self._timesteps = network.timesteps
@@ -291,6 +293,8 @@ class SpikeCounter:
 
     Pass the instance as ``observer``; read :attr:`rates`.
     """
+
+    potentials = False
 
     def __init__(self) -> None:
         self._spikes: dict[str, float] = {}

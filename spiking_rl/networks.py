@@ -26,6 +26,9 @@ Observer = Callable[[str, Tensor, Tensor], None]
 
 Both are ``(S, B, *N)`` with S = L*T when stateful; stateless decisions all travel in the batch,
 ``(T, L*B, *N)``. A ReLU layer has S = L and passes its current as the potential.
+
+An observer whose attribute ``potentials`` is False looks at no potentials, and may be given anything in their place: of
+several timesteps they are a tensor more per layer, and a slower scan.
 """
 
 
@@ -237,8 +240,8 @@ class LayeredNetwork(nn.Module):
             return _unfold(self._early(flat, self.exit_margin, observer), length), None
         if state is None:
             # Fresh membranes make the decisions independent: they all travel in the batch.
-            if observer is None and self._plain():
-                return self._flat(flat, length, None), None
+            if self._plain() and not getattr(observer, "potentials", observer is not None):
+                return self._flat(flat, length, observer), None
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
             return _unfold(outputs.squeeze(0), length), None
         return self._scan(inputs, state, starts, observer)
@@ -280,7 +283,7 @@ class LayeredNetwork(nn.Module):
         Args:
             x: inputs of all decisions, ``(L*B, *input_shape)``.
             length: L.
-            observer: for ReLU and one timestep only, as is every code but direct encoding.
+            observer: of potentials for ReLU and one timestep only, as is every code but direct encoding.
         """
         timesteps, spiking = self.timesteps, self.spiking
         repeat = timesteps  # direct encoding: the first current lasts
@@ -313,9 +316,9 @@ class LayeredNetwork(nn.Module):
             x = neuron.fresh(current, timesteps, repeat) if isinstance(neuron, LIF) else neuron(current)
             repeat = 1
             if observer is not None:
-                # One timestep of all decisions for spikes, one step per decision for ReLU.
-                steps = 1 if self.spiking else length
-                observer(f"layer{i + 1}", _unfold(x, steps), _unfold(current, steps))
+                # Timesteps of all decisions for spikes, one step per decision for ReLU.
+                output = _unfold(x, timesteps if self.spiking else length)
+                observer(f"layer{i + 1}", output, current.reshape(output.shape) if timesteps == 1 else output)
             x = self._drop(i, _unfold(x, timesteps)).flatten(0, 1)
             if i in self._feeds:
                 held[i] = x

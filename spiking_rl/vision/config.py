@@ -18,6 +18,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Encoding = Literal["direct", "hybrid", "poisson"]
 
 
+USUAL_RATES: dict[str, tuple[float, float]] = {"sgd": (2e-3, 1), "adam": (1e-6, 0.01), "muon": (3e-3, 0.3)}
+"""Learning rates that networks are trained with, by optimiser."""
+
+
 @dataclass(kw_only=True)
 class ClassifyConfig:
     """Settings of a run: a ReLU network, its conversion, and stages from T = timesteps down to prune_to."""
@@ -190,6 +194,21 @@ class ClassifyConfig:
             raise UserError("firing_rate", self.firing_rate, "sets no thresholds with fold_first; use the percentile")
         if self.fold_first and not (self.batch_norm and (self.trains_ann or self.start_from)):
             raise UserError("fold_first", True, "has nothing to fold without batch_norm and a trained ReLU network")
+
+    def unusual(self) -> list[str]:
+        """Return a line of warning for each learning rate that is another optimiser's: given without the other flag."""
+        rates = []
+        if self.trains_ann:
+            rates.append(("ann_learning_rate", self.ann_optimizer, self.ann_learning_rate))
+        if self.epochs:
+            rates.append(("learning_rate", self.optimizer, self.learning_rate))
+        found = []
+        for field, optimizer, rate in rates:
+            lowest, highest = USUAL_RATES[optimizer]
+            if not lowest <= rate <= highest:
+                text = f"{field} is {rate:g}; for {optimizer} it is usually between {lowest:g} and {highest:g}"
+                found.append(f"warning: {text}, see --{field.replace('_', '-')}")
+        return found
 
 
 def recipes() -> dict[str, dict[str, Any]]:

@@ -260,8 +260,9 @@ class Trainer:
             OSError: the disk is full or gone; what was saved stays.
         """
         self._started = time.monotonic()
-        if slow := slow_arithmetic(self.config.precision, self.device, "precision"):
-            self.note(slow)
+        slow = slow_arithmetic(self.config.precision, self.device, "precision")
+        for warning in [*([slow] if slow else []), *self.config.unusual()]:
+            self.note(warning)
         self.team.alike(self.network)
         self._take_relu()
         threads = torch.get_num_threads()

@@ -350,12 +350,12 @@ def test_nothing_that_others_hold_is_overwritten(timesteps: int) -> None:
 
 @EVERY
 def test_watching_a_network_changes_nothing(name: str) -> None:
-    """An observer asks for potentials and takes another way through the layers; training drops outputs in both."""
+    """An observer may ask for potentials and take another way through the layers; training drops outputs in all."""
     network = awake(name, timesteps=3).train()
     network.dropout = [0.3] * len(network.maps)
     inputs = inputs_for(network, 2, 3)
     found = []
-    for observer in (None, lambda *_: None):
+    for observer in (None, lambda *_: None, Spikes()):
         torch.manual_seed(1)
         network.zero_grad()
         outputs, _ = network(inputs, observer=observer)
@@ -363,6 +363,38 @@ def test_watching_a_network_changes_nothing(name: str) -> None:
         found.append([outputs.detach(), *(p.grad for p in network.parameters() if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 1 + len(network.neurons), "every layer learns"
     torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
+class Spikes:
+    """An observer that looks at no potentials."""
+
+    potentials = False
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def __call__(self, layer: str, output: Tensor, potential: Tensor) -> None:
+        """Keep the spikes."""
+        self.seen[layer] = output
+
+
+@EVERY
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_who_looks_at_no_potentials_sees_the_same_spikes_and_keeps_none(
+    name: str, timesteps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = awake(name, timesteps=timesteps)
+    inputs = inputs_for(network, 2, 3)
+    everything, spikes = Spikes(), Spikes()
+    everything.potentials = True
+    outputs, _ = network(inputs, observer=everything)
+    monkeypatch.setattr(LIF, "forward", None)  # what would trace potentials
+    again, _ = network(inputs, observer=spikes)
+    torch.testing.assert_close(again, outputs)
+    assert list(spikes.seen) == list(everything.seen) == list(network.layer_names)
+    for layer, seen in spikes.seen.items():
+        assert torch.equal(seen, everything.seen[layer])
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])

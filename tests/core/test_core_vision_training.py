@@ -318,6 +318,27 @@ def test_an_arithmetic_that_is_emulated_is_told_of(
     assert sum("no instructions for bfloat16" in note and "--precision" in note for note in notes) == told
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer": "muon"}, ["learning_rate is 0.001; for muon"]),
+        ({"recipe": "muon", "optimizer": "adam"}, ["learning_rate is 0.02; for adam"]),
+        (
+            {"optimizer": "sgd", "ann_optimizer": "adam"},
+            ["ann_learning_rate is 0.05; for adam", "learning_rate is 0.001"],
+        ),
+        ({"optimizer": "muon", "epochs": 0}, []),
+        *(({"recipe": name}, []) for name in sorted(recipes())),
+    ],
+)
+def test_a_learning_rate_of_another_optimiser_is_told_of(changes: dict[str, object], told: list[str]) -> None:
+    changes = dict(changes)
+    config = load_recipe(str(changes.pop("recipe", "fast")))
+    found = dataclasses.replace(config, **changes).unusual()  # type: ignore[arg-type]
+    assert len(found) == len(told)
+    assert all(words in line and "see --" in line for words, line in zip(told, found, strict=True))
+
+
 def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
     source = str(whole.folder.path)
     config = dataclasses.replace(SMALL, timesteps=1, prune_to=1, epochs=1, start_from=source, train_threshold=False)
