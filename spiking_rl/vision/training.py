@@ -625,6 +625,8 @@ class Trainer:
             self.batches, self.best = int(state["batches"]), state["best"]
             if not 0 <= self.batches <= self.epochs * self.batches_per_epoch:
                 raise ValueError("it has trained more batches than there are")
+            if not self.epochs and not self.finished:
+                raise ValueError("it is in a stage that trains no epochs")
             self.loss_sum.fill_(float(state["loss_sum"]))
             self.rows, self.seconds = list(state["rows"]), float(state["seconds"])
             restore_generators(state["generators"])

@@ -171,10 +171,10 @@ def test_the_pretrained_agents_win_at_pong_with_one_timestep(name: str, frames: 
     assert agent.model.policy.timesteps == 1
     assert agent.model.observation_space.shape == (frames, 84, 84)
     assert agent.model.stateful == (frames == 1)
-    assert evaluate(agent.model, agent.environment, episodes=2, measure_latency=False).mean_return >= 15
+    assert evaluate(agent.model, agent.environment, episodes=1, measure_latency=False).mean_return >= 15
 
 
 def test_the_agent_of_single_frames_wins_by_its_memory() -> None:
     agent = load_agent("pong-stateful", device="cpu")
     agent.model.policy.q_net.stateful = False
-    assert evaluate(agent.model, agent.environment, episodes=2, measure_latency=False).mean_return < 15
+    assert evaluate(agent.model, agent.environment, episodes=1, measure_latency=False).mean_return < 15

@@ -178,6 +178,7 @@ TINY: dict[str, Any] = {"timesteps": 2, "prune_to": 1, "agent_steps": 8, "prune_
 TINY |= {"n_minibatches": 1, "eval_episodes": 1, "video_episodes": 0, "eval_every": 8}
 
 
+@pytest.mark.slow  # a minute of games that are lost
 def test_one_command_takes_single_frame_pong_from_its_relu_network_to_the_table(cli: Cli, tmp_path: Path) -> None:
     """The ReLU network sees four frames, its games are others, and the table has them too."""
     settings = {**TINY, "timesteps": 1, "ann_steps": 8, "report_episodes": 1, "threads": 1}

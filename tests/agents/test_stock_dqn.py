@@ -147,7 +147,7 @@ def test_a_compiled_network_computes_the_same() -> None:
     plain = model.q_net
     torch.nn.init.normal_(plain.network.readout.weight)
     twin = copy.deepcopy(plain)
-    compiled = torch.compile(twin)
+    compiled = torch.compile(twin, backend="aot_eager")  # one graph each way; what is built of it is not ours
     shown = torch.as_tensor(everything(False))
     torch.testing.assert_close(compiled(shown), plain(shown))
     compiled(shown).square().sum().backward()

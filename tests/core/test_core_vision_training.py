@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from pathlib import Path
@@ -248,6 +249,16 @@ def test_a_damaged_state_is_refused(whole: Trainer, tmp_path: Path) -> None:
     weights = trainer.folder.resume / "tensors.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match="truncated or altered"):
+        trainer.restore()
+
+
+def test_a_state_in_a_stage_of_no_epochs_is_refused(whole: Trainer, tmp_path: Path) -> None:
+    """As in a state of spikes that says it has none, of a run without a ReLU network."""
+    shutil.copytree(whole.folder.path, tmp_path / "run")
+    trainer = Trainer(dataclasses.replace(SMALL, ann_epochs=0), RunFolder(tmp_path / "run"), dataset(), CPU)
+    state = tmp_path / "run/resume/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "spiking": False, "batches": 0}))
+    with pytest.raises(UserError, match="cannot be continued"):
         trainer.restore()
 
 
