@@ -150,6 +150,7 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     for field in ("precision", "spike_precision"):
         if slow := slow_arithmetic(getattr(config, field), session.model.device, field):
             print(slow)
+            break
     try:
         session.run()
     except Interrupted as stop:

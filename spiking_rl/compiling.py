@@ -86,13 +86,6 @@ def _built(compiler: str, chosen: tuple[str, ...]) -> Path:
 
 _OP = Path(__file__).with_name("lif_op.cpp")
 _OP_FLAGS = ["-O2", "-std=c++20", "-fvisibility=hidden", "-shared", "-fPIC"]
-_PATIENCE = 600  # seconds after which whoever was building the operation is taken to have died
-# In a shell that outlives this process, given the lock, the result, where to tell of failure, and the command.
-_IN_BACKGROUND = """
-lock=$1; made=$2; failed=$3; shift 3
-( if nice -n 10 "$@" -o "$lock.part" 2>"$lock.log"; then mv "$lock.part" "$made"; else mv "$lock.log" "$failed"; fi
-  rm -f "$lock" "$lock.part" "$lock.log" ) </dev/null >/dev/null 2>&1 &
-"""
 
 
 @functools.cache
@@ -103,7 +96,7 @@ def built_op() -> ModuleType | None:
     """
     try:
         path, command = _op_command()
-        if not path.is_file() and _may_build(path):
+        if not path.is_file() and not _is_busy(path):
             _build_op(path, command)
         return _imported(path) if path.is_file() else None
     except (OSError, subprocess.SubprocessError, ImportError):
@@ -114,10 +107,10 @@ def build_op() -> None:
     """Build the module of ``lif_op.cpp`` now, where it can be, before anybody asks for it."""
     try:
         path, command = _op_command()
-        while not path.is_file() and not path.with_suffix(".failed").exists():
-            if _may_build(path):
-                _build_op(path, command)
-            time.sleep(0.1)  # somebody is at it
+        if not path.is_file() and not _is_busy(path):
+            _build_op(path, command)
+        while not path.is_file() and _is_busy(path):
+            time.sleep(0.1)
     except (OSError, subprocess.SubprocessError):
         return
 
@@ -132,37 +125,40 @@ def _op_command() -> tuple[Path, list[str]]:
     libraries = [f"-L{home / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]  # those that are loaded already
     interface = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     flags = [*_OP_FLAGS, interface, *(f"-isystem{path}" for path in includes)]
-    parts = (_OP.read_text(), compiler, torch.__version__, EXTENSION_SUFFIXES[0], platform.machine(), *flags)
+    facts = os.stat(compiler)  # another compiler in its place may do what that one could not
+    own = f"{compiler} {facts.st_size} {facts.st_mtime_ns}"
+    parts = (_OP.read_text(), own, torch.__version__, EXTENSION_SUFFIXES[0], platform.machine(), *flags)
     name = f"lif_op-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.so"
     return _cache() / name, [compiler, *flags, str(_OP), *libraries]
 
 
-def _may_build(path: Path) -> bool:
-    """Tell whether nobody has failed to build it, and nobody is about to; if so, others will be told that we are."""
-    if path.with_suffix(".failed").exists():
-        return False
-    lock = path.with_suffix(".building")
+def _is_busy(path: Path) -> bool:
+    """Tell whether somebody is building it."""
+    import fcntl  # there is none on Windows, where nothing is built
+
     try:
-        if time.time() - lock.stat().st_mtime > _PATIENCE:
-            lock.unlink()
+        with path.with_suffix(".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
     except FileNotFoundError:
-        pass
-    try:
-        lock.touch(exist_ok=False)
-    except FileExistsError:
         return False
-    return True
+    return False
 
 
 def _build_op(path: Path, command: list[str]) -> None:
-    told = [str(path.with_suffix(suffix)) for suffix in (".building", ".so", ".failed")]
-    shell = ["sh", "-c", _IN_BACKGROUND, "sh", *told, *command]
-    subprocess.run(shell, check=True, timeout=60, start_new_session=True)
+    """Start to build it in the background, unless a compiler has refused it; somebody else may be quicker."""
+    if path.with_suffix(".failed").exists():
+        return
+    builder = [sys.executable, "-I", str(Path(__file__).with_name("op_builder.py"))]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    told = [*builder, str(path.with_suffix(".lock")), str(path), *command]
+    subprocess.run(told, check=True, timeout=60, **quiet)  # type: ignore[call-overload]
 
 
 def _imported(path: Path) -> ModuleType:
-    loader = ExtensionFileLoader("lif_op", str(path))
-    spec = spec_from_loader("lif_op", loader)
+    loader = ExtensionFileLoader("spiking_rl._lif_op", str(path))
+    spec = spec_from_loader(loader.name, loader)
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)

@@ -107,6 +107,7 @@ def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
         and current.dtype in _STORED
         and leak.dtype is threshold.dtype is torch.float32
         and current.is_cpu
+        and not current.is_neg()
         and leak.is_cpu
         and threshold.is_cpu
         and built_loops(current.dtype) is not None
@@ -317,7 +318,7 @@ class FusedScan(torch.autograd.Function):
         """Run :func:`fused_scan`, and keep what the backward pass computes potentials from."""
         current, before = options.plan.dense(current, current.dtype), options.plan.dense_step(membrane)
         ctx.save_for_backward(current, before, leak, threshold, keep)
-        ctx.options = options, loops
+        ctx.options = options, loops, current.dtype
         ctx.set_materialize_grads(False)
         return fused_scan(current, before, leak, threshold, keep, options, loops)
 
@@ -326,13 +327,16 @@ class FusedScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors
-        options, loops = ctx.options
+        options, loops, stored = ctx.options
         plan = options.plan
+        # Hooks may have brought back what was saved in another layout or type.
+        current, before = plan.dense(current, stored), plan.dense_step(before)
+        leak, threshold = leak.float(), threshold.float()
         by_spikes, by_after, by_trace = grads
         arriving = (
-            None if by_spikes is None else plan.dense(by_spikes, current.dtype),
-            None if by_trace is None else plan.dense(by_trace),
-            plan.dense_step(by_after),
+            None if by_spikes is None else plan.dense(by_spikes.resolve_neg(), current.dtype),
+            None if by_trace is None else plan.dense(by_trace.resolve_neg()),
+            plan.dense_step(None if by_after is None else by_after.resolve_neg()),
         )
         of_current = plan.empty(len(current), current, current.dtype)
         of_before = None if before is None else plan.empty(1, current).squeeze(0)
@@ -451,9 +455,10 @@ class Ways:
         """Return how a scan from rest over a flat current ``(T/repeat*B, *N)`` goes, or None where it does not."""
         if torch.compiler.is_compiling():  # before anything that the compiler cannot look through
             return None
-        kinds = current.dtype, leak.dtype, threshold.dtype, current.is_cpu, leak.is_cpu, threshold.is_cpu
+        kinds = type(current), current.dtype, leak.dtype, threshold.dtype
+        places = current.is_cpu, leak.is_cpu, threshold.is_cpu, current.is_neg()
         shapes = current.shape, current.stride(), leak.shape, threshold.shape
-        seen = type(current), kinds, shapes, timesteps, repeat, torch.get_num_threads()
+        seen = kinds, places, shapes, timesteps, repeat, torch.get_num_threads()
         last, way = self._last
         if seen != last:
             way = _find(current, leak, threshold, timesteps, repeat)
@@ -574,7 +579,9 @@ def _fresh_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None,
     inside = held_alone(grads)  # asked before anything here holds it
     current, leak, threshold = ctx.saved_tensors
     gamma, way = ctx.options
-    arriving = way.dense(grads[0])
+    # Hooks may have brought back what was saved in another layout or type.
+    current, leak, threshold = way.dense(current), None if leak is None else leak.float(), threshold.float()
+    arriving = way.dense(grads[0].resolve_neg())
     inside = not way.lasts and (inside or arriving is not grads[0])
     # Every gradient is read just before the one that leaves is written.
     of_current = arriving if inside else torch.empty_like(current)

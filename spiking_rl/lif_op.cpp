@@ -72,6 +72,19 @@ bool held_alone(const Tensor &grad) {
   return grad.use_count() == 1 && grad.storage().use_count() == 1 && grad.storage().resizable();
 }
 
+/* A tensor of these sizes, as it lies in memory when it is asked for: hooks may hand back another layout or type. */
+Tensor laid(const Tensor &tensor, const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides,
+            at::ScalarType type) {
+  TORCH_CHECK(tensor.is_cpu() && tensor.sizes() == at::IntArrayRef(sizes), "a scan on a CPU of sizes ",
+              at::IntArrayRef(sizes), " was given ", tensor.sizes(), " on ", tensor.device());
+  if (tensor.scalar_type() == type && tensor.strides() == at::IntArrayRef(strides) && !tensor.is_neg()) return tensor;
+  return at::empty_strided(sizes, strides, tensor.options().dtype(type)).copy_(tensor.detach());
+}
+
+Tensor laid(const Tensor &parameter, const std::vector<int64_t> &sizes) {
+  return laid(parameter.contiguous(), sizes, parameter.contiguous().strides().vec(), at::kFloat);
+}
+
 /* Results of which no derivative may be taken: asking for one raises, with the words of Python's. */
 variable_list refuse_second(variable_list found) {
   for (Tensor &grad : found)
@@ -96,14 +109,13 @@ struct Scan : torch::autograd::Function<Scan> {
     const auto held = ctx->saved_data["way"].toCapsule();
     const Way &way = static_cast<const Way &>(*held);
     const auto saved = ctx->get_saved_variables();
-    const Tensor &current = saved[0], &leak = saved[1], &threshold = saved[2];
+    const Tensor current = laid(saved[0], way.sizes, way.strides, way.stored);
+    const Tensor threshold = laid(saved[2], way.threshold);
+    const Tensor leak = saved[1].defined() ? laid(saved[1], way.leak) : Tensor();
     const bool asked = at::GradMode::is_enabled() && grads[0].requires_grad();
     bool inside = held_alone(grads[0]);
-    Tensor arriving = std::move(grads[0]);
-    if (arriving.scalar_type() != way.stored || arriving.strides() != at::IntArrayRef(way.packed)) {
-      arriving = at::empty_strided(way.frames, way.packed, current.options()).copy_(arriving.detach());
-      inside = true;
-    }
+    const Tensor given = std::move(grads[0]), arriving = laid(given, way.frames, way.packed, way.stored);
+    inside = inside || !arriving.is_same(given);
     /* Every gradient is read just before the one that leaves is written; of a current that lasts there are fewer. */
     Tensor of_current = inside && way.repeat == 1 ? arriving : at::empty_like(current);
     Tensor of_threshold = at::empty(threshold.sizes(), threshold.options());
@@ -169,13 +181,14 @@ PyObject *spikes(PyObject *self, PyObject *const *given, Py_ssize_t count) {
   if (timesteps != way->timesteps || repeat != way->repeat || !fits(*way, current, leak, threshold)) Py_RETURN_NONE;
   const Tensor leaking = timesteps == 1 ? Tensor() : leak;
   Tensor found;
-  {
+  try {
     const Released others_go_on;
-    if (at::GradMode::is_enabled())
-      found = Scan::apply(current, leaking.defined() ? std::optional<Tensor>(leaking) : std::nullopt, threshold, gamma,
-                          way);
-    else
-      found = fire(*way, current, leaking, threshold, spare && repeat == 1);
+    const std::optional<Tensor> leaks = leaking.defined() ? std::optional<Tensor>(leaking) : std::nullopt;
+    found = at::GradMode::is_enabled() ? Scan::apply(current, leaks, threshold, gamma, way)
+                                       : fire(*way, current, leaking, threshold, spare && repeat == 1);
+  } catch (const std::bad_alloc &) {
+    PyErr_SetString(PyExc_MemoryError, "no memory for a scan");
+    return nullptr;
   }
   return THPVariable_Wrap(std::move(found));
   END_HANDLE_TH_ERRORS
@@ -237,13 +250,13 @@ PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void *>(new_way)},
                        {Py_tp_methods, methods},
                        {}};
 
-PyType_Spec spec = {"lif_op.Way", sizeof(PyWay), 0, Py_TPFLAGS_DEFAULT, slots};
+PyType_Spec spec = {"spiking_rl._lif_op.Way", sizeof(PyWay), 0, Py_TPFLAGS_DEFAULT, slots};
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "lif_op", nullptr, -1, nullptr};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_lif_op", nullptr, -1, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_lif_op() {
+PyMODINIT_FUNC PyInit__lif_op() {
   PyObject *module = PyModule_Create(&definition), *type = module ? PyType_FromSpec(&spec) : nullptr;
   if (!type || PyModule_AddObjectRef(module, "Way", type) < 0) Py_CLEAR(module);
   Py_XDECREF(type);
