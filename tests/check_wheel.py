@@ -14,6 +14,7 @@ def check(path: str) -> None:
         "spiking_rl/py.typed",
         "spiking_rl/lif_scan.c",
         "spiking_rl/lif_loops.h",
+        "spiking_rl/lif_op.cpp",
         "spiking_rl/agents/recipes/cartpole.yaml",
         "spiking_rl/agents/recipes/default.yaml",
         "spiking_rl/agents/pretrained/cartpole-masked/model.safetensors",
