@@ -28,7 +28,7 @@ Both are ``(S, B, *N)`` with S = L*T when stateful; stateless decisions all trav
 ``(T, L*B, *N)``. A ReLU layer has S = L and passes its current as the potential.
 
 An observer whose attribute ``potentials`` is False looks at no potentials, and may be given anything in their place: of
-several timesteps they are a tensor more per layer, and a slower scan.
+several timesteps they are a tensor more per layer.
 """
 
 
