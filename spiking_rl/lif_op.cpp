@@ -72,17 +72,22 @@ bool held_alone(const Tensor &grad) {
   return grad.use_count() == 1 && grad.storage().use_count() == 1 && grad.storage().resizable();
 }
 
+void require(const Tensor &tensor, const std::vector<int64_t> &sizes) {
+  TORCH_CHECK(tensor.is_cpu() && tensor.sizes() == at::IntArrayRef(sizes), "a scan on a CPU of sizes ",
+              at::IntArrayRef(sizes), " was given ", tensor.sizes(), " on ", tensor.device());
+}
+
 /* A tensor of these sizes, as it lies in memory when it is asked for: hooks may hand back another layout or type. */
 Tensor laid(const Tensor &tensor, const std::vector<int64_t> &sizes, const std::vector<int64_t> &strides,
             at::ScalarType type) {
-  TORCH_CHECK(tensor.is_cpu() && tensor.sizes() == at::IntArrayRef(sizes), "a scan on a CPU of sizes ",
-              at::IntArrayRef(sizes), " was given ", tensor.sizes(), " on ", tensor.device());
+  require(tensor, sizes);
   if (tensor.scalar_type() == type && tensor.strides() == at::IntArrayRef(strides) && !tensor.is_neg()) return tensor;
   return at::empty_strided(sizes, strides, tensor.options().dtype(type)).copy_(tensor.detach());
 }
 
 Tensor laid(const Tensor &parameter, const std::vector<int64_t> &sizes) {
-  return laid(parameter.contiguous(), sizes, parameter.contiguous().strides().vec(), at::kFloat);
+  require(parameter, sizes);
+  return parameter.to(at::kFloat).resolve_neg().contiguous();
 }
 
 /* Results of which no derivative may be taken: asking for one raises, with the words of Python's. */
