@@ -1,7 +1,8 @@
 """What is compiled: built once per machine by its own compilers, else done without.
 
-The loops of ``lif_scan.c`` take seconds, and are waited for. ``lif_op.cpp``, which makes them an operation of torch's
-own, includes torch's headers, which take half a minute: it is built in the background, and used from the next start on.
+The loops of ``lif_scan.c`` and ``events.c`` take seconds, and are waited for. ``lif_op.cpp``, which makes the former an
+operation of torch's own, includes torch's headers, which take half a minute: it is built in the background, and used
+from the next start on.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ import torch
 SWITCH = "SPIKING_RL_COMPILE"
 """Environment variable; ``0`` leaves the compiled loops out."""
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("lif_scan.c", "lif_loops.h")]
-# No fused multiply-add and no reordering: the forward pass gives the plain loop's values bit for bit.
-_FLAGS = ["-O3", "-march=native", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
-_STORED = {torch.float32: (), torch.bfloat16: ("-DHALVES",)}
+_SCAN = ("lif_scan.c", "lif_loops.h")
+_EVENTS = ("events.c",)
+_FLAGS = ["-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+# No fused multiply-add and no reordering: the scan's forward pass gives the plain loop's values bit for bit.
+_STORED = {torch.float32: ("-ffp-contract=off",), torch.bfloat16: ("-ffp-contract=off", "-DHALVES")}
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # a sixth off the backward pass; compilers stop at 256 by themselves
 
@@ -42,6 +44,26 @@ def built_loops(stored: torch.dtype = torch.float32) -> ctypes.CDLL | None:
     Each type of currents and spikes, float32 and bfloat16, has a library of its own, built when it is first asked for.
     It is kept in the user's cache folder, under a name made of the source, the compiler and the processor.
     """
+    loaded = _library(_SCAN, _STORED[stored])
+    if loaded is not None:
+        address = ctypes.c_void_p
+        loaded.lif_forward.argtypes = [address] * 9
+        loaded.lif_backward.argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
+    return loaded
+
+
+@functools.cache
+def built_events() -> ctypes.CDLL | None:
+    """Return the compiled ``events.c`` likewise, for 32-bit floats."""
+    loaded = _library(_EVENTS, ())
+    if loaded is not None:
+        address = ctypes.c_void_p
+        loaded.events_run.argtypes = [address, ctypes.c_int64, *[address] * 4]
+    return loaded
+
+
+def _library(sources: tuple[str, ...], chosen: tuple[str, ...]) -> ctypes.CDLL | None:
+    """Return what the first of the sources, which includes the others, makes; None where it cannot be made."""
     if os.environ.get(SWITCH) == "0" or not sys.platform.startswith("linux"):
         return None
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
@@ -49,36 +71,29 @@ def built_loops(stored: torch.dtype = torch.float32) -> ctypes.CDLL | None:
         return None
     # Threads come from the OpenMP that torch has loaded: a second one would fight it for the cores. So the object is
     # linked against none, and where torch's cannot be found it is built without threads.
-    for threads in (("-fopenmp",), ("-fopenmp-simd",)):
+    for threads in ("-fopenmp", "-fopenmp-simd"):
         try:
-            return _declared(ctypes.CDLL(str(_built(compiler, (*threads, *_STORED[stored])))))
+            return ctypes.CDLL(str(_built(compiler, sources, (threads, *chosen))))
         except (OSError, subprocess.SubprocessError):
             continue
     return None
 
 
-def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """Tell ctypes what the loops take: addresses, all but the surrogate gradient's height."""
-    address = ctypes.c_void_p
-    loaded.lif_forward.argtypes = [address] * 9
-    loaded.lif_backward.argtypes = [*[address] * 4, ctypes.c_float, *[address] * 9]
-    return loaded
-
-
-def _built(compiler: str, chosen: tuple[str, ...]) -> Path:
+def _built(compiler: str, sources: tuple[str, ...], chosen: tuple[str, ...]) -> Path:
     """Return the path of the library, building it if it is not there."""
+    paths = [Path(__file__).with_name(name) for name in sources]
     parts = [
-        *(source.read_bytes() for source in _SOURCES),
+        *(source.read_bytes() for source in paths),
         *(text.encode() for text in (compiler, _processor(), *_FLAGS, *chosen)),
     ]
     folder = _cache()
-    path = folder / f"lif_scan-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
+    path = folder / f"{paths[0].stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if not path.is_file():
         # The library takes its place when it is whole: several processes may be building it.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made, built = Path(scratch, "lif_scan.o"), Path(scratch, "lif_scan.so")
+            made, built = Path(scratch, "made.o"), Path(scratch, "built.so")
             quiet = {"check": True, "capture_output": True, "timeout": 60}
-            subprocess.run([compiler, *_FLAGS, *chosen, "-c", str(_SOURCES[0]), "-o", str(made)], **quiet)  # type: ignore[call-overload]
+            subprocess.run([compiler, *_FLAGS, *chosen, "-c", str(paths[0]), "-o", str(made)], **quiet)  # type: ignore[call-overload]
             subprocess.run([compiler, "-shared", str(made), "-o", str(built)], **quiet)  # type: ignore[call-overload]
             built.replace(path)
     return path

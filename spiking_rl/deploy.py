@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
+from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.fused import FreshScan
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
 from spiking_rl.surrogate import fire
 
+_EVENTS_FROM = 2**14  # weights of a map from which adding up events wins
 _GATHER_FROM = 2**18  # weights of a linear layer from which reading only the active inputs' rows wins
 _GATHER_DENSITY = 0.5  # part of the inputs that may be active for it, those of all timesteps counted
 _TRANSPOSED_UP_TO = 1024  # outputs up to which, at several timesteps, the product with transposed weights wins
@@ -244,10 +246,14 @@ def _flat(layer: nn.Module, *, spikes: bool, binary: bool = True, timesteps: int
     parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
     flat: list[_Module] = []
     for part in parts:
-        if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
-            flat.append(SparseLinear(part, binary, timesteps))
-        else:
-            flat.append(part.forward)
+        run: _Module = part.forward
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
+                run = SparseLinear(part, binary, timesteps)
+            if spikes and part.weight.numel() >= _EVENTS_FROM and runs_on_events(part):
+                run = EventMap(part, run)
+            spikes = False
+        flat.append(run)
         binary = binary and isinstance(part, nn.Flatten)
     return flat
 

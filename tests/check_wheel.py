@@ -15,6 +15,7 @@ def check(path: str) -> None:
         "spiking_rl/lif_scan.c",
         "spiking_rl/lif_loops.h",
         "spiking_rl/lif_op.cpp",
+        "spiking_rl/events.c",
         "spiking_rl/agents/recipes/cartpole.yaml",
         "spiking_rl/agents/recipes/default.yaml",
         "spiking_rl/agents/pretrained/cartpole-masked/model.safetensors",

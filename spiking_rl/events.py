@@ -1,0 +1,122 @@
+"""Event-driven convolutions and linear maps on a CPU: time goes with the spikes, and silent inputs cost nothing."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.compiling import built_events
+
+_FEW = 8  # frames up to which a map is bound by reading its weights, and dense kernels are at their worst
+_THREADS_FROM = 2**20  # multiply-accumulates of the dense map from which more than one thread pays
+
+
+class _Map(ctypes.Structure):
+    """Sizes of a map, as events.c has them."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("batch", "height", "width", "channels", "rows", "columns", "outputs"),
+            *("tall", "wide", "down", "across", "above", "left", "most", "threads"),
+        )
+    ]
+
+
+def runs_on_events(layer: nn.Module) -> bool:
+    """Tell whether a map can be computed from active inputs alone: a plain one, in 32-bit floats on a CPU."""
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        if not plain or isinstance(layer.padding, str):
+            return False
+    elif type(layer) is not nn.Linear:
+        return False
+    weight = layer.weight
+    return weight.dtype is torch.float32 and weight.is_cpu and weight.numel() > 0 and built_events() is not None
+
+
+class EventMap:
+    """A convolution or linear map of spikes that touches the weights of active inputs only.
+
+    What each active input, a spike or a mean of spikes, gives is added to the outputs that it reaches. The sums are
+    those of the layer in another order. Where many inputs are active, from a seventh on in a large batch to half of
+    them in a small map, the layer itself computes.
+
+    Args:
+        layer: for which :func:`runs_on_events` holds; later changes to its weights do not arrive here.
+        otherwise: what computes where many inputs are active, and what has another type, shape or device.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, otherwise: Callable[[Tensor], Tensor]) -> None:
+        self.otherwise = otherwise
+        weight = layer.weight.detach()
+        self.linear = isinstance(layer, nn.Linear)
+        self.stride, self.padding = (1, 1), (0, 0)
+        if isinstance(layer, nn.Conv2d):
+            assert not isinstance(layer.padding, str)
+            (down, across), (above, left) = layer.stride, layer.padding
+            self.stride, self.padding = (down, across), (above, left)
+        kernel = weight[..., None, None] if self.linear else weight
+        self.outputs, self.channels, *self.kernel = kernel.shape
+        self.weights = _as_events_read(kernel, self.stride[1])
+        self.bias = weight.new_zeros(self.outputs) if layer.bias is None else layer.bias.detach().clone()
+        self.last: tuple[torch.Size, _Map] = (torch.Size(), _Map())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the layer gives: of ``(B, channels, H, W)`` or ``(B, channels)``, channels last."""
+        shape, sizes = self.last
+        if x.shape != shape:
+            if x.dim() != (2 if self.linear else 4):
+                return self.otherwise(x)
+            shape, sizes = self.last = x.shape, self._sizes(x.shape)
+        if x.dtype is not torch.float32 or not x.is_cpu:
+            return self.otherwise(x)
+        if self.linear:
+            x = x.contiguous()
+            outputs = x.new_empty(shape[0], self.outputs)
+        else:
+            x = x.contiguous(memory_format=torch.channels_last)
+            outputs = torch.empty(
+                (shape[0], self.outputs, sizes.rows, sizes.columns), memory_format=torch.channels_last
+            )
+        threads = torch.get_num_threads() if sizes.threads else 1
+        run: Callable[..., int] = built_events().events_run  # type: ignore[union-attr]
+        addresses = (x.data_ptr(), self.weights.data_ptr(), self.bias.data_ptr(), outputs.data_ptr())
+        return outputs if run(ctypes.addressof(sizes), threads, *addresses) else self.otherwise(x)
+
+    def _sizes(self, shape: torch.Size) -> _Map:
+        """Return what the loops need to know of inputs of a shape."""
+        batch, sides = shape[0], (1, 1) if self.linear else shape[2:]
+        axes = zip(sides, self.padding, self.kernel, self.stride, strict=True)
+        rows, columns = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes)
+        useful = batch * rows * columns * self.weights.numel() >= _THREADS_FROM
+        most = _most(batch, rows * columns, self.linear)
+        inputs, outputs = (*sides, self.channels), (rows, columns, self.outputs)
+        return _Map(batch, *inputs, *outputs, *self.kernel, *self.stride, *self.padding, most, useful)
+
+
+def _most(batch: int, pixels: int, linear: bool) -> int:
+    """Return how many inputs in a thousand may be active: about where the dense kernels draw level.
+
+    These are poor at maps of few pixels, and everything is where each weight that is read is used a few times only.
+    """
+    if linear:
+        return 500 if batch <= _FEW else 200
+    most = 450 if pixels <= 16 else 350 if pixels <= 64 else 250
+    return most if batch <= _FEW else most - 100
+
+
+def _as_events_read(kernel: Tensor, across: int) -> Tensor:
+    """Return weights ``(channels, rows, phases, steps, outputs)`` of a kernel ``(outputs, channels, rows, columns)``.
+
+    A column of the inputs reaches every ``across``-th column of the kernel, in the opposite order to the outputs.
+    """
+    outputs, channels, rows, columns = kernel.shape
+    steps = -(-columns // across)
+    found = kernel.new_zeros(channels, rows, across, steps, outputs)
+    for column in range(columns):
+        found[:, :, column % across, steps - 1 - column // across] = kernel[..., column].permute(1, 2, 0)
+    return found

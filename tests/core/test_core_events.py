@@ -1,0 +1,229 @@
+"""Maps computed from active inputs alone give what the layers themselves give.
+
+Weights and amounts are multiples of 1/8 and 1/4, so that every sum is exact in 32 bits, in any order: equal is equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from spiking_rl import build_network, calibrate_thresholds, compiling
+from spiking_rl.deploy import deploy
+from spiking_rl.events import EventMap, runs_on_events
+from spiking_rl.vision.small_maps import SmallMapConv2d
+
+needs_compiler = pytest.mark.skipif(compiling.built_events() is None, reason="no C compiler here")
+pytestmark = needs_compiler
+
+
+def exact(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-16, 17, parameter.shape) / 8)
+    return layer.requires_grad_(False)
+
+
+def inputs_of(shape: tuple[int, ...], density: float) -> Tensor:
+    return (torch.rand(shape) < density) * torch.randint(1, 5, shape) / 4
+
+
+def refuse(_: Tensor) -> Tensor:
+    raise AssertionError("the layer itself was asked")
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
+    side = st.integers(1, 4)
+    kernel, stride = (draw(side), draw(side)), (draw(side), draw(side))
+    padding = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+    height, width = (k + draw(st.integers(0, 9)) for k in kernel)
+    channels, outputs = draw(st.sampled_from([1, 3, 8, 17, 40])), draw(st.sampled_from([1, 5, 8, 24, 33, 128]))
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    layer = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=draw(st.booleans()))
+    x = inputs_of((draw(st.integers(0, 5)), channels, height, width), draw(st.sampled_from([0.0, 0.01, 0.1])))
+    return exact(layer), x  # type: ignore[return-value]
+
+
+@given(drawn=convolutions(), threads=st.integers(1, 3), last=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_convolutions_of_any_shape(drawn: tuple[nn.Conv2d, Tensor], threads: int, last: bool) -> None:
+    layer, x = drawn
+    if last:
+        layer, x = layer.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    found = on_threads(threads, lambda: EventMap(layer, layer.forward)(x))
+    assert torch.equal(found, layer(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def on_threads(number: int, do: Callable[[], Tensor]) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return do()
+    finally:
+        torch.set_num_threads(before)
+
+
+LARGE = [
+    (nn.Conv2d(32, 64, 4, 2), (32, 20, 20)),  # the Nature-CNN's
+    (nn.Conv2d(64, 64, 3), (64, 9, 9)),
+    (nn.Conv2d(16, 64, 3, padding=1), (16, 64, 64)),  # outputs of a megabyte, worked on in parts
+    (SmallMapConv2d(256, 512, 3, padding=1), (256, 2, 2)),  # several samples at a time
+    (nn.Conv2d(64, 128, 1, 2), (64, 16, 16)),  # a shortcut
+    (nn.Linear(3136, 512), (3136,)),
+    (nn.Linear(300, 4096, bias=False), (300,)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LARGE, ids=lambda value: str(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize("batch", [1, 2, 9, 64])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_layers_of_real_networks(layer: nn.Conv2d, shape: tuple[int, ...], batch: int, threads: int) -> None:
+    torch.manual_seed(0)
+    layer, x = exact(copy.deepcopy(layer)), inputs_of((batch, *shape), 0.05)  # type: ignore[assignment]
+    assert runs_on_events(layer)
+    assert torch.equal(on_threads(threads, lambda: EventMap(layer, refuse)(x)), layer(x))
+
+
+@pytest.mark.parametrize(("layer", "shape"), LARGE, ids=lambda value: str(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize("batch", [1, 32])
+def test_many_active_inputs_are_left_to_the_layer(layer: nn.Conv2d, shape: tuple[int, ...], batch: int) -> None:
+    torch.manual_seed(0)
+    layer = exact(copy.deepcopy(layer))  # type: ignore[assignment]
+    asked: list[Tensor] = []
+
+    def otherwise(x: Tensor) -> Tensor:
+        asked.append(x)
+        return layer(x)  # type: ignore[no-any-return]
+
+    events = EventMap(layer, otherwise)
+    x = inputs_of((batch, *shape), 0.6)
+    with torch.no_grad():
+        assert torch.equal(events(x), layer(x))
+        assert len(asked) == 1
+        events(inputs_of((batch, *shape), 0.1))
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("odd", [torch.ones(2, 3, 8, 8, dtype=torch.float64), torch.ones(3, 8, 8), torch.ones(3)])
+def test_what_it_was_not_made_for_goes_to_the_layer(odd: Tensor) -> None:
+    seen = EventMap(nn.Conv2d(3, 8, 3), lambda x: x)(odd)
+    assert seen is odd
+
+
+def test_inputs_of_other_sizes_in_turn() -> None:
+    torch.manual_seed(0)
+    layer = exact(nn.Conv2d(8, 16, 3, 2, 1))
+    events = EventMap(layer, refuse)  # type: ignore[arg-type]
+    for shape in ((1, 8, 9, 9), (3, 8, 9, 9), (3, 8, 12, 5), (1, 8, 9, 9)):
+        x = inputs_of(shape, 0.1)
+        assert torch.equal(events(x), layer(x))
+    assert torch.equal(events(x.expand(4, -1, -1, -1)), layer(x.expand(4, -1, -1, -1)))
+    assert torch.equal(events(x.transpose(2, 3)), layer(x.transpose(2, 3)))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_visible(broken: float) -> None:
+    layer = nn.Conv2d(4, 8, 3)
+    x = torch.zeros(1, 4, 6, 6)
+    x[0, 1, 3, 3] = broken
+    with torch.no_grad():
+        found, expected = EventMap(layer, refuse)(x), layer(x)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 8, 3, groups=2),
+        nn.Conv2d(4, 8, 3, dilation=2),
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 8, 3, padding="same"),
+        nn.Linear(4, 8).double(),
+        nn.Linear(4, 8).bfloat16(),
+        nn.ConvTranspose2d(4, 8, 3),
+        nn.Identity(),
+    ],
+    ids=str,
+)
+def test_other_layers_are_left_alone(layer: nn.Module) -> None:
+    assert not runs_on_events(layer)
+
+
+def test_later_changes_to_the_layer_do_not_arrive() -> None:
+    layer, x = exact(nn.Conv2d(8, 16, 3)), inputs_of((2, 8, 6, 6), 0.1)
+    before, events = layer(x), EventMap(layer, refuse)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    assert torch.equal(events(x), before)
+
+
+def test_one_map_serves_several_threads() -> None:
+    torch.manual_seed(0)
+    layer = exact(nn.Conv2d(16, 32, 3, padding=1))
+    events = EventMap(layer, refuse)  # type: ignore[arg-type]
+    batches = [inputs_of((1 + i % 3, 16, 6 + i % 5, 7), 0.1) for i in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(events, batches))
+    assert all(torch.equal(a, layer(x)) for a, x in zip(found, batches, strict=True))
+
+
+@pytest.mark.parametrize("name", ["nature_cnn", "vgg9", "resnet12"])
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_deployed_networks_run_on_events(name: str, timesteps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shape, options = ((2, 36, 36), {"layer_norm": False}) if name == "nature_cnn" else ((3, 32, 32), {"width": 0.25})
+    network = build_network(name, shape, 4, timesteps=timesteps, **options).eval()
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            exact(layer)
+    inputs = torch.randint(-4, 5, (20, *shape)) / 4.0
+    with torch.no_grad():
+        for neuron in network.neurons:
+            neuron.leak.fill_(0.5)
+        calibrate_thresholds(network, inputs, 0.1)
+        for neuron in network.neurons:
+            neuron.threshold.copy_((neuron.threshold * 64).ceil() / 64)
+        expected = network(inputs.unsqueeze(0))[0].squeeze(0)
+    assert len(expected.unique(dim=0)) > 10
+    ran: list[bool] = []
+    run = EventMap.__call__
+
+    def counted(events: EventMap, x: Tensor) -> Tensor:
+        otherwise = events.otherwise
+        ran.append(True)
+        try:
+            events.otherwise = lambda x: (ran.pop(), otherwise(x))[1]  # type: ignore[func-returns-value]
+            return run(events, x)
+        finally:
+            events.otherwise = otherwise
+
+    deployed = deploy(network)
+    monkeypatch.setattr(EventMap, "__call__", counted)
+    for batch in (inputs, inputs[:1], inputs[:3]):
+        torch.testing.assert_close(deployed(batch), expected[: len(batch)], rtol=1e-5, atol=1e-5)
+    assert len(ran) >= 6
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_a_network_on_events_can_be_copied(timesteps: int) -> None:
+    torch.manual_seed(0)
+    network = build_network("nature_cnn", (2, 36, 36), 3, timesteps=timesteps)
+    nn.init.normal_(network.readout.weight)  # type: ignore[arg-type]
+    deployed, inputs = deploy(network), torch.randn(5, 2, 36, 36)
+    expected = deployed(inputs)
+    copies = [copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))]
+    del deployed
+    gc.collect()
+    assert all(torch.equal(copied(inputs), expected) for copied in copies)
