@@ -31,14 +31,17 @@ DESCRIPTION = """Time one decision (batch 1) of the Nature-CNN and of CartPole's
 
 The Nature-CNN runs at T=4 too. Inputs are observations that the shipped agents pong and cartpole meet, scaled. Compared
 with nn.Sequential of the same layers with ReLU and without normalisation; ONNX Runtime with that network exported the
-same way.
+same way. VGG16 sees random images, one and 32 at a time, with thresholds set for several firing rates.
 
 Example: python -m spiking_rl.scripts.benchmark_deploy --output results/deploy-speed.json"""
 
 _PRETRAINED = {"nature_cnn": "pong", "mlp": "cartpole"}
 _RATE = 0.1  # spikes per neuron in the networks that are not trained
 _WARM_UP = 5
-_TIMESTEPS = 4  # of the Nature-CNN that is not pruned
+_TIMESTEPS = 4  # of the networks that are not pruned
+_VGG_RATES = (0.05, 0.1, 0.2)  # at T=1
+_VGG_SEEN = 4  # images of a round
+_VGG_BATCHES = {1: 5, 32: 20}  # and by which number its rounds are divided
 
 Decision = Callable[[Tensor], Any]
 Networks = list[tuple[str, LayeredNetwork]]
@@ -67,7 +70,8 @@ class Variant:
         way: how they are run.
         maker: whose code that is.
         timesteps: T for spikes, None for ReLU.
-        decide: the function of an input ``(1, *input_shape)``.
+        decide: the function of inputs ``(B, *input_shape)``.
+        rate: spikes per neuron and timestep that the thresholds were set for.
     """
 
     network: str
@@ -75,6 +79,7 @@ class Variant:
     maker: str
     timesteps: int | None
     decide: Decision
+    rate: float | None = None
 
 
 def main() -> None:
@@ -86,17 +91,32 @@ def main() -> None:
         for threads in options.threads:
             torch.set_num_threads(threads)
             pruned = [(name, network) for name, network in networks if network.timesteps == 1]
-            for variants in (_pytorch(networks), _onnxruntime(pruned, threads)):
-                for row in _measured(list(variants), inputs, options.rounds):
-                    rows.append(row | {"threads": threads})
-                    print(_line(rows[-1]), flush=True)
+            for made in (_pytorch(networks), _onnxruntime(pruned, threads)):
+                _keep(rows, _measured(list(made), inputs, options.rounds), threads)
+    images, variants = _vgg_variants()
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for batch, fewer in _VGG_BATCHES.items():
+            inputs = images[: max(_VGG_SEEN, batch)]
+            _keep(rows, _measured(variants, inputs, -(-options.rounds // fewer), batch), threads)
     if options.output is not None:
         write_results(options.output, "benchmark_deploy", rows)
+
+
+def _keep(rows: list[dict[str, Any]], measured: Iterator[dict[str, Any]], threads: int) -> None:
+    """Add rows as they come, and print them."""
+    for row in measured:
+        rows.append(row | {"threads": threads})
+        print(_line(rows[-1]), flush=True)
 
 
 def _line(row: dict[str, Any]) -> str:
     low, high = row["quartiles"]
     name = f"{row['network']}, {'ReLU' if row['timesteps'] is None else 'T=' + str(row['timesteps'])}"
+    if row["spike_rate"] is not None:
+        name += f", rate {row['spike_rate']}"
+    if row["batch"] > 1:
+        name += f", batch {row['batch']}"
     return (
         f"{row['threads']} threads  {name:45} {row['pass']:28} {row['ms']:.4f} ms ({low:.4f} to {high:.4f})  "
         f"{row['ratio_to_relu']:.2f} x ReLU"
@@ -139,6 +159,23 @@ def _networks(kind: str, observations: int) -> tuple[Networks, Tensor]:
         calibrate_thresholds(longer, inputs, _RATE)
         named.append((kind, longer))
     return [(name, network.eval()) for name, network in named], inputs
+
+
+def _vgg_variants() -> tuple[Tensor, list[Variant]]:
+    """Return images ``(N, 3, 32, 32)``, and VGG16 with ReLU first, then deployed at several firing rates."""
+    torch.manual_seed(0)
+    shape, classes = (3, 32, 32), 10
+    images = torch.randn(max(_VGG_BATCHES), *shape)
+    plain = build_network("vgg16", shape, classes, neuron="relu", bias=True).eval()
+    variants = [Variant("vgg16", "forward", "pytorch", None, _inference(_sequential(plain)))]
+    for timesteps, rates in ((1, _VGG_RATES), (_TIMESTEPS, (_RATE,))):
+        for rate in rates:
+            network = build_network("vgg16", shape, classes, timesteps=timesteps, bias=True).eval()
+            calibrate_thresholds(network, images[:8], rate)
+            if rate == _RATE:
+                variants.append(Variant("vgg16", "forward", "spiking-rl", timesteps, _forward(network), rate))
+            variants.append(Variant("vgg16", "deployed", "spiking-rl", timesteps, deploy(network), rate))
+    return images, variants
 
 
 def _pytorch(networks: Networks) -> Iterator[Variant]:
@@ -194,13 +231,16 @@ def _forward(network: LayeredNetwork) -> Decision:
     return _inference(lambda x: network(x.unsqueeze(0)))
 
 
-def _measured(variants: Sequence[Variant], inputs: Tensor, rounds: int) -> Iterator[dict[str, Any]]:
+def _measured(
+    variants: Sequence[Variant], inputs: Tensor, rounds: int, batch_size: int = 1
+) -> Iterator[dict[str, Any]]:
     """Yield a row per variant; the first one is the ReLU network that the others are compared with."""
-    batches = [x.unsqueeze(0) for x in inputs]
+    batches = torch.split(inputs, batch_size)
     times: list[list[float]] = [[] for _ in variants]
     order = list(range(len(variants)))
     generator = random.Random(0)
-    for number in range(rounds + _WARM_UP):
+    warm_up = min(rounds, _WARM_UP)
+    for number in range(rounds + warm_up):
         generator.shuffle(order)
         for i in order:
             decide = variants[i].decide
@@ -208,7 +248,7 @@ def _measured(variants: Sequence[Variant], inputs: Tensor, rounds: int) -> Itera
             start = time.perf_counter()
             for batch in batches:
                 decide(batch)
-            if number >= _WARM_UP:
+            if number >= warm_up:
                 times[i].append((time.perf_counter() - start) / len(batches) * 1e3)
     for variant, values in zip(variants, times, strict=True):
         low, median, high = np.percentile(values, [25, 50, 75])
@@ -217,7 +257,8 @@ def _measured(variants: Sequence[Variant], inputs: Tensor, rounds: int) -> Itera
             "pass": variant.way,
             "library": variant.maker,
             "timesteps": variant.timesteps,
-            "batch": 1,
+            "batch": batch_size,
+            "spike_rate": variant.rate,
             "ratio_to_relu": round(float(median / np.median(times[0])), 3),
             "extra_mb": None,
             "ms": round(float(median), 5),

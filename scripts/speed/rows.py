@@ -49,7 +49,7 @@ def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -
         network, inputs = build_case(case, timesteps, channels_last=channels_last)
         if not runs:
             runs[RELU, None] = build_pass(RELU, case, network, inputs)
-        for library in libraries():
+        for library in libraries(case):
             runs[library, timesteps] = build_pass(library, case, network, inputs)
             if library in PEERS:
                 differing[library, timesteps] = differing_spikes(library, network, inputs[:_COMPARED])

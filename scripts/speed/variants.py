@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spiking_rl.deploy import deploy
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.scripts.speed.cases import Case
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
@@ -15,18 +16,19 @@ from spiking_rl.scripts.speed.plain import Limit, PeerNetwork, ReLUNetwork
 Pass = Callable[[], object]
 
 OURS, RELU, LIMIT = "spiking-rl", "torch-relu", "limit"
+DEPLOYED = f"{OURS} deployed"
 
 
-def libraries() -> list[str]:
-    """Return who runs at every T: us, the limit, and the other libraries that are installed."""
-    return [OURS, LIMIT, *(name for name in PEERS if is_installed(name))]
+def libraries(case: Case) -> list[str]:
+    """Return who runs a case at every T: us, also deployed, the limit, and the other libraries that are installed."""
+    return [OURS, *([] if case.backward else [DEPLOYED]), LIMIT, *(name for name in PEERS if is_installed(name))]
 
 
 def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor, precision: str = "float32") -> Pass:
     """Return a function that runs a library's network once, forward and where the case says so backward.
 
     Args:
-        library: :data:`OURS`, :data:`RELU`, :data:`LIMIT` or one of the peers.
+        library: :data:`OURS`, :data:`DEPLOYED`, :data:`RELU`, :data:`LIMIT` or one of the peers.
         case: tells whether there is a backward pass.
         network: our network; the others share its weights.
         inputs: ``(B, *input_shape)``.
@@ -60,6 +62,9 @@ def _forward(library: str, network: LayeredNetwork, inputs: Tensor) -> tuple[nn.
     if library == OURS:
         sequence = inputs.unsqueeze(0)
         return network, lambda: network(sequence)[0]
+    if library == DEPLOYED:
+        deployed = deploy(network)
+        return network, lambda: deployed(inputs)
     module: nn.Module
     if library == LIMIT:
         module = limit = Limit(network, inputs)

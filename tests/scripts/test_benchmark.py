@@ -192,7 +192,7 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_rows_say_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.CASES, "small", SMALL)
-    monkeypatch.setattr(rows, "libraries", lambda: [OURS, LIMIT])
+    monkeypatch.setattr(rows, "libraries", lambda _: [OURS, LIMIT])
     given = {OURS: [6.0, 12.0, 6.0], LIMIT: [4.0, 4.0, 4.0], RELU: [2.0, 3.0, 2.0]}
     monkeypatch.setattr(rows, "interleave", lambda runs, **_: {key: given[key[0]] for key in runs})
     table = rows.timed_rows("small", rounds=3, seconds=1, channels_last=True)

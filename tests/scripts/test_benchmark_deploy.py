@@ -20,7 +20,8 @@ def test_every_way_of_every_network_is_a_row(tmp_path: Path, monkeypatch: pytest
     assert results["command"].startswith("python -m spiking_rl.scripts.benchmark_deploy --threads 1")
     rows = results["rows"]
     assert all(row["quartiles"][0] <= row["ms"] <= row["quartiles"][1] for row in rows)
-    assert all(row["batch"] == row["threads"] == 1 for row in rows)
+    assert all(row["threads"] == 1 for row in rows)
+    assert all(row["batch"] == 1 for row in rows if row["network"] != "vgg16")
     for kind, agent in (("nature_cnn", "pong"), ("mlp", "cartpole")):
         of_kind = [row for row in rows if row["network"].startswith(kind)]
         ways = {(row["network"], row["timesteps"], row["pass"]) for row in of_kind}
@@ -31,3 +32,13 @@ def test_every_way_of_every_network_is_a_row(tmp_path: Path, monkeypatch: pytest
         assert {(kind, None, way) for way in ("forward", "onnx")} <= ways
         controls = [row for row in of_kind if row["timesteps"] is None and row["network"] == kind]
         assert [row["ratio_to_relu"] for row in controls if row["pass"] in ("forward", "onnx")] == [1.0, 1.0]
+    for batch in (1, 32):
+        of_vgg = [row for row in rows if row["network"] == "vgg16" and row["batch"] == batch]
+        assert {(row["pass"], row["timesteps"], row["spike_rate"]) for row in of_vgg} == {
+            ("forward", None, None),
+            ("forward", 1, 0.1),
+            ("forward", 4, 0.1),
+            ("deployed", 4, 0.1),
+            *(("deployed", 1, rate) for rate in (0.05, 0.1, 0.2)),
+        }
+        assert of_vgg[0]["ratio_to_relu"] == 1.0
