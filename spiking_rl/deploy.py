@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spiking_rl.encoding import scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.fused import FreshScan
-from spiking_rl.networks import LayeredNetwork
-from spiking_rl.neurons import LIF
+from spiking_rl.networks import LayeredNetwork, NetworkState
+from spiking_rl.neurons import LIF, LIFState
 from spiking_rl.surrogate import fire
 
 _EVENTS_FROM = 2**14  # weights of a map from which adding up events wins
@@ -105,7 +106,7 @@ def _shift(layer: nn.Module, by: Tensor) -> bool:
 
 
 def _fold_timesteps(network: LayeredNetwork) -> LayeredNetwork:
-    """Return an equal network of several timesteps, in evaluation mode and without batch norm."""
+    """Return an equal network in evaluation mode and without batch norm, whose neurons stay what they are."""
     _check_spiking(network)
     check_plain(network)
     if network.exit_margin is not None:
@@ -186,8 +187,8 @@ class SparseLinear:
         return bool((x.sum() if self.binary else x.count_nonzero()) <= self.most)
 
 
-class DeployedNetwork:
-    """A network as a function, without autograd; see :func:`deploy`.
+class _Layers:
+    """The maps of a network, ready to run.
 
     Attributes:
         input_shape: shape of one input.
@@ -196,17 +197,46 @@ class DeployedNetwork:
     def __init__(self, folded: LayeredNetwork) -> None:
         self.input_shape = folded.input_shape
         self._timesteps = timesteps = folded.timesteps
+        # Layers as flat lists of bound methods: at a batch of one, calling modules costs as much as a small layer.
+        self._maps = [_flat(layer, spikes=i > 0, timesteps=timesteps) for i, layer in enumerate(folded.maps)]
         self._sources = dict(folded.sources)
-        self._shortcuts = {int(i): module.forward for i, module in folded.shortcuts.items()}
+        self._shortcuts = {int(i): _flat(module, spikes=True) for i, module in folded.shortcuts.items()}
         self._feeds = frozenset(folded.sources.values())
+        self._readout = _flat(folded.readout, spikes=True, binary=timesteps == 1)
+
+    def _check(self, inputs: Tensor) -> None:
+        if tuple(inputs.shape[1:]) != self.input_shape:
+            raise UserError("inputs", tuple(inputs.shape), f"must have the shape (batch, *{self.input_shape})")
+
+    def _current(self, layer: int, x: Tensor, held: dict[int, Tensor]) -> Tensor:
+        """Return the current of a layer, as :meth:`LayeredNetwork.current` does."""
+        current = _run(self._maps[layer], x)
+        if layer in self._sources:
+            current = current + _run(self._shortcuts[layer], held.pop(self._sources[layer]))
+        return current
+
+    def _read_out(self, x: Tensor, batch: int) -> Tensor:
+        """Return outputs of spikes ``(T * B, *N)``: the readout is linear, so the mean may be taken before it."""
+        if self._timesteps > 1:
+            x = x.view(self._timesteps, batch, *x.shape[1:]).mean(0)
+        return _run(self._readout, x)
+
+
+class DeployedNetwork(_Layers):
+    """A network as a function, without autograd; see :func:`deploy`.
+
+    Attributes:
+        input_shape: shape of one input.
+    """
+
+    def __init__(self, folded: LayeredNetwork) -> None:
+        super().__init__(folded)
+        timesteps = self._timesteps
         self._neurons: list[_Module] = [
             # Direct encoding: the first layer's current lasts for all timesteps.
             Scan(neuron, timesteps, 1 if i else timesteps) if isinstance(neuron, LIF) else neuron.forward
             for i, neuron in enumerate(folded.neurons)
         ]
-        # Layers as flat lists of bound methods: at a batch of one, calling modules costs as much as a small layer.
-        self._maps = [_flat(layer, spikes=i > 0, timesteps=timesteps) for i, layer in enumerate(folded.maps)]
-        self._readout = _flat(folded.readout, spikes=True, binary=timesteps == 1)
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -215,23 +245,70 @@ class DeployedNetwork:
         Raises:
             UserError: the inputs have another shape.
         """
-        if tuple(inputs.shape[1:]) != self.input_shape:
-            raise UserError("inputs", tuple(inputs.shape), f"must have the shape (batch, *{self.input_shape})")
+        self._check(inputs)
         held: dict[int, Tensor] = {}
         x = inputs
-        for i, (layer, neuron) in enumerate(zip(self._maps, self._neurons, strict=True)):
-            for part in layer:
-                x = part(x)
-            if i in self._sources:
-                x = x + self._shortcuts[i](held.pop(self._sources[i]))
-            x = neuron(x)
+        for i, neuron in enumerate(self._neurons):
+            x = neuron(self._current(i, x, held))
             if i in self._feeds:
                 held[i] = x
-        if self._timesteps > 1:  # the readout is linear, so the mean may be taken before it
-            x = x.view(self._timesteps, len(inputs), *x.shape[1:]).mean(0)
-        for part in self._readout:
-            x = part(x)
-        return x
+        return self._read_out(x, len(inputs))
+
+
+class StatefulNetwork(_Layers):
+    """A network as a function that takes and returns its membranes, without autograd; see :func:`deploy_stateful`.
+
+    Attributes:
+        input_shape: shape of one input.
+    """
+
+    def __init__(self, folded: LayeredNetwork, rest: NetworkState) -> None:
+        super().__init__(folded)
+        self._neurons = list(folded.neurons)
+        self._rest = rest
+
+    def initial_state(self, batch: int) -> NetworkState:
+        """Return membranes at rest for a batch, to start with."""
+        return tuple(LIFState(rest.membrane.repeat_interleave(batch, 0)) for rest in self._rest)
+
+    @torch.inference_mode()
+    def __call__(
+        self, inputs: Tensor, state: NetworkState, starts: Tensor | None = None
+    ) -> tuple[Tensor, NetworkState]:
+        """Decide once.
+
+        Args:
+            inputs: ``(B, *input_shape)``.
+            state: membranes before the decision.
+            starts: bool ``(B,)``, true where an episode begins: its membranes start at rest.
+
+        Returns:
+            Outputs ``(B, n)``, and the membranes after the decision.
+
+        Raises:
+            UserError: the inputs have another shape.
+        """
+        self._check(inputs)
+        timesteps, batch = self._timesteps, len(inputs)
+        opens = scan_starts(None if starts is None else starts.unsqueeze(0), timesteps)
+        held: dict[int, Tensor] = {}
+        after: list[LIFState] = []
+        x = inputs
+        for i, neuron in enumerate(self._neurons):
+            current = self._current(i, x, held)
+            current = current.reshape(len(x) // batch, batch, *current.shape[1:])
+            spikes, membrane, _ = neuron(current, state[i], opens, repeat=1 if i else timesteps)
+            after.append(membrane)
+            x = spikes.flatten(0, 1)
+            if i in self._feeds:
+                held[i] = x
+        return self._read_out(x, batch), tuple(after)
+
+
+def _run(parts: list[_Module], x: Tensor) -> Tensor:
+    for part in parts:
+        x = part(x)
+    return x
 
 
 def _flat(layer: nn.Module, *, spikes: bool, binary: bool = True, timesteps: int = 1) -> list[_Module]:
@@ -277,3 +354,25 @@ def deploy(network: LayeredNetwork) -> DeployedNetwork:
     """
     folded = fold_thresholds(network) if network.timesteps == 1 else _fold_timesteps(network)
     return DeployedNetwork(_freeze(folded))
+
+
+def deploy_stateful(network: LayeredNetwork) -> StatefulNetwork:
+    """Return a network as a function ``(inputs, state, starts) -> (outputs, state)`` that carries its membranes.
+
+    As :func:`deploy`, for agents that remember: batch norm is folded, nothing for a gradient is kept, and silent inputs
+    are skipped; thresholds and leaks stay with their neurons.
+
+    Args:
+        network: any registered network of spiking neurons; it stays as it is, and later changes to it do not reach
+            the deployed one.
+
+    Raises:
+        UserError: the network has ReLU neurons, a code, scores spike times, or has neurons that fire once.
+    """
+    if network.single_spike:
+        raise UserError("single_spike", True, "neurons that fire once carry no membrane from one decision to the next")
+    _check_spiking(network)
+    check_plain(network)
+    folded = fold_batch_norm(network).eval()
+    rest = folded.initial_state(1)
+    return StatefulNetwork(_freeze(folded), rest)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl import LIF, NETWORKS, LayeredNetwork, UserError, build_network, calibrate_thresholds
-from spiking_rl.deploy import SparseLinear, deploy, fold_thresholds
+from spiking_rl.deploy import SparseLinear, deploy, deploy_stateful, fold_thresholds
 
 SHAPES = [(6,), (3, 32, 32), (4, 84, 84)]
 EVERY = pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -277,3 +277,58 @@ def test_inputs_of_another_shape_are_refused(timesteps: int) -> None:
         deployed(torch.zeros(6))
     with pytest.raises(UserError, match="inputs"):
         deployed(torch.zeros(1, 1, 6))
+
+
+@pytest.mark.parametrize("timesteps", [1, 3])
+@EVERY
+def test_membranes_are_carried_as_the_network_carries_them(name: str, timesteps: int) -> None:
+    network, inputs = network_and_inputs(name, timesteps)
+    with torch.no_grad():
+        for neuron in network.neurons:
+            neuron.leak.fill_(0.6)
+    sequence, starts = inputs.unflatten(0, (16, 4)), torch.rand(16, 4) < 0.2
+    with torch.no_grad():
+        expected, last = network(sequence, network.initial_state(4), starts)
+    deployed, before = deploy_stateful(network), inputs.clone()
+    state = deployed.initial_state(4)
+    assert all(torch.equal(a.membrane, b.membrane) for a, b in zip(state, network.initial_state(4), strict=True))
+    got = []
+    for observation, begins in zip(sequence, starts, strict=True):
+        outputs, state = deployed(observation, state, begins)
+        got.append(outputs)
+    assert len(expected.flatten(0, 1).unique(dim=0)) > 32
+    assert not torch.allclose(outputs_of(network, inputs), expected.flatten(0, 1)), "membranes make no difference"
+    torch.testing.assert_close(torch.stack(got), expected, rtol=1e-9, atol=1e-9)
+    for now, then in zip(state, last, strict=True):
+        torch.testing.assert_close(now.membrane, then.membrane, rtol=1e-9, atol=1e-9)
+    assert torch.equal(inputs, before)
+
+
+def test_given_states_stay_as_they_are_and_no_start_means_none() -> None:
+    network, inputs = network_and_inputs("mlp", 2, leak=0.7)
+    deployed = deploy_stateful(network)
+    _, state = deployed(inputs, deployed.initial_state(64))
+    kept = copy.deepcopy(state)
+    outputs, _ = deployed(inputs, state)
+    assert all(torch.equal(a.membrane, b.membrane) for a, b in zip(state, kept, strict=True))
+    torch.testing.assert_close(deployed(inputs, state, torch.zeros(64, dtype=torch.bool))[0], outputs)
+    copied = pickle.loads(pickle.dumps(deployed))
+    assert torch.equal(copied(inputs, state)[0], outputs)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"neuron": "relu"}, "network"),
+        ({"encoding": "poisson"}, "encoding"),
+        ({"kappa": 0.5}, "kappa"),
+        ({"single_spike": True}, "single_spike"),
+    ],
+)
+def test_what_carries_no_membrane_is_refused(options: dict[str, object], field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        deploy_stateful(build_network("mlp", (6,), 3, timesteps=1, **options))
+    assert caught.value.field == field
+    deployed = deploy_stateful(build_network("mlp", (6,), 3))
+    with pytest.raises(UserError, match="inputs"):
+        deployed(torch.zeros(1, 5), deployed.initial_state(1))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spiking_rl import build_network, calibrate_thresholds, compiling
-from spiking_rl.deploy import deploy
+from spiking_rl.deploy import deploy, deploy_stateful
 from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.vision.small_maps import SmallMapConv2d
 
@@ -209,11 +209,19 @@ def test_deployed_networks_run_on_events(name: str, timesteps: int, monkeypatch:
         finally:
             events.otherwise = otherwise
 
-    deployed = deploy(network)
+    deployed, stateful = deploy(network), deploy_stateful(network)
     monkeypatch.setattr(EventMap, "__call__", counted)
     for batch in (inputs, inputs[:1], inputs[:3]):
         torch.testing.assert_close(deployed(batch), expected[: len(batch)], rtol=1e-5, atol=1e-5)
     assert len(ran) >= 6
+    with torch.no_grad():
+        sequence, state = inputs.unflatten(0, (5, 4)), stateful.initial_state(4)
+        expected = network(sequence, network.initial_state(4))[0]
+    ran.clear()
+    for observation, outputs in zip(sequence, expected, strict=True):
+        found, state = stateful(observation, state)
+        torch.testing.assert_close(found, outputs, rtol=1e-5, atol=1e-5)
+    assert len(ran) >= 10
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])
