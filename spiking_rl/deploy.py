@@ -16,7 +16,7 @@ from spiking_rl.networks import LayeredNetwork, NetworkState
 from spiking_rl.neurons import LIF, LIFState
 from spiking_rl.surrogate import fire
 
-_EVENTS_FROM = 2**14  # weights of a map from which adding up events wins
+_EVENTS_FROM = {2: 2**17, 4: 2**13}  # weights of a linear map, of a convolution, from which adding up events wins
 _GATHER_FROM = 2**18  # weights of a linear layer from which reading only the active inputs' rows wins
 _GATHER_DENSITY = 0.5  # part of the inputs that may be active for it, those of all timesteps counted
 _TRANSPOSED_UP_TO = 1024  # outputs up to which, at several timesteps, the product with transposed weights wins
@@ -327,7 +327,7 @@ def _flat(layer: nn.Module, *, spikes: bool, binary: bool = True, timesteps: int
         if isinstance(part, (nn.Conv2d, nn.Linear)):
             if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
                 run = SparseLinear(part, binary, timesteps)
-            if spikes and part.weight.numel() >= _EVENTS_FROM and runs_on_events(part):
+            if spikes and part.weight.numel() >= _EVENTS_FROM[part.weight.dim()] and runs_on_events(part):
                 run = EventMap(part, run)
             spikes = False
         flat.append(run)
