@@ -21,6 +21,7 @@ from spiking_rl.agents.loading import load_agent
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.deploy import SparseLinear, deploy
 from spiking_rl.envs.make import make_vectorised
+from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.networks import LayeredNetwork, build_network
 from spiking_rl.onnx_graph import require
 from spiking_rl.onnx_model import onnx_model
@@ -211,16 +212,23 @@ def _sequential(relu: LayeredNetwork) -> nn.Sequential:
 
 
 def _skipping(relu: LayeredNetwork) -> Decision:
-    """Return a ReLU network with our trick for spikes: silent inputs of its large linear layer are skipped."""
+    """Return a ReLU network with our tricks for spikes: silent inputs are skipped by all maps but the first."""
     parts = [part for layer in _sequential(relu) for part in (layer if isinstance(layer, nn.Sequential) else [layer])]
-    dense = max((part for part in parts if isinstance(part, nn.Linear)), key=lambda part: part.weight.numel())
-    where = parts.index(dense)
-    before, sparse, after = (
-        nn.Sequential(*parts[:where]),
-        SparseLinear(dense, False),
-        nn.Sequential(*parts[where + 1 :]),
-    )
-    return lambda x: after(sparse(before(x)))
+    steps: list[Decision] = [parts[0]]
+    for part in parts[1:]:
+        step: Decision = part
+        if isinstance(part, nn.Linear) and part is not parts[-1]:
+            step = SparseLinear(part, False)
+        if isinstance(part, (nn.Conv2d, nn.Linear)) and part is not parts[-1] and runs_on_events(part):
+            step = EventMap(part, step)
+        steps.append(step)
+
+    def decide(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return decide
 
 
 def _inference(module: Decision) -> Decision:

@@ -271,7 +271,7 @@ class StatefulNetwork(_Layers):
         """Return membranes at rest for a batch, to start with."""
         return tuple(LIFState(rest.membrane.repeat_interleave(batch, 0)) for rest in self._rest)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # membranes are the caller's, to change them too
     def __call__(
         self, inputs: Tensor, state: NetworkState, starts: Tensor | None = None
     ) -> tuple[Tensor, NetworkState]:
@@ -296,7 +296,7 @@ class StatefulNetwork(_Layers):
         x = inputs
         for i, neuron in enumerate(self._neurons):
             current = self._current(i, x, held)
-            current = current.reshape(len(x) // batch, batch, *current.shape[1:])
+            current = current.reshape(timesteps if i else 1, batch, *current.shape[1:])
             spikes, membrane, _ = neuron(current, state[i], opens, repeat=1 if i else timesteps)
             after.append(membrane)
             x = spikes.flatten(0, 1)

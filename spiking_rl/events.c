@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -41,6 +41,7 @@ typedef struct {
   int64_t top, bottom;    /* rows of the inputs that reach them */
 } Unit;
 
+/* An active input; no side of a picture is longer than its numbers reach. */
 typedef struct {
   uint16_t sample, y, x;
   float amount;
@@ -56,7 +57,7 @@ static int64_t cut(const Map *map, int64_t threads, int64_t number, Unit *unit) 
   const int64_t bytes = map->rows * map->columns * map->outputs * (int64_t)sizeof(float);
   const int64_t parts = smaller(most, larger(map->batch >= threads ? 1 : threads, bytes / CACHED));
   const int64_t fair = (map->batch + threads - 1) / threads;
-  const int64_t together = parts > 1 ? 1 : larger(1, smaller(smaller(CACHED / bytes, fair), UINT16_MAX));
+  const int64_t together = parts > 1 ? 1 : larger(1, smaller(smaller(CACHED / larger(1, bytes), fair), UINT16_MAX));
   const int64_t groups = (map->batch + together - 1) / together;
   if (unit) {
     const int64_t part = number % parts;
@@ -72,6 +73,14 @@ static int64_t cut(const Map *map, int64_t threads, int64_t number, Unit *unit) 
   return groups * parts;
 }
 
+/* Whether an input is active, by its bits: what is near zero must not be one thing to one thread and another to the
+ * next, of which one takes denormal numbers for zero. */
+INLINE int fires(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits << 1 != 0;
+}
+
 /* Counts the active inputs of a unit by channel. */
 static void count(const Map *map, const Unit *unit, const float *inputs, int32_t *counts) {
   const int64_t channels = map->channels;
@@ -80,24 +89,29 @@ static void count(const Map *map, const Unit *unit, const float *inputs, int32_t
     for (int64_t pixel = unit->top * map->width; pixel < unit->bottom * map->width; pixel++) {
       const float *x = inputs + (sample * map->height * map->width + pixel) * channels;
       int64_t c = 0;
-      for (; c + LANES <= channels; c += LANES) *(Counts *)(counts + c) -= *(const Lanes *)(x + c) != 0.0f;
-      for (; c < channels; c++) counts[c] += x[c] != 0.0f;
+      for (; c + LANES <= channels; c += LANES)
+        *(Counts *)(counts + c) -= (*(const Counts *)(x + c) & 0x7fffffff) != 0;
+      for (; c < channels; c++) counts[c] += fires(x[c]);
     }
 }
 
 /* A bit for each of up to eight inputs: 1 if it is active. */
 INLINE unsigned firing(const float *x, int64_t size) {
-#ifdef __AVX__
-  if (size == 8) return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#ifdef __AVX2__
+  if (size == 8) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)x), 1);
+    const __m256i silent = _mm256_cmpeq_epi32(bits, _mm256_setzero_si256());
+    return 0xff & ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(silent));
+  }
 #endif
   unsigned bits = 0;
-  for (int64_t j = 0; j < size; j++) bits |= (unsigned)(x[j] != 0.0f) << j;
+  for (int64_t j = 0; j < size; j++) bits |= (unsigned)fires(x[j]) << j;
   return bits;
 }
 
 /* Lists the active inputs of a unit, channel after channel; `next` are the places of the channels' first ones, and of
- * those behind their last ones afterwards. */
-static void list(const Map *map, const Unit *unit, const float *inputs, int32_t *next, Event *events) {
+ * those behind their last ones afterwards. No more than were counted, whoever may be writing to the inputs. */
+static void list(const Map *map, const Unit *unit, const float *inputs, int32_t *next, int32_t counted, Event *events) {
   const int64_t channels = map->channels;
   for (int64_t sample = 0; sample < unit->samples; sample++)
     for (int64_t y = unit->top; y < unit->bottom; y++)
@@ -108,7 +122,7 @@ static void list(const Map *map, const Unit *unit, const float *inputs, int32_t 
           for (; active; active &= active - 1) {
             const int64_t which = c + __builtin_ctz(active);
             const Event event = {(uint16_t)sample, (uint16_t)y, (uint16_t)x, at[which]};
-            events[next[which]++] = event;
+            if (next[which] < counted) events[next[which]++] = event;
           }
         }
       }
@@ -136,7 +150,8 @@ INLINE void spread(const Map *map, const Unit *unit, const Event *event, const E
     const int64_t x = event->x + map->left, y = event->y + map->above, nearest = (uint64_t)x / across;
     const int64_t phase = x - nearest * across;
     const int64_t column = nearest - (steps - 1); /* reached by the first of the steps, may lie outside */
-    const int64_t skip = larger(0, -column), size = smaller(steps, map->columns - column) - skip;
+    const int64_t missing = phase + across * (steps - 1) >= map->wide; /* the kernel ends before this step */
+    const int64_t skip = larger(missing, -column), size = smaller(steps, map->columns - column) - skip;
     if (size <= 0) continue;
     const int64_t highest = larger(0, y - map->tall + down);
     for (int64_t row = larger(unit->row, (uint64_t)highest / down); row < unit->rows; row++) {
@@ -160,9 +175,9 @@ static int work(const Map *map, const Unit *unit, const float *inputs, const flo
     counts[c] = sum;
     sum += here;
   }
-  Event *events = malloc((sum + 1) * sizeof *events);
+  Event *events = calloc(sum + 1, sizeof *events);
   if (!events) return 0;
-  list(map, unit, inputs, counts, events);
+  list(map, unit, inputs, counts, sum, events);
   for (int64_t sample = unit->sample; sample < unit->sample + unit->samples; sample++)
     for (int64_t place = unit->row * map->columns; place < unit->rows * map->columns; place++)
       memcpy(outputs + (sample * map->rows * map->columns + place) * map->outputs + unit->first, bias + unit->first,

@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spiking_rl.compiling import built_events
+from spiking_rl.vision.small_maps import SmallMapConv2d
 
 _FEW = 8  # frames up to which a map is bound by reading its weights, and dense kernels are at their worst
+_LONGEST = 2**16 - 1  # side of a picture that the loops can count
 _THREADS_FROM = 2**20  # multiply-accumulates of the dense map from which more than one thread pays
 
 
@@ -28,14 +31,17 @@ class _Map(ctypes.Structure):
 
 def runs_on_events(layer: nn.Module) -> bool:
     """Tell whether a map can be computed from active inputs alone: a plain one, in 32-bit floats on a CPU."""
-    if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-        if not plain or isinstance(layer.padding, str):
+    if type(layer) in (nn.Conv2d, SmallMapConv2d):
+        assert isinstance(layer, nn.Conv2d)
+        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            return False
+        if isinstance(layer.padding, str):
             return False
     elif type(layer) is not nn.Linear:
         return False
     weight = layer.weight
-    return weight.dtype is torch.float32 and weight.is_cpu and weight.numel() > 0 and built_events() is not None
+    plain = weight.dtype is torch.float32 and weight.is_cpu and weight.numel() > 0 and "forward" not in layer.__dict__
+    return plain and built_events() is not None
 
 
 class EventMap:
@@ -47,7 +53,8 @@ class EventMap:
 
     Args:
         layer: for which :func:`runs_on_events` holds; later changes to its weights do not arrive here.
-        otherwise: what computes where many inputs are active, and what has another type, shape or device.
+        otherwise: what computes where many inputs are active, what the loops cannot take (another type, shape or
+            device), and where a gradient or a record of the operations is wanted.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, otherwise: Callable[[Tensor], Tensor]) -> None:
@@ -63,39 +70,56 @@ class EventMap:
         self.outputs, self.channels, *self.kernel = kernel.shape
         self.weights = _as_events_read(kernel, self.stride[1])
         self.bias = weight.new_zeros(self.outputs) if layer.bias is None else layer.bias.detach().clone()
-        self.last: tuple[torch.Size, _Map] = (torch.Size(), _Map())
+        self.last: tuple[torch.Size, _Map | None] = (torch.Size(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer gives: of ``(B, channels, H, W)`` or ``(B, channels)``, channels last."""
+        loops = built_events()  # none where this came from another machine
+        if loops is None or not _takes(x):
+            return self.otherwise(x)
         shape, sizes = self.last
         if x.shape != shape:
-            if x.dim() != (2 if self.linear else 4):
-                return self.otherwise(x)
             shape, sizes = self.last = x.shape, self._sizes(x.shape)
-        if x.dtype is not torch.float32 or not x.is_cpu:
+        if sizes is None:
             return self.otherwise(x)
         if self.linear:
             x = x.contiguous()
             outputs = x.new_empty(shape[0], self.outputs)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
-            outputs = torch.empty(
-                (shape[0], self.outputs, sizes.rows, sizes.columns), memory_format=torch.channels_last
-            )
+            of_all = (shape[0], self.outputs, sizes.rows, sizes.columns)
+            outputs = torch.empty(of_all, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         threads = torch.get_num_threads() if sizes.threads else 1
-        run: Callable[..., int] = built_events().events_run  # type: ignore[union-attr]
         addresses = (x.data_ptr(), self.weights.data_ptr(), self.bias.data_ptr(), outputs.data_ptr())
-        return outputs if run(ctypes.addressof(sizes), threads, *addresses) else self.otherwise(x)
+        return outputs if loops.events_run(ctypes.addressof(sizes), threads, *addresses) else self.otherwise(x)
 
-    def _sizes(self, shape: torch.Size) -> _Map:
-        """Return what the loops need to know of inputs of a shape."""
+    def _sizes(self, shape: torch.Size) -> _Map | None:
+        """Return what the loops need to know of inputs of a shape; None where they cannot take it."""
+        if len(shape) != (2 if self.linear else 4) or shape[1] != self.channels:
+            return None
         batch, sides = shape[0], (1, 1) if self.linear else shape[2:]
         axes = zip(sides, self.padding, self.kernel, self.stride, strict=True)
         rows, columns = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes)
+        if min(rows, columns) < 1 or max(sides) > _LONGEST:
+            return None
         useful = batch * rows * columns * self.weights.numel() >= _THREADS_FROM
         most = _most(batch, rows * columns, self.linear)
         inputs, outputs = (*sides, self.channels), (rows, columns, self.outputs)
         return _Map(batch, *inputs, *outputs, *self.kernel, *self.stride, *self.padding, most, useful)
+
+
+def _takes(x: Tensor) -> bool:
+    """Tell whether the loops can read a tensor, and nobody but its values is asked for."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()  # before anything that the compiler cannot look through
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        and not is_in_torch_dispatch_mode()  # somebody writes down what torch does
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and not x.is_neg()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def _most(batch: int, pixels: int, linear: bool) -> int:

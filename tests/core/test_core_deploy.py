@@ -314,6 +314,8 @@ def test_given_states_stay_as_they_are_and_no_start_means_none() -> None:
     torch.testing.assert_close(deployed(inputs, state, torch.zeros(64, dtype=torch.bool))[0], outputs)
     copied = pickle.loads(pickle.dumps(deployed))
     assert torch.equal(copied(inputs, state)[0], outputs)
+    assert deployed(inputs[:0], deployed.initial_state(0))[0].shape == (0, 4)
+    state[0].membrane[3] = 0  # they are the caller's
 
 
 @pytest.mark.parametrize(
