@@ -1,9 +1,9 @@
 /* Event-driven convolutions and linear maps on a CPU: what a silent input would add is never touched.
  *
  * Of every active input (a spike, or a mean of spikes over a pool) the weights that lead away from it are added to the
- * outputs that it reaches. Pictures lie in memory with their channels last. All inputs of one channel follow each other,
- * so that its weights stay in the first cache; the weights of one of its rows lie in the order of the outputs, so that
- * what an input adds to a row of outputs is one stretch.
+ * outputs that it reaches. Pictures lie in memory with their channels last. All inputs of one channel follow each
+ * other, so that its weights stay in the first cache; the weights of one of its rows lie in the order of the outputs,
+ * so that what an input adds to a row of outputs is one stretch.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,12 +25,12 @@ typedef int32_t Counts __attribute__((vector_size(4 * LANES), aligned(4), may_al
 
 typedef struct {
   int64_t batch;
-  int64_t height, width, channels;       /* of the inputs */
-  int64_t rows, columns, outputs;        /* of the outputs; `outputs` are their channels */
-  int64_t tall, wide;                    /* the kernel */
-  int64_t down, across, above, left;     /* strides and padding */
-  int64_t most;                          /* per mille of the inputs that may be active */
-  int64_t threads;                       /* 1: several pay */
+  int64_t height, width, channels;   /* of the inputs */
+  int64_t rows, columns, outputs;    /* of the outputs; `outputs` are their channels */
+  int64_t tall, wide;                /* the kernel */
+  int64_t down, across, above, left; /* strides and padding */
+  int64_t most;                      /* per mille of the inputs that may be active */
+  int64_t threads;                   /* 1: several pay */
 } Map;
 
 /* Samples, and the part of their outputs, that one thread works on at a time. */
@@ -89,8 +89,7 @@ static void count(const Map *map, const Unit *unit, const float *inputs, int32_t
     for (int64_t pixel = unit->top * map->width; pixel < unit->bottom * map->width; pixel++) {
       const float *x = inputs + (sample * map->height * map->width + pixel) * channels;
       int64_t c = 0;
-      for (; c + LANES <= channels; c += LANES)
-        *(Counts *)(counts + c) -= (*(const Counts *)(x + c) & 0x7fffffff) != 0;
+      for (; c + LANES <= channels; c += LANES) *(Counts *)(counts + c) -= (*(const Counts *)(x + c) & 0x7fffffff) != 0;
       for (; c < channels; c++) counts[c] += fires(x[c]);
     }
 }
