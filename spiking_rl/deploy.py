@@ -39,7 +39,11 @@ class Step(nn.Module):
 
     def forward(self, current: Tensor) -> Tensor:
         """Return spikes, written over the current where the threshold is folded."""
-        return current.gt_(0) if self.threshold is None else fire(current, self.threshold)
+        return _step(current) if self.threshold is None else fire(current, self.threshold)
+
+
+def _step(current: Tensor) -> Tensor:
+    return current.gt_(0)
 
 
 def check_plain(network: LayeredNetwork) -> None:
@@ -231,12 +235,14 @@ class DeployedNetwork(_Layers):
 
     def __init__(self, folded: LayeredNetwork) -> None:
         super().__init__(folded)
-        timesteps = self._timesteps
-        self._neurons: list[_Module] = [
+        self._neurons = [self._ready(i, neuron) for i, neuron in enumerate(folded.neurons)]
+
+    def _ready(self, layer: int, neuron: nn.Module) -> _Module:
+        """Return a layer of neurons as the quickest function there is: small networks are all overhead."""
+        if isinstance(neuron, LIF):
             # Direct encoding: the first layer's current lasts for all timesteps.
-            Scan(neuron, timesteps, 1 if i else timesteps) if isinstance(neuron, LIF) else neuron.forward
-            for i, neuron in enumerate(folded.neurons)
-        ]
+            return Scan(neuron, self._timesteps, 1 if layer else self._timesteps)
+        return _step if isinstance(neuron, Step) and neuron.threshold is None else neuron.forward
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -248,6 +254,12 @@ class DeployedNetwork(_Layers):
         self._check(inputs)
         held: dict[int, Tensor] = {}
         x = inputs
+        if not self._sources:
+            for layer, neuron in zip(self._maps, self._neurons, strict=True):
+                for part in layer:
+                    x = part(x)
+                x = neuron(x)
+            return self._read_out(x, len(inputs))
         for i, neuron in enumerate(self._neurons):
             x = neuron(self._current(i, x, held))
             if i in self._feeds:
