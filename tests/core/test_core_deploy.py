@@ -280,7 +280,7 @@ def test_inputs_of_another_shape_are_refused(timesteps: int) -> None:
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])
-@EVERY
+@pytest.mark.parametrize("name", ["mlp", "nature_cnn", "vgg9", "resnet12"])  # chains, pools, shortcuts
 def test_membranes_are_carried_as_the_network_carries_them(name: str, timesteps: int) -> None:
     network, inputs = network_and_inputs(name, timesteps)
     with torch.no_grad():
