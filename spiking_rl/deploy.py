@@ -113,8 +113,6 @@ def _fold_timesteps(network: LayeredNetwork) -> LayeredNetwork:
     """Return an equal network in evaluation mode and without batch norm, whose neurons stay what they are."""
     _check_spiking(network)
     check_plain(network)
-    if network.exit_margin is not None:
-        raise UserError("exit_margin", network.exit_margin, "early decisions cannot be deployed; set it to None")
     return fold_batch_norm(network).eval()
 
 
@@ -351,7 +349,8 @@ def deploy(network: LayeredNetwork) -> DeployedNetwork:
     """Return a network as a function ``(B, *input_shape) -> (B, n)``, faster and with equal outputs.
 
     At T=1 thresholds are folded into the layers (:func:`fold_thresholds`), and no membrane is kept. At any T batch
-    norm is folded, nothing for a gradient is kept, and a single decision skips silent inputs of large linear layers.
+    norm is folded, nothing for a gradient is kept, and silent inputs of convolutions and large linear layers are
+    skipped.
 
     The outputs are those of ``network`` with fresh membranes, to rounding; where a potential comes within rounding of
     its threshold a spike may differ, and with it what depends on it.
@@ -364,7 +363,11 @@ def deploy(network: LayeredNetwork) -> DeployedNetwork:
         UserError: the network has ReLU neurons, a code, or scores spike times; or, at more than one timestep, neurons
             that fire once or an exit margin.
     """
-    folded = fold_thresholds(network) if network.timesteps == 1 else _fold_timesteps(network)
+    if network.timesteps == 1:
+        return DeployedNetwork(_freeze(fold_thresholds(network)))
+    folded = _fold_timesteps(network)
+    if network.exit_margin is not None:
+        raise UserError("exit_margin", network.exit_margin, "early decisions cannot be deployed; set it to None")
     return DeployedNetwork(_freeze(folded))
 
 
@@ -383,8 +386,6 @@ def deploy_stateful(network: LayeredNetwork) -> StatefulNetwork:
     """
     if network.single_spike:
         raise UserError("single_spike", True, "neurons that fire once carry no membrane from one decision to the next")
-    _check_spiking(network)
-    check_plain(network)
-    folded = fold_batch_norm(network).eval()
+    folded = _fold_timesteps(network)
     rest = folded.initial_state(1)
     return StatefulNetwork(_freeze(folded), rest)
