@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forking import Forker
 from PIL import Image
 
 from spiking_rl import compiling, fused
@@ -60,16 +61,22 @@ COMMAND = [sys.executable, "-m", "spiking_rl.scripts"]
 
 
 @pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Run the real command line in a process of its own."""
+def cli() -> Iterator[Cli]:
+    """Run the real command line in a process of its own, where possible without the wait for torch's import."""
+    forker = Forker(environment()) if sys.platform == "linux" else None
 
-    def call(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [*COMMAND, *map(str, args)]
+    def call(*args: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, args))
+        if forker is not None and not options:
+            return forker.run(COMMAND[-1], words, timeout=240, cwd=cwd)
+        command = [*COMMAND, *words]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=240, env=environment(), check=False, **options
+            command, capture_output=True, text=True, timeout=240, env=environment(), check=False, cwd=cwd, **options
         )
 
-    return call
+    yield call
+    if forker is not None:
+        forker.close()
 
 
 @pytest.fixture(scope="session")
