@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -61,22 +62,28 @@ COMMAND = [sys.executable, "-m", "spiking_rl.scripts"]
 
 
 @pytest.fixture(scope="session")
-def cli() -> Iterator[Cli]:
-    """Run the real command line in a process of its own, where possible without the wait for torch's import."""
+def script() -> Iterator[Cli]:
+    """Run a module as ``python -m`` does, in a process of its own, where possible without torch's import."""
     forker = Forker(environment()) if sys.platform == "linux" else None
 
-    def call(*args: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+    def call(
+        module: str, *args: object, cwd: Path | None = None, **options: object
+    ) -> subprocess.CompletedProcess[str]:
         words = list(map(str, args))
         if forker is not None and not options:
-            return forker.run(COMMAND[-1], words, timeout=240, cwd=cwd)
-        command = [*COMMAND, *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=240, env=environment(), check=False, cwd=cwd, **options
-        )
+            return forker.run(module, words, timeout=240, cwd=cwd)
+        command, text = [sys.executable, "-m", module, *words], {"text": True, "capture_output": True}
+        return subprocess.run(command, timeout=240, env=environment(), check=False, cwd=cwd, **text, **options)
 
     yield call
     if forker is not None:
         forker.close()
+
+
+@pytest.fixture(scope="session")
+def cli(script: Cli) -> Cli:
+    """Run the real command line likewise."""
+    return partial(script, COMMAND[-1])
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 _HELD = (
     "torch._dynamo",
@@ -43,16 +44,22 @@ class Forker:
             self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
 
     def run(
-        self, module: str, arguments: Sequence[str], *, timeout: float, cwd: Path | None = None
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        timeout: float,
+        cwd: Path | None = None,
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
-        """Run a module and return what it printed, and its exit code.
+        """Run a module, with ``more`` in its environment, and return what it printed and its exit code.
 
         Raises:
             subprocess.TimeoutExpired: it was killed after ``timeout`` seconds.
         """
         command = [module, *arguments]
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            message = {"command": command, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ)}
+            message = {"command": command, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ, **more)}
             socket.send_fds(self._socket, [json.dumps(message).encode()], [out.fileno(), err.fileno()])
             pid = int(self._socket.recv(_MESSAGE))
             self._socket.settimeout(timeout)

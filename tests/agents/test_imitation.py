@@ -148,6 +148,14 @@ def test_dqn_imitates_on_what_it_replays(stateful: bool) -> None:
     assert evaluate(student, "CartPole-v1", episodes=10).mean_return > 150
 
 
+@pytest.fixture
+def short_games(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A game of Pong is lost after a thousand decisions: end it after fifty, and convert on even fewer."""
+    monkeypatch.setattr("spiking_rl.envs.atari.MAX_FRAMES", 200)
+    monkeypatch.setattr("spiking_rl.agents.starting._STEPS", 32)
+
+
+@pytest.mark.usefixtures("short_games")
 def test_an_agent_of_single_frames_starts_from_one_of_several(tmp_path: Path) -> None:
     stacked, single = (PONG.format(k) for k in (4, 1))
     hardly: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 1, "num_envs": 2, "ann_steps": 0}
@@ -191,6 +199,7 @@ def test_one_command_takes_single_frame_pong_from_its_relu_network_to_the_table(
     assert rows[1]["also"][0]["environment"] == "ALE/Pong-v5?sticky_actions=0.25&frame_stack=1"
 
 
+@pytest.mark.usefixtures("short_games")
 def test_a_model_can_be_pruned_in_python_on_a_game_whose_recipe_imitates() -> None:
     model = train(PONG.format(4), ann_steps=0, imitation=0.0, report_episodes=0, **{**TINY, "prune_to": 2})
     quick = {name: TINY[name] for name in ("n_steps", "n_minibatches", "eval_episodes", "video_episodes", "eval_every")}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Cli, as_flags, copy_run, environment, last_json, write_shades
+from conftest import Cli, as_flags, copy_run, last_json, write_shades
 from test_report import needs_browser, on_a_phone
 
 from spiking_rl import load_checkpoint
@@ -212,7 +210,7 @@ def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Pat
 
 
 def test_curves_of_several_classifiers_make_one_figure(
-    finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+    finished: tuple[Path, dict[str, object]], cli: Cli, script: Cli, tmp_path: Path
 ) -> None:
     other, agent = copy_run(finished[0], tmp_path / "other", seed=1), tmp_path / "agent"
     shutil.copytree(finished[0], agent)
@@ -232,9 +230,9 @@ def test_curves_of_several_classifiers_make_one_figure(
     assert "holds an agent, and the first run a classifier; draw them apart" in refused.stderr
 
     published = tmp_path / "curves.json"
-    command = [sys.executable, "-m", "spiking_rl.scripts.curves", "--output", str(published), str(finished[0])]
-    assert subprocess.run([*command, str(agent)], capture_output=True, timeout=120).returncode == 2
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    command = ["spiking_rl.scripts.curves", "--output", published, finished[0]]
+    assert script(*command, agent).returncode == 2
+    assert script(*command).returncode == 0
     (row,) = json.loads(published.read_text())["rows"]
     assert row["curve"] == progress
     assert row["settings"]["network"] == "vgg6"
@@ -310,11 +308,10 @@ def test_what_cannot_work_with_imagenet_is_told(
     assert not (tmp_path / "run").exists()
 
 
-def test_images_are_timed_against_the_training_that_they_feed(tmp_path: Path) -> None:
+def test_images_are_timed_against_the_training_that_they_feed(script: Cli, tmp_path: Path) -> None:
     small = {"network": "vgg6", "width": 1 / 16, "large_network": "vgg6", "large_width": 1 / 16, "workers": 0}
     small |= {"batch": 8, "large_batch": 1, "files": 20, "rounds": 1, "output": tmp_path / "speed.json"}
-    command = [sys.executable, "-m", "spiking_rl.scripts.benchmark_images", *as_flags(small)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+    done = script("spiking_rl.scripts.benchmark_images", *as_flags(small))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     for row in rows:

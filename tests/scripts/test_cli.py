@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -79,7 +80,7 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
 
 
 def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
-    whole_job: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+    whole_job: tuple[Path, dict[str, object]], cli: Cli, script: Cli, tmp_path: Path
 ) -> None:
     run = tmp_path / "started"
     # An agent that balances, and goes on doing so: where episodes are shorter, so are its returns.
@@ -93,9 +94,7 @@ def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
     assert "in CartPole-v0: T=1 200.0 " in done.stderr
     output = tmp_path / "curves.json"
 
-    def curves(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "spiking_rl.scripts.curves", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    curves = partial(script, "spiking_rl.scripts.curves")
 
     refused = curves(run, tmp_path, "--output", output)
     assert refused.returncode == 2
@@ -116,13 +115,11 @@ def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
 
 
 def test_the_scores_of_several_runs_are_published_together(
-    whole_job: tuple[Path, dict[str, object]], tmp_path: Path
+    whole_job: tuple[Path, dict[str, object]], script: Cli, tmp_path: Path
 ) -> None:
     output = tmp_path / "scores.json"
 
-    def gather(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "spiking_rl.scripts.gather", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    gather = partial(script, "spiking_rl.scripts.gather")
 
     unfinished = tmp_path / "unfinished"
     shutil.copytree(whole_job[0], unfinished)

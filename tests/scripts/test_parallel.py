@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import Cli, as_flags, environment, write_shades
+from forking import Forker
 
 from spiking_rl import load_checkpoint
 from spiking_rl.runs import RunFolder
@@ -30,6 +35,7 @@ SETTINGS = {
     "threads": 1,
     "device": "cpu",
 }
+Quickly = Callable[[list[str]], tuple[int, str]]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--")
 
 
@@ -46,6 +52,31 @@ def command(data: Path, run: Path, *flags: object, dataset: str = "folder", **ch
 
 def together(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def quickly() -> Iterator[Quickly]:
+    """Start both processes as torchrun does, but without its own start, and return the worse exit code and all errors.
+
+    It is not torchrun: where one process dies nobody ends the other.
+    """
+    forkers = [Forker(environment()) for _ in range(2)]
+
+    def run(rank: int, words: list[str], meeting: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        own = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return forkers[rank].run("spiking_rl.scripts", words, timeout=240, more=own)
+
+    def both(words: list[str]) -> tuple[int, str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        with ThreadPoolExecutor(2) as pool:
+            done = list(pool.map(partial(run, words=words[len(TORCHRUN) + 1 :], meeting=meeting), (0, 1)))
+        return max(process.returncode for process in done), "".join(process.stderr for process in done)
+
+    yield both
+    for forker in forkers:
+        forker.close()
 
 
 def tensors(run: Path, name: str) -> dict[str, torch.Tensor]:
@@ -99,33 +130,33 @@ def test_a_killed_process_is_told_and_the_run_goes_on(pair: Path, data: Path, tm
         torch.testing.assert_close(tensors(run, name), tensors(pair, name), rtol=0, atol=0)
 
 
-def test_running_out_of_time_stops_all_at_one_batch(pair: Path, data: Path, tmp_path: Path) -> None:
+def test_running_out_of_time_stops_all_at_one_batch(quickly: Quickly, pair: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    stopped = together(command(data, run, "--hours", "1e-9"))
-    assert stopped.returncode == 0, stopped.stderr
-    assert stopped.stderr.count("everything is saved") == 1
-    assert together(command(data, run, "--resume")).returncode == 0
+    code, errors = quickly(command(data, run, "--hours", "1e-9"))
+    assert code == 0, errors
+    assert errors.count("everything is saved") == 1
+    assert quickly(command(data, run, "--resume"))[0] == 0
     torch.testing.assert_close(tensors(run, "T1"), tensors(pair, "T1"), rtol=0, atol=0)
 
 
-def test_what_one_process_refuses_all_refuse_and_one_tells(pair: Path, data: Path) -> None:
-    refused = together(command(data, pair))
-    assert refused.returncode != 0
-    assert refused.stderr.count("is in use already") == 1
+def test_what_one_process_refuses_all_refuse_and_one_tells(quickly: Quickly, pair: Path, data: Path) -> None:
+    code, errors = quickly(command(data, pair))
+    assert code == 2
+    assert errors.count("is in use already") == 1
 
 
-def test_images_from_disk_are_shared_out(data: Path, tmp_path: Path) -> None:
+def test_images_from_disk_are_shared_out(quickly: Quickly, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train").symlink_to(data / "train")
     (folder / "val").symlink_to(data / "test")
     run = tmp_path / "run"
     changes = {"image_size": 32, "workers": 0, "ann_epochs": 3, "epochs": 1, "prune_epochs": 1}
-    done = together(command(folder, run, dataset="imagenet", **changes))
-    assert done.returncode == 0, done.stderr
+    code, errors = quickly(command(folder, run, dataset="imagenet", **changes))
+    assert code == 0, errors
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert [row["timesteps"] for row in rows] == [2, 1, None]
     assert rows[-1]["top1"] > 90
-    odd = together(command(folder, tmp_path / "odd", dataset="imagenet", **{**changes, "batch_size": 15}))
-    assert odd.returncode != 0
-    assert odd.stderr.count("must be a multiple of the 2 processes") == 1
+    code, errors = quickly(command(folder, tmp_path / "odd", dataset="imagenet", **{**changes, "batch_size": 15}))
+    assert code == 2
+    assert errors.count("must be a multiple of the 2 processes") == 1

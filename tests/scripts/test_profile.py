@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import Cli
 
 from spiking_rl.scripts import benchmark_scaling as scaling
 from spiking_rl.scripts.profile_loops import table
@@ -57,29 +55,25 @@ def test_slopes() -> None:
     assert "1.500 of them in the linear layers, 0.500 in neurons" in scaling.explained(rows, "T")
 
 
-def script(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"spiking_rl.scripts.{name}", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment(), check=False)
-
-
-def test_growing_work_is_timed_and_drawn(tmp_path: Path) -> None:
+def test_growing_work_is_timed_and_drawn(script: Cli, tmp_path: Path) -> None:
     output = tmp_path / "scaling.json"
     small = ["--timesteps", 1, 2, "--batches", 1, 2, "--lengths", 1, 2, "--widths", 8, 16]
-    done = script("benchmark_scaling", *small, "--rounds", 1, "--threads", 1, "--output", output)
+    done = script("spiking_rl.scripts.benchmark_scaling", *small, "--rounds", 1, "--threads", 1, "--output", output)
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
     assert {(row["axis"], row["library"]) for row in rows} == {(a, lib) for a in scaling.AXES for lib in (OURS, LIMIT)}
     assert len(rows) == 16
     assert output.with_suffix(".png").exists()
-    refused = script("benchmark_scaling", "--widths", 8)
+    refused = script("spiking_rl.scripts.benchmark_scaling", "--widths", 8)
     assert refused.returncode == 2
     assert "at least two" in refused.stderr
 
 
-def test_real_loops_are_profiled(tmp_path: Path) -> None:
+def test_real_loops_are_profiled(script: Cli, tmp_path: Path) -> None:
     output = tmp_path / "profile.json"
     small = ["--cartpole-steps", 2048, "--images", 128, "--network", "vgg6", "--width", 0.03, "--timesteps", 2]
-    done = script("profile_loops", "--loops", "cartpole", "vgg", *small, "--label", "now", "--output", output)
+    arguments = ["--loops", "cartpole", "vgg", *small, "--label", "now", "--output", output]
+    done = script("spiking_rl.scripts.profile_loops", *arguments)
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())["rows"]
     for loop in ("cartpole", "vgg"):
