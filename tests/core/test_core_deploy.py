@@ -36,7 +36,7 @@ def network_and_inputs(
             break
         except (RuntimeError, ValueError):
             continue
-    inputs = torch.randn(64, *network.input_shape, dtype=torch.float64)
+    inputs = torch.randn(24, *network.input_shape, dtype=torch.float64)
     calibrate_thresholds(network, inputs, rate)
     for module in network.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
@@ -55,7 +55,7 @@ def require_equal(network: LayeredNetwork, inputs: Tensor) -> None:
     expected = outputs_of(network, inputs)
     assert len(expected.unique(dim=0)) > len(inputs) / 2
     deployed, before = deploy(network), inputs.clone()
-    single = inputs[: 64 // network.timesteps]
+    single = inputs[: 24 // network.timesteps]
     for got in (deployed(inputs), torch.cat([deployed(x.unsqueeze(0)) for x in single])):
         torch.testing.assert_close(got, expected[: len(got)], rtol=1e-9, atol=1e-9)
         assert torch.equal(got.argmax(1), expected[: len(got)].argmax(1))
@@ -286,17 +286,17 @@ def test_membranes_are_carried_as_the_network_carries_them(name: str, timesteps:
     with torch.no_grad():
         for neuron in network.neurons:
             neuron.leak.fill_(0.6)
-    sequence, starts = inputs.unflatten(0, (16, 4)), torch.rand(16, 4) < 0.2
+    sequence, starts = inputs.unflatten(0, (8, 3)), torch.rand(8, 3) < 0.2
     with torch.no_grad():
-        expected, last = network(sequence, network.initial_state(4), starts)
+        expected, last = network(sequence, network.initial_state(3), starts)
     deployed, before = deploy_stateful(network), inputs.clone()
-    state = deployed.initial_state(4)
-    assert all(torch.equal(a.membrane, b.membrane) for a, b in zip(state, network.initial_state(4), strict=True))
+    state = deployed.initial_state(3)
+    assert all(torch.equal(a.membrane, b.membrane) for a, b in zip(state, network.initial_state(3), strict=True))
     got = []
     for observation, begins in zip(sequence, starts, strict=True):
         outputs, state = deployed(observation, state, begins)
         got.append(outputs)
-    assert len(expected.flatten(0, 1).unique(dim=0)) > 32
+    assert len(expected.flatten(0, 1).unique(dim=0)) > 12
     assert not torch.allclose(outputs_of(network, inputs), expected.flatten(0, 1)), "membranes make no difference"
     torch.testing.assert_close(torch.stack(got), expected, rtol=1e-9, atol=1e-9)
     for now, then in zip(state, last, strict=True):
@@ -307,11 +307,11 @@ def test_membranes_are_carried_as_the_network_carries_them(name: str, timesteps:
 def test_given_states_stay_as_they_are_and_no_start_means_none() -> None:
     network, inputs = network_and_inputs("mlp", 2, leak=0.7)
     deployed = deploy_stateful(network)
-    _, state = deployed(inputs, deployed.initial_state(64))
+    _, state = deployed(inputs, deployed.initial_state(24))
     kept = copy.deepcopy(state)
     outputs, _ = deployed(inputs, state)
     assert all(torch.equal(a.membrane, b.membrane) for a, b in zip(state, kept, strict=True))
-    torch.testing.assert_close(deployed(inputs, state, torch.zeros(64, dtype=torch.bool))[0], outputs)
+    torch.testing.assert_close(deployed(inputs, state, torch.zeros(24, dtype=torch.bool))[0], outputs)
     copied = pickle.loads(pickle.dumps(deployed))
     assert torch.equal(copied(inputs, state)[0], outputs)
     assert deployed(inputs[:0], deployed.initial_state(0))[0].shape == (0, 4)
