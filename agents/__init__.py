@@ -4,6 +4,7 @@ from spiking_rl.agents.actor_critic_policies import SpikingActorCriticCnnPolicy,
 from spiking_rl.agents.callbacks import TemporalPruningCallback
 from spiking_rl.agents.cnn_policies import SpikingCnnPolicy
 from spiking_rl.agents.config import DQNConfig, PQNConfig
+from spiking_rl.agents.deployed import DeployedAgent
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.evaluation import Evaluation, evaluate
 from spiking_rl.agents.features import SpikingFeaturesExtractor
@@ -16,6 +17,7 @@ from spiking_rl.agents.training import prune, train
 
 __all__ = [
     "DQNConfig",
+    "DeployedAgent",
     "Evaluation",
     "PQNConfig",
     "Recording",

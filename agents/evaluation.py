@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
+from spiking_rl.agents.deployed import DeployedAgent
+from spiking_rl.agents.policies import SpikingQNetwork, q_network
 from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs, spikes_per_input
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
@@ -44,6 +45,7 @@ class Evaluation:
         spike_rate: spikes per neuron per timestep, by layer; None for a ReLU network.
         energy_ratio: energy of the ReLU network over that of this one, per decision.
         decision_ms: median latency of ``model.predict`` on one observation; None if not measured.
+        deployed_ms: the same of a :class:`spiking_rl.agents.DeployedAgent`; None where there can be none.
         distinct_episodes: episodes with different actions; few where nothing but the start is random
             (Atari without sticky actions).
         returns: return of every episode, in the order of their seeds.
@@ -58,6 +60,7 @@ class Evaluation:
     spike_rate: dict[str, float] | None
     energy_ratio: float
     decision_ms: float | None
+    deployed_ms: float | None
     distinct_episodes: int
     returns: list[float]
     mean_timesteps: float | None = None
@@ -69,17 +72,6 @@ class Evaluation:
         if self.mean_timesteps is None:
             del row["mean_timesteps"]
         return row
-
-
-def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
-    """Return the Q-network of a model of ours.
-
-    Raises:
-        UserError: the model has none.
-    """
-    if not isinstance(model.policy, SpikingMlpPolicy):
-        raise UserError("model", type(model).__name__, "is not a spiking agent; use SB3's evaluate_policy for it")
-    return model.policy.q_net
 
 
 def check_episodes(episodes: int, seed: int) -> None:
@@ -156,6 +148,7 @@ def evaluate(
                 coded=counter.coded_input(q_net.network),
             ),
             decision_ms=decision_latency_ms(model) if measure_latency else None,
+            deployed_ms=_deployed_ms(model) if measure_latency and exit_margin is None else None,
             distinct_episodes=distinct,
             returns=returns,
             mean_timesteps=None if exit_margin is None else used,
@@ -269,7 +262,7 @@ def typical_gap(model: BaseAlgorithm, env_id: str) -> float:
     return float(np.median(gaps))
 
 
-def decision_latency_ms(model: BaseAlgorithm, decisions: int = 200) -> float:
+def decision_latency_ms(model: BaseAlgorithm | DeployedAgent, decisions: int = 200) -> float:
     """Return the median time of ``model.predict`` on a single observation, in milliseconds."""
     observation = np.asarray(model.observation_space.sample())
     if np.issubdtype(observation.dtype, np.floating):
@@ -280,3 +273,10 @@ def decision_latency_ms(model: BaseAlgorithm, decisions: int = 200) -> float:
         model.predict(observation, deterministic=True)
         times.append(time.perf_counter() - start)
     return float(np.median(times[20:])) * 1e3
+
+
+def _deployed_ms(model: BaseAlgorithm) -> float | None:
+    try:
+        return decision_latency_ms(DeployedAgent(model))
+    except UserError:  # a ReLU network, or a code
+        return None

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, q_network
+from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes
 from spiking_rl.agents.panel import Neuron, Panel, action_names, choose_neurons
+from spiking_rl.agents.policies import q_network
 from spiking_rl.envs.make import make_single
 from spiking_rl.envs.video import Frame, write_video
 from spiking_rl.errors import UserError

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_flattened_obs_dim, is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -417,3 +418,14 @@ def check_observation_space(
             "is no image (uint8, 0 to 255, three axes); use an Mlp policy such as SpikingMlpPolicy, or "
             "normalize_images=False where the pixels are scaled already",
         )
+
+
+def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
+    """Return the Q-network of a model of ours.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if not isinstance(model.policy, SpikingMlpPolicy):
+        raise UserError("model", type(model).__name__, "is not a spiking agent; use SB3's evaluate_policy for it")
+    return model.policy.q_net

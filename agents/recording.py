@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, q_network
+from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes
+from spiking_rl.agents.policies import q_network
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically

@@ -104,6 +104,10 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for r in rows
     ]
+    if any(r.get("deployed_ms") is not None for r in rows):
+        header.append("deployed")
+        for line, r in zip(body, rows, strict=True):
+            line.append("" if r.get("deployed_ms") is None else f"{r['deployed_ms']:.2f}")
     if any(r["distinct_episodes"] < r["episodes"] for r in rows):
         header.append("distinct games")
         for line, r in zip(body, rows, strict=True):

@@ -285,6 +285,7 @@ def _energy(facts: Facts) -> str:
         "accumulates_per_mac": ("additions per MAC", 3),
         "membrane_traffic": ("membrane reads and writes", 0),
         latency: ("ms per image" if facts.classifies else "ms per decision", 3),
+        "deployed_ms": ("the same, deployed", 3),
     }
     shown = [n for n in names if any(r.get(n) is not None for r in facts.rows)]
     body = [[_stage(r.get("timesteps")), *(_number(r.get(n), names[n][1]) for n in shown)] for r in facts.rows]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spiking_rl.checkpoint import WEIGHTS, load_checkpoint, read_json
+from spiking_rl.deploy import deploy
 from spiking_rl.energy import (
     INT32,
     SpikeCounter,
@@ -49,11 +51,12 @@ def evaluate(
 
     Returns:
         ``dataset, network, timesteps, images, top1, spike_rate, energy_ratio, energy_ratio_int32,
-        accumulates_per_mac, membrane_traffic, image_ms, sha256, predicted``: accuracy in percent; spikes per
-        neuron and timestep by layer (None for a ReLU network); energy with both sets of constants; additions per
-        multiply-accumulate of the ReLU network behind the first layer, over all timesteps; reads and writes of
-        membranes per image; the median time of one image alone; the checkpoint's weights by their hash; and the
-        class of every test image in its order.
+        accumulates_per_mac, membrane_traffic, image_ms, deployed_ms, sha256, predicted``: accuracy in percent;
+        spikes per neuron and timestep by layer (None for a ReLU network); energy with both sets of constants;
+        additions per multiply-accumulate of the ReLU network behind the first layer, over all timesteps; reads and
+        writes of membranes per image; the median time of one image alone, and on the deployed network
+        (:func:`spiking_rl.deploy.deploy`; None where there can be none); the checkpoint's weights by their hash; and
+        the class of every test image in its order.
 
     Raises:
         UserError: no such checkpoint, or a damaged one.
@@ -81,6 +84,7 @@ def evaluate(
         "accumulates_per_mac": None if spikes is None else _weighted(spikes, macs[1:]) * network.timesteps,
         "membrane_traffic": membrane_traffic(network),
         "image_ms": _image_ms(network, images),
+        "deployed_ms": _deployed_ms(network, images),
         "sha256": load_checkpoint(folder).config["sha256"],
         "weights": f"{folder.name}/{WEIGHTS}",
         "predicted": found.tolist(),
@@ -130,14 +134,27 @@ def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
-@torch.no_grad()
 def _image_ms(network: LayeredNetwork, images: Images) -> float:
     """Return the median time of one image, in milliseconds, its way to the network's device included."""
+    return _median_ms(lambda image: predict(network, image, images.mean, images.std), images)
+
+
+def _deployed_ms(network: LayeredNetwork, images: Images) -> float | None:
+    """Return that of the deployed network; None for a ReLU network, or a code."""
+    try:
+        deployed = deploy(network)
+    except UserError:
+        return None
+    device = next(network.parameters()).device
+    return _median_ms(lambda x: deployed(normalise(x.to(device), images.mean, images.std)).argmax(1).cpu(), images)
+
+
+def _median_ms(classify: Callable[[Tensor], Tensor], images: Images) -> float:
     times = []
     some, _ = next(iter(images.test()))
     for k in range(_TIMED + _WARM_UP):
         start = time.perf_counter()
-        predict(network, some[k % len(some)].unsqueeze(0), images.mean, images.std)
+        classify(some[k % len(some)].unsqueeze(0))
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[_WARM_UP:])
 

@@ -400,6 +400,7 @@ def test_a_score_comes_with_its_cost(whole: Trainer) -> None:
             assert row[name] == pytest.approx((first + sum(later)) * mac / (first * mac + spikes * accumulate))
         assert row["macs"] == first + sum(later)
     assert 0 < one["image_ms"] < 1000
+    assert 0 < one["deployed_ms"] < 1000
 
 
 def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,7 @@ def test_evaluate_prints_one_json_object(cli: Cli, small_run: Path) -> None:
         "spike_rate",
         "energy_ratio",
         "decision_ms",
+        "deployed_ms",
         "distinct_episodes",
     ]
     assert row["timesteps"] == 3

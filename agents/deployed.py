@@ -1,0 +1,94 @@
+"""An agent made ready to act outside of training: Stable-Baselines3's ``predict`` on a deployed network."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.preprocessing import is_image_space, maybe_transpose
+from stable_baselines3.common.utils import is_vectorized_observation
+from torch import Tensor, nn
+
+from spiking_rl.agents.policies import q_network
+from spiking_rl.deploy import deploy, deploy_stateful
+from spiking_rl.networks import NetworkState
+from spiking_rl.neurons import LIFState
+
+
+class DeployedAgent:
+    """A trained agent that acts greedily, and faster than the model it is made of.
+
+    It decides as the model's ``predict(..., deterministic=True)`` does, on the network of
+    :func:`spiking_rl.deploy.deploy` (:func:`~spiking_rl.deploy.deploy_stateful` where the agent is stateful): a
+    decision differs only where a potential comes within rounding of its threshold. It can stand in for the model in
+    SB3's ``evaluate_policy``.
+
+    Args:
+        model: a SpikingDQN, a SpikingPQN or SB3's own DQN with a spiking policy. It stays as it is, and what it learns
+            later does not reach this agent.
+
+    Raises:
+        UserError: the model has no spiking Q-network, or one with ReLU, a code or scores of spike times.
+    """
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        q_net = q_network(model)
+        self.stateful = q_net.stateful
+        self.observation_space: spaces.Space[Any] = q_net.observation_space
+        self.action_space: spaces.Discrete = q_net.action_space
+        self._carrying = deploy_stateful(q_net.network) if q_net.stateful else None
+        self._fresh = None if q_net.stateful else deploy(q_net.network)
+        self._scaling = copy.deepcopy(q_net)  # of its observations, by statistics that must not move on
+        self._scaling.network = nn.Identity()  # type: ignore[assignment]
+        self._scaling.set_training_mode(False)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: NDArray[Any],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Return greedy actions and the membranes after them (None when stateless).
+
+        Args:
+            observation: one observation, or a batch of them.
+            state: membranes returned by the last call, ``(n_envs, *neurons)`` per layer; None at the start.
+            episode_start: bool ``(n_envs,)``, true where the observation opens an episode.
+            deterministic: taken for the sake of SB3; exploring is the learner's.
+
+        Raises:
+            ValueError: observations of another shape (SB3's own message).
+        """
+        space = self.observation_space
+        seen = np.asarray(observation)
+        if is_image_space(space):
+            seen = maybe_transpose(seen, space)
+        vectorised = is_vectorized_observation(seen, space)
+        batch = seen.reshape(-1, *(space.shape or ()))
+        values, after = self._decide(torch.as_tensor(batch, device=self._scaling.device), state, episode_start)
+        actions: NDArray[Any] = values.argmax(1).cpu().numpy()
+        membranes = None if after is None else tuple(layer.membrane.cpu().numpy() for layer in after)
+        return (actions if vectorised else actions.squeeze(0)), membranes
+
+    def _decide(
+        self, observations: Tensor, state: tuple[NDArray[Any], ...] | None, episode_start: NDArray[Any] | None
+    ) -> tuple[Tensor, NetworkState | None]:
+        inputs = self._scaling.features(observations)
+        if self._carrying is None:
+            assert self._fresh is not None
+            return self._fresh(inputs), None
+        if state is None:
+            before = self._carrying.initial_state(len(inputs))
+        else:
+            before = tuple(LIFState(torch.as_tensor(layer, device=inputs.device)) for layer in state)
+        starts = None
+        if episode_start is not None:
+            starts = torch.as_tensor(episode_start, dtype=torch.bool, device=inputs.device).reshape(-1)
+        return self._carrying(inputs, before, starts)
