@@ -29,8 +29,8 @@ class DeployedAgent:
     SB3's ``evaluate_policy``.
 
     Args:
-        model: a SpikingDQN, a SpikingPQN or SB3's own DQN with a spiking policy. It stays as it is, and what it learns
-            later does not reach this agent.
+        model: a SpikingDQN, a SpikingPQN, or SB3's own DQN or QRDQN with a spiking policy. It stays as it is, and
+            what it learns later does not reach this agent.
 
     Raises:
         UserError: the model has no spiking Q-network, or one with ReLU, a code or scores of spike times.
@@ -43,9 +43,9 @@ class DeployedAgent:
         self.action_space: spaces.Discrete = q_net.action_space
         self._carrying = deploy_stateful(q_net.network) if q_net.stateful else None
         self._fresh = None if q_net.stateful else deploy(q_net.network)
-        self._scaling = copy.deepcopy(q_net)  # of its observations, by statistics that must not move on
-        self._scaling.network = nn.Identity()  # type: ignore[assignment]
-        self._scaling.set_training_mode(False)
+        self._around = copy.deepcopy(q_net)  # all but the network: it scales observations by statistics of now
+        self._around.network = nn.Identity()  # type: ignore[assignment]
+        self._around.set_training_mode(False)
 
     @torch.no_grad()
     def predict(
@@ -72,15 +72,15 @@ class DeployedAgent:
             seen = maybe_transpose(seen, space)
         vectorised = is_vectorized_observation(seen, space)
         batch = seen.reshape(-1, *(space.shape or ()))
-        values, after = self._decide(torch.as_tensor(batch, device=self._scaling.device), state, episode_start)
-        actions: NDArray[Any] = values.argmax(1).cpu().numpy()
+        outputs, after = self._decide(torch.as_tensor(batch, device=self._around.device), state, episode_start)
+        actions: NDArray[Any] = self._around.of_actions(outputs).argmax(1).cpu().numpy()
         membranes = None if after is None else tuple(layer.membrane.cpu().numpy() for layer in after)
         return (actions if vectorised else actions.squeeze(0)), membranes
 
     def _decide(
         self, observations: Tensor, state: tuple[NDArray[Any], ...] | None, episode_start: NDArray[Any] | None
     ) -> tuple[Tensor, NetworkState | None]:
-        inputs = self._scaling.features(observations)
+        inputs = self._around.features(observations)
         if self._carrying is None:
             assert self._fresh is not None
             return self._fresh(inputs), None

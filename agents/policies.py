@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import numpy as np
@@ -118,6 +119,10 @@ class SpikingQNetwork(BasePolicy):
         flat: Tensor = self.norm(prepared.flatten(1))
         return flat
 
+    def of_actions(self, outputs: Tensor) -> Tensor:
+        """Return Q-values ``(B, A)`` of what the network gives, ``(B, outputs)``: here they are just that."""
+        return outputs
+
     def update_norm(self, observations: Tensor) -> None:
         """Fold raw observations ``(B, *obs)`` into the running statistics (images have none)."""
         if self.norm is None:
@@ -199,6 +204,8 @@ class SpikingMlpPolicy(DQNPolicy):
     """
 
     q_net: SpikingQNetwork  # type: ignore[assignment]
+    _optimizer: torch.optim.Optimizer | None
+    _first_rate: float
     q_net_target: SpikingQNetwork  # type: ignore[assignment]
     has_target = True
     default_network: ClassVar[str] = "mlp"
@@ -269,17 +276,34 @@ class SpikingMlpPolicy(DQNPolicy):
 
     def rebuild_optimizer(self, learning_rate: float) -> None:
         """Start a fresh optimiser, thresholds and leaks kept in range after each of its steps."""
-        self.optimizer = self.optimizer_class(
-            self.q_net.parameters(),
-            lr=learning_rate,  # type: ignore[call-arg]
-            **self.optimizer_kwargs,
-        )
-        equip_optimizer(self.optimizer, self.q_net)
+        # Options that it does not know are told at once, and not in the middle of learning.
+        inspect.signature(self.optimizer_class).bind([], lr=learning_rate, **self.optimizer_kwargs)
+        self._optimizer, self._first_rate = None, learning_rate
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser, made when it is first asked for.
+
+        A process's first one imports torch's compiler, which takes longer than all else that a loaded agent needs.
+        """
+        if self._optimizer is None:
+            self._optimizer = self.optimizer_class(
+                self.q_net.parameters(),
+                lr=self._first_rate,  # type: ignore[call-arg]
+                **self.optimizer_kwargs,
+            )
+            equip_optimizer(self._optimizer, self.q_net)
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._optimizer = optimizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled policy; optimisers lose their hooks on the way."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        equip_optimizer(self.optimizer, self.q_net)
+        if self._optimizer is not None:
+            equip_optimizer(self._optimizer, self.q_net)
 
     @property
     def timesteps(self) -> int:

@@ -47,7 +47,11 @@ class SpikingQuantileNetwork(SpikingQNetwork):
     ) -> tuple[Tensor, NetworkState | None]:
         """Return Q-values ``(B, A)``, the mean over the quantiles; see :meth:`SpikingQNetwork.q_values`."""
         outputs, after = super().q_values(obs, state, episode_start, observer)
-        return self._per_quantile(outputs).mean(1), after
+        return self.of_actions(outputs), after
+
+    def of_actions(self, outputs: Tensor) -> Tensor:
+        """Return Q-values ``(B, A)`` of what the network gives, ``(B, n_quantiles * A)``: means over the quantiles."""
+        return self._per_quantile(outputs).mean(1)
 
     def _per_quantile(self, outputs: Tensor) -> Tensor:
         return outputs.reshape(len(outputs), self.n_quantiles, -1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from identity_envs import Identity
+from sb3_contrib import QRDQN
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
@@ -18,9 +19,11 @@ from spiking_rl.agents import (
     SpikingCnnPolicy,
     SpikingMlpPolicy,
     SpikingPQN,
+    SpikingQRMlpPolicy,
     evaluate,
     load_agent,
 )
+from spiking_rl.agents.policies import q_network
 from spiking_rl.envs import make_vectorised
 
 
@@ -69,13 +72,14 @@ class Forgetful:
         return self.agent.predict(observation)[0], None
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_policies_in_an_algorithm_of_sb3_too(images: bool) -> None:
+@pytest.mark.parametrize(("algorithm", "images"), [(DQN, False), (DQN, True), (QRDQN, False)])
+def test_policies_in_an_algorithm_of_sb3_too(algorithm: Any, images: bool) -> None:
     """Images ``(H, W, C)``, whose channels SB3 moves to the front; one observation, and a batch."""
-    policy = SpikingCnnPolicy if images else SpikingMlpPolicy
-    model = DQN(policy, Identity(images), policy_kwargs={"timesteps": 2}, buffer_size=200, learning_starts=10, seed=0)
+    policy = {DQN: SpikingCnnPolicy if images else SpikingMlpPolicy, QRDQN: SpikingQRMlpPolicy}[algorithm]
+    options: Any = {"policy_kwargs": {"timesteps": 2}, "buffer_size": 200, "learning_starts": 10, "seed": 0}
+    model = algorithm(policy, Identity(images), **options)
     model.learn(200)
-    torch.nn.init.normal_(model.policy.q_net.network.readout.weight)
+    torch.nn.init.normal_(q_network(model).network.readout.weight)
     deployed = DeployedAgent(model)
     draw = np.random.default_rng(0)
     every = draw.integers(0, 256, (50, 36, 36, 1), np.uint8) if images else draw.random((50, 4), np.float32)

@@ -105,6 +105,18 @@ def test_importing_the_core_imports_nothing_of_the_layers_above() -> None:
     assert loaded & (unwanted | {f"spiking_rl.{upper}" for upper in UPPER}) == set()
 
 
+def test_an_agent_that_only_plays_needs_no_compiler_of_torch() -> None:
+    """Importing it takes longer than everything else."""
+    code = """
+import sys
+from spiking_rl.agents import DeployedAgent, evaluate, load_agent
+model = load_agent("cartpole").model
+print(evaluate(model, "CartPole-v1", episodes=1).mean_return, "torch._dynamo" in sys.modules)
+model.policy.optimizer
+"""
+    assert python(code).split() == ["500.0", "False"]
+
+
 def test_every_module_of_the_core_works_without_the_layers_above() -> None:
     names = [".".join(["spiking_rl", *p.relative_to(PACKAGE).with_suffix("").parts]) for p in files_of("core")]
     names = [n.removesuffix(".__init__") for n in names if not n.endswith("__main__")]
