@@ -33,7 +33,8 @@ class DeployedAgent:
             what it learns later does not reach this agent.
 
     Raises:
-        UserError: the model has no spiking Q-network, or one with ReLU, a code or scores of spike times.
+        UserError: the model has no Q-network of ours, or one with ReLU, a code, scores of spike times, an exit margin,
+            or neurons that fire once (those only at T > 1 or with carried membranes).
     """
 
     def __init__(self, model: BaseAlgorithm) -> None:
@@ -43,6 +44,7 @@ class DeployedAgent:
         self.action_space: spaces.Discrete = q_net.action_space
         self._carrying = deploy_stateful(q_net.network) if q_net.stateful else None
         self._fresh = None if q_net.stateful else deploy(q_net.network)
+        self._device = q_net.device
         self._around = copy.deepcopy(q_net)  # all but the network: it scales observations by statistics of now
         self._around.network = nn.Identity()  # type: ignore[assignment]
         self._around.set_training_mode(False)
@@ -67,12 +69,12 @@ class DeployedAgent:
             ValueError: observations of another shape (SB3's own message).
         """
         space = self.observation_space
-        seen = np.asarray(observation)
+        seen = np.array(observation)  # copied: torch takes neither negative strides nor read-only memory
         if is_image_space(space):
             seen = maybe_transpose(seen, space)
         vectorised = is_vectorized_observation(seen, space)
         batch = seen.reshape(-1, *(space.shape or ()))
-        outputs, after = self._decide(torch.as_tensor(batch, device=self._around.device), state, episode_start)
+        outputs, after = self._decide(torch.as_tensor(batch, device=self._device), state, episode_start)
         actions: NDArray[Any] = self._around.of_actions(outputs).argmax(1).cpu().numpy()
         membranes = None if after is None else tuple(layer.membrane.cpu().numpy() for layer in after)
         return (actions if vectorised else actions.squeeze(0)), membranes
@@ -87,8 +89,8 @@ class DeployedAgent:
         if state is None:
             before = self._carrying.initial_state(len(inputs))
         else:
-            before = tuple(LIFState(torch.as_tensor(layer, device=inputs.device)) for layer in state)
+            before = tuple(LIFState(torch.as_tensor(layer, device=self._device)) for layer in state)
         starts = None
         if episode_start is not None:
-            starts = torch.as_tensor(episode_start, dtype=torch.bool, device=inputs.device).reshape(-1)
+            starts = torch.as_tensor(episode_start, dtype=torch.bool, device=self._device).reshape(-1)
         return self._carrying(inputs, before, starts)

@@ -45,7 +45,8 @@ class Evaluation:
         spike_rate: spikes per neuron per timestep, by layer; None for a ReLU network.
         energy_ratio: energy of the ReLU network over that of this one, per decision.
         decision_ms: median latency of ``model.predict`` on one observation; None if not measured.
-        deployed_ms: the same of a :class:`spiking_rl.agents.DeployedAgent`; None where there can be none.
+        deployed_ms: the same of a :class:`spiking_rl.agents.DeployedAgent`; None where there can be none, or if
+            not measured.
         distinct_episodes: episodes with different actions; few where nothing but the start is random
             (Atari without sticky actions).
         returns: return of every episode, in the order of their seeds.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState, Observer, build_network
 from spiking_rl.neurons import LIFState
 
+_OPTIMIZERS = (torch.optim.Adam, torch.optim.RAdam)  # ours and SB3's, with options of ours
 TIME_CONSTANTS = (0.2, 8.0)
 """Of a stateful agent's membranes, shortest and longest, in decisions."""
 
@@ -227,6 +227,7 @@ class SpikingMlpPolicy(DQNPolicy):
         normalize_images: bool = True,
     ) -> None:
         network = network or self.default_network
+        self._own_optimizer = optimizer_kwargs is not None or optimizer_class not in _OPTIMIZERS
         check_spaces(observation_space, action_space, network, normalize_images)
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"fused": True}  # a third of a small network's update is Adam's many small steps
@@ -276,9 +277,9 @@ class SpikingMlpPolicy(DQNPolicy):
 
     def rebuild_optimizer(self, learning_rate: float) -> None:
         """Start a fresh optimiser, thresholds and leaks kept in range after each of its steps."""
-        # Options that it does not know are told at once, and not in the middle of learning.
-        inspect.signature(self.optimizer_class).bind([], lr=learning_rate, **self.optimizer_kwargs)
         self._optimizer, self._first_rate = None, learning_rate
+        if self._own_optimizer or not learning_rate >= 0:
+            _ = self.optimizer  # what it does not take is told at once, and not in the middle of learning
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -287,11 +288,14 @@ class SpikingMlpPolicy(DQNPolicy):
         A process's first one imports torch's compiler, which takes longer than all else that a loaded agent needs.
         """
         if self._optimizer is None:
-            self._optimizer = self.optimizer_class(
-                self.q_net.parameters(),
-                lr=self._first_rate,  # type: ignore[call-arg]
-                **self.optimizer_kwargs,
-            )
+            try:
+                self._optimizer = self.optimizer_class(
+                    self.q_net.parameters(),
+                    lr=self._first_rate,  # type: ignore[call-arg]
+                    **self.optimizer_kwargs,
+                )
+            except AttributeError as error:  # which a module takes for a property that it does not have
+                raise RuntimeError(f"{self.optimizer_class.__name__} cannot be made: {error}") from error
             equip_optimizer(self._optimizer, self.q_net)
         return self._optimizer
 
@@ -451,5 +455,7 @@ def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
         UserError: the model has none.
     """
     if not isinstance(model.policy, SpikingMlpPolicy):
-        raise UserError("model", type(model).__name__, "is not a spiking agent; use SB3's evaluate_policy for it")
+        raise UserError(
+            "model", type(model).__name__, "has no spiking Q-network; SB3's evaluate_policy scores any agent"
+        )
     return model.policy.q_net

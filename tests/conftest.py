@@ -71,7 +71,7 @@ def script() -> Iterator[Cli]:
     ) -> subprocess.CompletedProcess[str]:
         words = list(map(str, args))
         if forker is not None and not options:
-            return forker.run(module, words, timeout=240, cwd=cwd)
+            return forker.run(module, words, timeout=240, environment=environment(), cwd=cwd)
         command, text = [sys.executable, "-m", module, *words], {"text": True, "capture_output": True}
         return subprocess.run(command, timeout=240, env=environment(), check=False, cwd=cwd, **text, **options)
 

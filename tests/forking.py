@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 _HELD = (
     "torch._dynamo",
@@ -31,17 +31,26 @@ _HELD = (
     "pyarrow.parquet",
     "onnx",
 )
-_MESSAGE = 1 << 17  # bytes
+_NUMBER = 64  # bytes of a message: a number in digits
+_STARTS = 120.0  # seconds that the imports may take
 
 
 class Forker:
-    """Runs ``python -m MODULE ARGUMENTS`` as :func:`subprocess.run` does, without the wait for imports."""
+    """Runs ``python -m MODULE ARGUMENTS`` as :func:`subprocess.run` does, without the wait for imports.
+
+    Args:
+        environment: variables of the process that imports.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self._start()
+
+    def _start(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()])
+            self._process = subprocess.Popen(command, env=self._environment, pass_fds=[theirs.fileno()])
 
     def run(
         self,
@@ -49,60 +58,95 @@ class Forker:
         arguments: Sequence[str],
         *,
         timeout: float,
+        environment: Mapping[str, str],
         cwd: Path | None = None,
-        more: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
-        """Run a module, with ``more`` in its environment, and return what it printed and its exit code.
+        """Run a module and return what it printed, and its exit code.
 
         Raises:
             subprocess.TimeoutExpired: it was killed after ``timeout`` seconds.
+            RuntimeError: the process that imports died.
         """
         command = [module, *arguments]
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            message = {"command": command, "cwd": str(cwd or Path.cwd()), "environment": dict(os.environ, **more)}
-            socket.send_fds(self._socket, [json.dumps(message).encode()], [out.fileno(), err.fileno()])
-            pid = int(self._socket.recv(_MESSAGE))
-            self._socket.settimeout(timeout)
-            try:
-                code = int(self._socket.recv(_MESSAGE))
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                self._socket.settimeout(None)
-                self._socket.recv(_MESSAGE)
-                raise subprocess.TimeoutExpired(command, timeout) from None
-            finally:
-                self._socket.settimeout(None)
+        file = partial(tempfile.TemporaryFile, "w+")
+        with file() as told, file() as out, file() as err:
+            json.dump({"command": command, "cwd": str(cwd or Path.cwd()), "environment": dict(environment)}, told)
+            told.flush()
+            code = self._forked(command, [told.fileno(), out.fileno(), err.fileno()], timeout)
             out.seek(0)
             err.seek(0)
             return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
+    def _forked(self, command: list[str], descriptors: list[int], timeout: float) -> int:
+        child = 0
+        try:
+            socket.send_fds(self._socket, [b"fork"], descriptors)
+            child = self._number(_STARTS)
+            return self._number(timeout)
+        except BaseException as error:
+            # Whatever it was, an interrupt too: nothing of this command may be taken for an answer to the next.
+            if child > 0:
+                with contextlib.suppress(OSError, RuntimeError):
+                    os.kill(child, signal.SIGKILL)
+                    self._number(10)  # its parent has seen the end of it
+            self._process.kill()
+            self.close()
+            self._start()
+            if isinstance(error, TimeoutError):
+                raise subprocess.TimeoutExpired(command, timeout) from None
+            raise
+
+    def _number(self, timeout: float) -> int:
+        self._socket.settimeout(timeout)
+        said = self._socket.recv(_NUMBER)
+        if not said:
+            raise RuntimeError("the process that commands are forked from died")
+        return int(said)
+
     def close(self) -> None:
         """End the process that waits for commands."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._process.wait()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _next_command(connection: socket.socket) -> list[str]:
     """Fork for every message and tell the child's number, then its exit code; in the child return what it is to run."""
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE, 2)
+        message, descriptors, _, _ = socket.recv_fds(connection, _NUMBER, 3)
         if not message:
             sys.exit()  # nobody is left to ask
         child = os.fork()
         if child == 0:
-            told = json.loads(message)
-            for standard, descriptor in enumerate(descriptors, start=1):
-                os.dup2(descriptor, standard)
-            os.environ.update(told["environment"])
-            os.chdir(told["cwd"])
-            command: list[str] = told["command"]
+            connection.close()
+            return _become(*descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        if child == 0:
-            connection.close()
-            return command
         connection.send(str(child).encode())
         connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+
+
+def _become(told: int, out: int, err: int) -> list[str]:
+    """Make of the forked child what a fresh process would be, and return its command."""
+    import numpy as np
+
+    with open(told) as file:
+        file.seek(0)
+        wanted = json.load(file)
+    for standard, descriptor in ((1, out), (2, err)):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+    os.chdir(wanted["cwd"])
+    np.random.seed()  # or every command had the same chance
+    command: list[str] = wanted["command"]
+    return command
 
 
 if __name__ == "__main__":

@@ -108,13 +108,46 @@ def test_what_is_learned_later_does_not_reach_it() -> None:
     np.testing.assert_array_equal(deployed.predict(observations)[0], before)
 
 
+def test_it_stays_on_the_device_of_its_model() -> None:
+    """Shown by one that has no values: all that fails is to bring actions back from there."""
+    model = load_agent("cartpole", device="cpu").model
+    model.policy.to("meta")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        DeployedAgent(model).predict(np.zeros(4, np.float32))
+
+
+def test_arrays_of_any_layout_are_taken() -> None:
+    agent = DeployedAgent(load_agent("cartpole").model)
+    observations = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    mirrored = observations[:, ::-1]
+    wanted, _ = agent.predict(mirrored.copy())
+    assert len(set(wanted)) == 2
+    np.testing.assert_array_equal(agent.predict(mirrored)[0], wanted)
+    observations.flags.writeable = False
+    agent.predict(observations)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"learning_rate": -1.0}, ValueError),
+        ({"policy_kwargs": {"optimizer_kwargs": {"eps": -1.0}}}, ValueError),
+        ({"policy_kwargs": {"optimizer_kwargs": {"momentum": 0.9}}}, TypeError),
+    ],
+)
+def test_settings_that_no_optimiser_takes_are_told_at_once(options: dict[str, Any], error: type[Exception]) -> None:
+    """Though it is made when it is first needed."""
+    with pytest.raises(error):
+        DQN(SpikingMlpPolicy, "CartPole-v1", **options)
+
+
 def test_what_cannot_be_deployed_is_told() -> None:
     relu = SpikingPQN(
         "MlpPolicy", make_vectorised("CartPole-v1", 2, 0), policy_kwargs={"network_kwargs": {"neuron": "relu"}}
     )
     with pytest.raises(UserError, match="no spiking neurons"):
         DeployedAgent(relu)
-    with pytest.raises(UserError, match="use SB3's evaluate_policy"):
+    with pytest.raises(UserError, match="has no spiking Q-network"):
         DeployedAgent(PPO(SpikingActorCriticPolicy, "CartPole-v1", n_steps=8, batch_size=8))
     assert evaluate(relu, "CartPole-v1", episodes=1).deployed_ms is None
     assert evaluate(load_agent("cartpole").model, "CartPole-v1", episodes=1).deployed_ms is not None

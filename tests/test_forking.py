@@ -1,0 +1,77 @@
+"""The processes that commands are forked into are what fresh ones would be, and never one another's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import environment
+from forking import Forker
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    forker = Forker(environment())
+    yield forker
+    forker.close()
+
+
+@pytest.fixture
+def run(forker: Forker, tmp_path: Path) -> Run:
+    """Run code as a module of the current folder."""
+
+    def call(code: str, timeout: float = 60, **more: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "mine.py").write_text(f"import os, sys\n{code}")
+        variables = environment() | more
+        return forker.run("mine", ["an argument"], timeout=timeout, environment=variables, cwd=tmp_path)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("", 0), ("sys.exit(3)", 3), ("1 / 0", 1), ("os.kill(os.getpid(), 11)", -11), ("sys.exit('no')", 1)],
+)
+def test_exit_codes(run: Run, code: str, status: int) -> None:
+    assert run(code).returncode == status
+
+
+def test_output_and_place(run: Run, tmp_path: Path) -> None:
+    done = run("print(os.getcwd(), sys.argv[1:], __name__); print('broken', file=sys.stderr)")
+    assert done.stdout.strip() == f"{tmp_path} ['an argument'] __main__"
+    assert done.stderr == "broken\n"
+    assert "ZeroDivisionError" in run("1 / 0").stderr
+
+
+def test_a_variable_that_is_gone_is_gone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "print(os.environ.get('HERE'), os.environ['SDL_VIDEODRIVER'], len(os.environ.get('LONG', '')))"
+    monkeypatch.setenv("SDL_VIDEODRIVER", "wayland")
+    assert run(code, HERE="yes", LONG="x" * 300_000).stdout.split() == ["yes", "dummy", "300000"]
+    assert run(code).stdout.split() == ["None", "dummy", "0"]
+
+
+def test_unseeded_commands_differ(run: Run) -> None:
+    code = "import random, numpy; print(random.random(), numpy.random.rand())"
+    first, second = (run(code).stdout.split() for _ in range(2))
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+
+
+def test_a_command_that_takes_too_long_is_killed_and_the_next_one_has_its_own_answer(run: Run, tmp_path: Path) -> None:
+    code = "import time, pathlib; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(50)"
+    began = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(code, timeout=1)
+    assert time.monotonic() - began < 40
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert run("print('well'); sys.exit(4)").returncode == 4
