@@ -335,10 +335,12 @@ def _flat(layer: nn.Module, *, spikes: bool, binary: bool = True, timesteps: int
     for part in parts:
         run: _Module = part.forward
         if isinstance(part, (nn.Conv2d, nn.Linear)):
+            rows = None
             if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
-                run = SparseLinear(part, binary, timesteps)
+                run = sparse = SparseLinear(part, binary, timesteps)
+                rows = sparse.rows
             if spikes and part.weight.numel() >= _EVENTS_FROM[part.weight.dim()] and runs_on_events(part):
-                run = EventMap(part, run)
+                run = EventMap(part, run, rows)
             spikes = False
         flat.append(run)
         binary = binary and isinstance(part, nn.Flatten)

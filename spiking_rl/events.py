@@ -55,9 +55,12 @@ class EventMap:
         layer: for which :func:`runs_on_events` holds; later changes to its weights do not arrive here.
         otherwise: what computes where many inputs are active, what the loops cannot take (another type, shape or
             device), and where a gradient or a record of the operations is wanted.
+        rows: the weights of a linear map as ``(inputs, outputs)``, contiguous, where somebody holds them so.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, otherwise: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, otherwise: Callable[[Tensor], Tensor], rows: Tensor | None = None
+    ) -> None:
         self.otherwise = otherwise
         weight = layer.weight.detach()
         self.linear = isinstance(layer, nn.Linear)
@@ -68,7 +71,7 @@ class EventMap:
             self.stride, self.padding = (down, across), (above, left)
         kernel = weight[..., None, None] if self.linear else weight
         self.outputs, self.channels, *self.kernel = kernel.shape
-        self.weights = _as_events_read(kernel, self.stride[1])
+        self.weights = _as_events_read(kernel, self.stride[1]) if rows is None else rows[:, None, None, None]
         self.bias = weight.new_zeros(self.outputs) if layer.bias is None else layer.bias.detach().clone()
         self.last: tuple[torch.Size, _Map | None] = (torch.Size(), None)
 

@@ -87,6 +87,16 @@ LARGE = [
 ]
 
 
+def test_weights_that_somebody_holds_are_not_copied() -> None:
+    torch.manual_seed(0)
+    layer, x = exact(nn.Linear(300, 512)), inputs_of((3, 300), 0.1)
+    rows = layer.weight.detach().t().contiguous()
+    events = EventMap(layer, refuse, rows)  # type: ignore[arg-type]
+    assert events.weights.data_ptr() == rows.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(events(x), layer(x))
+
+
 @pytest.mark.parametrize(("layer", "shape"), LARGE, ids=lambda value: str(value) if isinstance(value, tuple) else "")
 @pytest.mark.parametrize("batch", [1, 2, 9, 64])
 @pytest.mark.parametrize("threads", [1, 2, 3])
