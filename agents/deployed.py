@@ -14,10 +14,9 @@ from stable_baselines3.common.preprocessing import is_image_space, maybe_transpo
 from stable_baselines3.common.utils import is_vectorized_observation
 from torch import Tensor, nn
 
-from spiking_rl.agents.policies import q_network
+from spiking_rl.agents.policies import as_arrays, as_state, q_network
 from spiking_rl.deploy import deploy, deploy_stateful
 from spiking_rl.networks import NetworkState
-from spiking_rl.neurons import LIFState
 
 
 class DeployedAgent:
@@ -76,8 +75,7 @@ class DeployedAgent:
         batch = seen.reshape(-1, *(space.shape or ()))
         outputs, after = self._decide(torch.as_tensor(batch, device=self._device), state, episode_start)
         actions: NDArray[Any] = self._around.of_actions(outputs).argmax(1).cpu().numpy()
-        membranes = None if after is None else tuple(layer.membrane.cpu().numpy() for layer in after)
-        return (actions if vectorised else actions.squeeze(0)), membranes
+        return (actions if vectorised else actions.squeeze(0)), None if after is None else as_arrays(after)
 
     def _decide(
         self, observations: Tensor, state: tuple[NDArray[Any], ...] | None, episode_start: NDArray[Any] | None
@@ -86,10 +84,7 @@ class DeployedAgent:
         if self._carrying is None:
             assert self._fresh is not None
             return self._fresh(inputs), None
-        if state is None:
-            before = self._carrying.initial_state(len(inputs))
-        else:
-            before = tuple(LIFState(torch.as_tensor(layer, device=self._device)) for layer in state)
+        before = self._carrying.initial_state(len(inputs)) if state is None else as_state(state, self._device)
         starts = None
         if episode_start is not None:
             starts = torch.as_tensor(episode_start, dtype=torch.bool, device=self._device).reshape(-1)

@@ -150,10 +150,21 @@ class SpikingQNetwork(BasePolicy):
             episode_start: bool ``(B,)``, rows whose membrane starts at zero.
             observer: sees the hidden layers.
         """
+        outputs, after = self.outputs(obs, state, episode_start, observer)
+        return self.of_actions(outputs), after
+
+    def outputs(
+        self,
+        obs: PyTorchObs,
+        state: NetworkState | None = None,
+        episode_start: Tensor | None = None,
+        observer: Observer | None = None,
+    ) -> tuple[Tensor, NetworkState | None]:
+        """Return what the network gives, ``(B, outputs)``, and the membranes after it; see :meth:`q_values`."""
         inputs = self.features(obs).unsqueeze(0)
         starts = None if episode_start is None else episode_start.unsqueeze(0)
-        values, after = self.network(inputs, state, starts if state is not None else None, observer)
-        return values.squeeze(0), after
+        outputs, after = self.network(inputs, state, starts if state is not None else None, observer)
+        return outputs.squeeze(0), after
 
     def q_sequence(self, obs: Tensor, state: NetworkState, starts: Tensor) -> Tensor:
         """Return Q-values ``(L, B, A)`` along sequences; see :meth:`sequence`."""
@@ -335,10 +346,7 @@ class SpikingMlpPolicy(DQNPolicy):
         self.set_training_mode(False)
         obs, vectorised = self.obs_to_tensor(observation)
         assert isinstance(obs, Tensor)
-        if state is None:
-            before = self.q_net.network.initial_state(len(obs))
-        else:
-            before = tuple(LIFState(torch.as_tensor(layer, device=self.device)) for layer in state)
+        before = self.q_net.network.initial_state(len(obs)) if state is None else as_state(state, self.device)
         starts = torch.zeros(len(obs), dtype=torch.bool, device=self.device)
         if episode_start is not None:
             starts = torch.as_tensor(episode_start, dtype=torch.bool, device=self.device).reshape(-1)
@@ -346,8 +354,7 @@ class SpikingMlpPolicy(DQNPolicy):
             values, after = self.q_net.q_values(obs, before, starts)
         assert after is not None
         actions = values.argmax(1).cpu().numpy()
-        membranes = tuple(layer.membrane.cpu().numpy() for layer in after)
-        return (actions if vectorised else actions.squeeze(0)), membranes
+        return (actions if vectorised else actions.squeeze(0)), as_arrays(after)
 
     def set_timesteps(self, timesteps: int) -> None:
         """Change T in the Q-network and its target."""
@@ -446,6 +453,16 @@ def check_observation_space(
             "is no image (uint8, 0 to 255, three axes); use an Mlp policy such as SpikingMlpPolicy, or "
             "normalize_images=False where the pixels are scaled already",
         )
+
+
+def as_state(membranes: tuple[np.ndarray[Any, Any], ...], device: torch.device) -> NetworkState:
+    """Return membranes as a network takes them, of arrays ``(n_envs, *neurons)`` as ``predict`` does."""
+    return tuple(LIFState(torch.as_tensor(layer, device=device)) for layer in membranes)
+
+
+def as_arrays(state: NetworkState) -> tuple[np.ndarray[Any, Any], ...]:
+    """Return membranes as ``predict`` gives them."""
+    return tuple(layer.membrane.cpu().numpy() for layer in state)
 
 
 def q_network(model: BaseAlgorithm) -> SpikingQNetwork:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.errors import UserError
-from spiking_rl.networks import NetworkState, Observer
 
 
 class SpikingQuantileNetwork(SpikingQNetwork):
@@ -35,19 +34,8 @@ class SpikingQuantileNetwork(SpikingQNetwork):
 
     def forward(self, obs: PyTorchObs) -> Tensor:
         """Return quantiles ``(B, n_quantiles, A)`` of independent observations ``(B, *obs)``."""
-        outputs, _ = super().q_values(obs)
+        outputs, _ = self.outputs(obs)
         return self._per_quantile(outputs)
-
-    def q_values(
-        self,
-        obs: PyTorchObs,
-        state: NetworkState | None = None,
-        episode_start: Tensor | None = None,
-        observer: Observer | None = None,
-    ) -> tuple[Tensor, NetworkState | None]:
-        """Return Q-values ``(B, A)``, the mean over the quantiles; see :meth:`SpikingQNetwork.q_values`."""
-        outputs, after = super().q_values(obs, state, episode_start, observer)
-        return self.of_actions(outputs), after
 
     def of_actions(self, outputs: Tensor) -> Tensor:
         """Return Q-values ``(B, A)`` of what the network gives, ``(B, n_quantiles * A)``: means over the quantiles."""
