@@ -225,38 +225,54 @@ class SpikingDQN(StagedAlgorithm, DQN):
         self._norm_steps = self.num_timesteps
         losses = []
         for _ in range(gradient_steps):
-            loss = self._loss(batch_size) if sequences is None else self._sequence_loss(sequences, batch_size)
-            self.policy.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
-            self.policy.optimizer.step()
-            losses.append(loss.detach())
+            if sequences is None:
+                losses.append(self._update(batch_size))
+            else:
+                losses.append(self.learn_from(lambda: self._sequence_loss(sequences, batch_size), record=False))
         self._n_updates += gradient_steps
         self.update_average()
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.record_loss(losses)
 
-    def _loss(self, batch_size: int) -> torch.Tensor:
-        """Return the loss of one batch of independent transitions."""
+    def _update(self, batch_size: int) -> torch.Tensor:
+        """Learn from one batch of independent transitions; return the loss."""
         assert self.replay_buffer is not None
         batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
         teacher = self.imitated()
         if teacher is not None:
             alone = torch.ones(1, len(batch.observations), dtype=torch.bool, device=self.device)
             taught = teacher.values(batch.observations.unsqueeze(0), alone)[0]
-            with self.arithmetic():
-                values = self.q_net(batch.observations).float()
-            return imitation_loss(values, taught)
+            return self.learn_from(self._imitation, batch.observations, taught)
+        played = batch.observations, batch.actions.long(), batch.rewards * self.reward_scale
+        discounts = () if batch.discounts is None else (batch.discounts,)
+        return self.learn_from(self._regression, *played, batch.next_observations, batch.dones, *discounts)
+
+    def _imitation(self, observations: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a batch against a teacher's Q-values."""
+        with self.arithmetic():
+            values = self.q_net(observations).float()
+        return imitation_loss(values, taught)
+
+    def _regression(
+        self,
+        observations: torch.Tensor,
+        actions: torch.Tensor,
+        rewards: torch.Tensor,
+        next_observations: torch.Tensor,
+        dones: torch.Tensor,
+        discounts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of a batch against Double DQN's targets."""
         with torch.no_grad(), self.arithmetic():
             targets = double_q_targets(
-                batch.rewards * self.reward_scale,
-                batch.dones,
-                self.gamma if batch.discounts is None else batch.discounts,
-                self.q_net(batch.next_observations),
-                self.q_net_target(batch.next_observations),
+                rewards,
+                dones,
+                self.gamma if discounts is None else discounts,
+                self.q_net(next_observations),
+                self.q_net_target(next_observations),
             )
         with self.arithmetic():
-            q = self.q_net(batch.observations).gather(1, batch.actions.long()).float()
+            q = self.q_net(observations).gather(1, actions).float()
         return F.smooth_l1_loss(q, targets)
 
     def _sequence_loss(self, replay: SequenceReplay, batch_size: int) -> torch.Tensor:

@@ -20,6 +20,48 @@ def equip_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     """
     clamp_after_step(optimizer, module)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
+    optimizer.register_load_state_dict_post_hook(_forget_recording)
+
+
+def prepare_recording(optimizer: torch.optim.Optimizer) -> bool:
+    """Make an optimiser's step part of a CUDA graph: what changes from one step to the next is kept on the device.
+
+    Returns:
+        Whether it is now; False for optimisers that cannot.
+    """
+    if not all("capturable" in group for group in optimizer.param_groups):
+        return False
+    for group in optimizer.param_groups:
+        if group["capturable"] and isinstance(group["lr"], torch.Tensor):
+            continue
+        device = group["params"][0].device
+        group["capturable"] = True
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        for slots in (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state):
+            slots["step"] = torch.as_tensor(slots["step"], dtype=torch.float32, device=device)
+    return True
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups, in place where a recording reads it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the first group."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _forget_recording(optimizer: torch.optim.Optimizer) -> None:
+    """Undo :func:`prepare_recording` in what was loaded: it may have been saved on another device."""
+    for group in optimizer.param_groups:
+        if group.get("capturable"):
+            group["capturable"] = False
+            group["lr"] = float(group["lr"])
 
 
 def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:

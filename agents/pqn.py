@@ -338,32 +338,44 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         losses = []
         for _ in range(self.n_epochs):
             # Stateless decisions are shuffled one by one, stateful ones stay in their episodes.
-            for rows in torch.randperm(self.n_envs if before else targets.size).chunk(self.n_minibatches):
+            order = torch.randperm(self.n_envs if before else targets.size).to(self.device)
+            for rows in order.chunk(self.n_minibatches):
                 if before is None:
-                    with self.arithmetic():
-                        values = self.policy.q_net(flat_obs[rows]).float()
                     wanted = all_targets.flatten()[rows] if taught is None else taught.flatten(0, 1)[rows]
-                    played = all_actions.flatten(0, 1)[rows]
+                    batch = [flat_obs[rows], all_actions.flatten(0, 1)[rows], wanted]
                 else:
-                    state = tuple(LIFState(layer.membrane[rows]) for layer in before)
-                    with self.arithmetic():
-                        values = self.policy.q_net.q_sequence(all_obs[:, rows], state, all_starts[:, rows]).float()
                     wanted = (all_targets if taught is None else taught)[:, rows]
-                    played = all_actions[:, rows]
-                if taught is None:
-                    loss = 0.5 * torch.nn.functional.mse_loss(values.gather(-1, played).squeeze(-1), wanted)
-                else:
-                    loss = imitation_loss(values.flatten(0, -2), wanted.flatten(0, -2))
-                self.policy.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
-                self.policy.optimizer.step()
-                losses.append(loss.detach())
+                    batch = [all_obs[:, rows], all_actions[:, rows], wanted, all_starts[:, rows]]
+                    batch += [layer.membrane[rows] for layer in before]
+                losses.append(self.learn_from(self._regression if taught is None else self._imitation, *batch))
         self._n_updates += self.n_epochs * self.n_minibatches
         self.update_average()
         self.record_loss(losses)
         self.logger.record("train/q_target_mean", float(targets.mean()))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _values(self, observations: torch.Tensor, sequence: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return Q-values of a minibatch, whose ``sequence`` are starts and membranes where there is one."""
+        with self.arithmetic():
+            if not sequence:
+                values: torch.Tensor = self.policy.q_net(observations).float()
+                return values
+            starts, *membranes = sequence
+            return self.policy.q_net.q_sequence(observations, tuple(LIFState(m) for m in membranes), starts).float()
+
+    def _regression(
+        self, observations: torch.Tensor, played: torch.Tensor, wanted: torch.Tensor, *sequence: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of a minibatch against returns."""
+        values = self._values(observations, sequence)
+        return 0.5 * torch.nn.functional.mse_loss(values.gather(-1, played).squeeze(-1), wanted)
+
+    def _imitation(
+        self, observations: torch.Tensor, _: torch.Tensor, wanted: torch.Tensor, *sequence: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss of a minibatch against a teacher's Q-values."""
+        values = self._values(observations, sequence)
+        return imitation_loss(values.flatten(0, -2), wanted.flatten(0, -2))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

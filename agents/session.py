@@ -15,6 +15,7 @@ from stable_baselines3.common.logger import Logger
 from spiking_rl.agents.config import TrainConfig
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.evaluation import SELECTION_SEED, evaluate
+from spiking_rl.agents.optimisation import learning_rate
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.progress import Progress
 from spiking_rl.agents.resume import has_training_state, load_training_state, save_training_state
@@ -267,7 +268,7 @@ class TrainingSession:
             "ci95": result.ci95,
             "train_return": float(np.mean(returns)) if returns else None,
             "epsilon": float(model.exploration_rate),
-            "learning_rate": model.policy.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate(model.policy.optimizer),
             "loss": model.last_loss,
             **memory_columns(self.model.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,18 +17,20 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import obs_as_tensor, update_learning_rate
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
 from spiking_rl.agents.config import Precision
 from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.imitation import Teacher
+from spiking_rl.agents.optimisation import learning_rate, prepare_recording, set_learning_rate
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.errors import UserError, WorkError
+from spiking_rl.graphs import GraphedFunction, can_be_recorded
 from spiking_rl.networks import NetworkState, rescale_leaks
 from spiking_rl.neurons import LIFState
 from spiking_rl.tracking import spoiled_layer
@@ -109,6 +111,9 @@ class StagedAlgorithm(BaseAlgorithm):
     average: dict[str, torch.Tensor] | None = None
     membranes: NetworkState | None = None
     episode_starts: NDArray[np.bool_]
+    max_grad_norm: float
+    gamma: float
+    _recorded: tuple[tuple[Any, ...], dict[str, GraphedFunction]] = ((), {})  # what by, and functions by name
 
     @property
     def stateful(self) -> bool:
@@ -120,7 +125,7 @@ class StagedAlgorithm(BaseAlgorithm):
         return self.teacher if 1.0 - self._current_progress_remaining <= self.imitation else None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "teacher"]
+        return [*super()._excluded_save_params(), "teacher", "_recorded"]
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of a training pass."""
@@ -139,12 +144,62 @@ class StagedAlgorithm(BaseAlgorithm):
         assert isinstance(obs, torch.Tensor)
         with torch.no_grad():
             if not self.stateful:
-                values = self.policy.q_net(obs)
+                (values,) = self._launch("act", lambda obs: (self.policy.q_net(obs),), obs)
             else:
+                before = (layer.membrane for layer in self.current_membranes())
                 starts = torch.as_tensor(self.episode_starts, device=self.device)
-                values, self.membranes = self.policy.q_net.q_values(obs, self.current_membranes(), starts)
+                values, *after = self._launch("act", self._act, obs, starts, *before)
+                self.membranes = tuple(LIFState(membrane) for membrane in after)
         result: NDArray[np.float32] = values.float().cpu().numpy()
         return result
+
+    def _act(self, obs: torch.Tensor, starts: torch.Tensor, *membranes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return Q-values and the membranes after the decision."""
+        values, after = self.policy.q_net.q_values(obs, tuple(LIFState(m) for m in membranes), starts)
+        assert after is not None
+        return values, *(layer.membrane for layer in after)
+
+    def learn_from(
+        self, loss: Callable[..., torch.Tensor], *tensors: torch.Tensor, record: bool = True
+    ) -> torch.Tensor:
+        """Update the Q-network once; on a GPU the update is one CUDA graph where the optimiser allows it.
+
+        Args:
+            loss: function of the tensors, known by its name.
+            tensors: of a batch.
+            record: the loss decides nothing by the values of tensors, and reads no others but the network's.
+
+        Returns:
+            The loss, detached.
+        """
+        optimizer = self.policy.optimizer
+
+        def update(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+            value = loss(*tensors)
+            optimizer.zero_grad()
+            value.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self.policy.q_net.parameters(), self.max_grad_norm)
+            optimizer.step()
+            return (value.detach(),)
+
+        if not record or not can_be_recorded(self.device) or not prepare_recording(optimizer):
+            return update(*tensors)[0]
+        return self._launch(loss.__name__, update, *tensors)[0]
+
+    def _launch(
+        self, name: str, function: Callable[..., tuple[torch.Tensor, ...]], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Call a function, by its recording on a GPU."""
+        q_net = self.policy.q_net
+        if not can_be_recorded(self.device) or q_net.network.exit_margin is not None:
+            return function(*tensors)
+        by = (
+            *(self.policy.optimizer, q_net.network.timesteps, self.precision, self.spike_precision),
+            *(self.gamma, self.max_grad_norm),
+        )
+        if self._recorded[0] != by:
+            self._recorded = by, {}
+        return self._recorded[1].setdefault(name, GraphedFunction(function))(*tensors)
 
     def current_membranes(self) -> NetworkState:
         """Return the membranes before the next decision, at rest if there was none yet."""
@@ -203,7 +258,7 @@ class StagedAlgorithm(BaseAlgorithm):
         self.logger.record("train/loss", self.last_loss)
         spoiled = spoiled_layer(self.policy.q_net.network)
         if not math.isfinite(self.last_loss) or spoiled:
-            rate = self.policy.optimizer.param_groups[0]["lr"]
+            rate = learning_rate(self.policy.optimizer)
             where = f" and the {spoiled} no number any more" if spoiled else ""
             raise WorkError(
                 "learning_rate",
@@ -311,7 +366,7 @@ class StagedAlgorithm(BaseAlgorithm):
         rate = factor * self.lr_schedule(self._current_progress_remaining)
         self.logger.record("train/learning_rate", rate)
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            update_learning_rate(optimizer, rate)
+            set_learning_rate(optimizer, rate)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         done = num_timesteps - self.stage_start
