@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ torch.set_num_threads(1)  # small networks; the suite may share two cores
 SMALL = {
     "timesteps": 3,
     "prune_to": 2,
-    "agent_steps": 4096,
+    "agent_steps": 2560,
     "prune_steps": 1024,
     "num_envs": 4,
     "hidden": (16, 16),
@@ -67,13 +68,16 @@ def script() -> Iterator[Cli]:
     forker = Forker(environment()) if sys.platform == "linux" else None
 
     def call(
-        module: str, *args: object, cwd: Path | None = None, **options: object
+        module: str, *args: object, cwd: Path | None = None, file_size: int | None = None
     ) -> subprocess.CompletedProcess[str]:
         words = list(map(str, args))
-        if forker is not None and not options:
-            return forker.run(module, words, timeout=240, environment=environment(), cwd=cwd)
+        shared = {"timeout": 240, "cwd": cwd}
+        if forker is not None:
+            return forker.run(module, words, environment=environment(), file_size=file_size, **shared)
+        if file_size is not None:
+            shared["preexec_fn"] = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size))
         command, text = [sys.executable, "-m", module, *words], {"text": True, "capture_output": True}
-        return subprocess.run(command, timeout=240, env=environment(), check=False, cwd=cwd, **text, **options)
+        return subprocess.run(command, env=environment(), check=False, **text, **shared)
 
     yield call
     if forker is not None:

@@ -1,22 +1,26 @@
 """Commands that start at once: forked from a process that holds what they import of other packages.
 
 Importing torch takes seconds, and the tests run a hundred commands. Each is a process of its own as ever and imports
-this project itself; only what it needs of others is there already. Needs :func:`os.fork`, as Linux has it.
+this project itself; only what it needs of others is there already, and it ends without taking them apart. Needs
+:func:`os.fork`, as Linux has it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +30,15 @@ _HELD = (
     "torch.utils.tensorboard",
     "stable_baselines3",
     "ale_py",
+    "gymnasium.wrappers",
     "tyro",
-    "imageio",
+    "yaml",
+    "filelock",
+    "safetensors.torch",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+    "imageio_ffmpeg",
     "pyarrow.parquet",
     "onnx",
 )
@@ -47,9 +58,10 @@ class Forker:
         self._start()
 
     def _start(self) -> None:
+        self._compiled = tempfile.TemporaryDirectory()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, __file__, str(theirs.fileno())]
+            command = [sys.executable, __file__, str(theirs.fileno()), self._compiled.name]
             self._process = subprocess.Popen(command, env=self._environment, pass_fds=[theirs.fileno()])
 
     def run(
@@ -60,8 +72,11 @@ class Forker:
         timeout: float,
         environment: Mapping[str, str],
         cwd: Path | None = None,
+        file_size: int | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a module and return what it printed, and its exit code.
+
+        Files may grow to ``file_size`` bytes: as on a disk that is full, writing more fails.
 
         Raises:
             subprocess.TimeoutExpired: it was killed after ``timeout`` seconds.
@@ -70,7 +85,8 @@ class Forker:
         command = [module, *arguments]
         file = partial(tempfile.TemporaryFile, "w+")
         with file() as told, file() as out, file() as err:
-            json.dump({"command": command, "cwd": str(cwd or Path.cwd()), "environment": dict(environment)}, told)
+            wanted = {"command": command, "cwd": str(cwd or Path.cwd()), "environment": dict(environment)}
+            json.dump({**wanted, "file_size": file_size}, told)
             told.flush()
             code = self._forked(command, [told.fileno(), out.fileno(), err.fileno()], timeout)
             out.seek(0)
@@ -113,6 +129,7 @@ class Forker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._compiled.cleanup()
 
 
 def _next_command(connection: socket.socket) -> list[str]:
@@ -144,9 +161,33 @@ def _become(told: int, out: int, err: int) -> list[str]:
     os.environ.clear()
     os.environ.update(wanted["environment"])
     os.chdir(wanted["cwd"])
+    if wanted["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["file_size"], wanted["file_size"]))
     np.random.seed()  # or every command had the same chance
     command: list[str] = wanted["command"]
     return command
+
+
+def _run(module: str) -> int:
+    """Run a module as ``python -m`` does and return its exit code, with all done that Python does at the end."""
+    code: object = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stopped:
+        code = stopped.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code or 0) & 0xFF
 
 
 if __name__ == "__main__":
@@ -154,6 +195,9 @@ if __name__ == "__main__":
         with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
     gc.freeze()  # what is held stays: no child need look through it
+    # Compiled once, also where Python is told to leave no such files beside the sources.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[2]
     sys.argv = _next_command(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = os.getcwd()  # as -m has it
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    # Taking all modules apart again would take as long as most commands.
+    os._exit(_run(sys.argv[0]))

@@ -59,6 +59,23 @@ def test_a_variable_that_is_gone_is_gone(run: Run, monkeypatch: pytest.MonkeyPat
     assert run(code).stdout.split() == ["None", "dummy", "0"]
 
 
+def test_the_end_is_python_s_own(run: Run, tmp_path: Path) -> None:
+    code = """
+import atexit, pathlib, threading, time
+atexit.register(lambda: print("atexit"))
+threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+threading.Thread(target=time.sleep, args=(50,), daemon=True).start()
+file = open("kept", "w")
+file.write("written")
+file.close()
+print("main")
+"""
+    done = run(code)
+    assert done.stdout.split() == ["main", "thread", "atexit"]
+    assert done.returncode == 0
+    assert (tmp_path / "kept").read_text() == "written"
+
+
 def test_unseeded_commands_differ(run: Run) -> None:
     code = "import random, numpy; print(random.random(), numpy.random.rand())"
     first, second = (run(code).stdout.split() for _ in range(2))

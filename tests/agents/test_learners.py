@@ -327,7 +327,7 @@ def test_bfloat16_trains_the_networks_it_is_asked_for(algo: str, neuron: str, se
     def trained(precision: str) -> torch.Tensor:
         model = learner(algo, neuron=neuron)
         setattr(model, setting, precision)
-        model.learn(2_000)
+        model.learn(640)
         weights = torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters()).detach()
         assert weights.dtype == torch.float32
         return weights
@@ -340,7 +340,7 @@ def test_bfloat16_trains_the_networks_it_is_asked_for(algo: str, neuron: str, se
 def test_networks_learn_in_bfloat16(neuron: str) -> None:
     model = learner("pqn", neuron=neuron)
     model.precision = model.spike_precision = "bfloat16"
-    model.learn(12_000)
+    model.learn(5_000)
     assert evaluate(model, "Match-v0", episodes=20, measure_latency=False).mean_return > 7
 
 
@@ -350,7 +350,7 @@ def test_stateful_networks_are_trained_in_bfloat16_too(algo: str) -> None:
     for precision in ("float32", "bfloat16"):
         model = learner(algo, stateful=True)
         model.spike_precision = precision  # type: ignore[assignment]
-        model.learn(2_000)
+        model.learn(640)
         weights.append(torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters()).detach())
     assert weights[1].isfinite().all()
     assert not torch.equal(*weights)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import COMMAND, SMALL, as_flags, environment
+from conftest import COMMAND, SMALL, Cli, as_flags, environment
 
 from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents.building import build_model
@@ -84,28 +84,39 @@ def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_
     assert_same_end(whole, tmp_path / "run")
 
 
+HYBRID = {"ann_steps": 2048, "agent_steps": 1024, "imitation": 0.75, "save_every": 512}
+
+
+@pytest.fixture(scope="module")
+def whole_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hybrid") / "whole"
+    session_in(path, "pqn", **HYBRID).run()
+    return path
+
+
 @pytest.mark.parametrize("stop_at", [600, 2100, 2600])
-def test_a_run_that_starts_with_a_relu_network_resumes_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
+def test_a_run_that_starts_with_a_relu_network_resumes_bit_for_bit(
+    whole_hybrid: Path, tmp_path: Path, stop_at: int
+) -> None:
     """Stopped while the ReLU network learns, after its end, and after the first save with spikes."""
-    hybrid = {"ann_steps": 2048, "agent_steps": 1024, "imitation": 0.75, "save_every": 512}
-    session_in(tmp_path / "whole", "pqn", **hybrid).run()
-    session = session_in(tmp_path / "run", "pqn", **hybrid)
+    session = session_in(tmp_path / "run", "pqn", **HYBRID)
     assert session.ann is not None
     run_until(session.ann if stop_at < 2048 else session, stop_at)
     torch.manual_seed(stop_at)
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    assert_same_end(whole_hybrid, tmp_path / "run")
     rows = RunFolder(tmp_path / "run").read_progress()
     assert [r["agent_steps"] for r in rows] == sorted(r["agent_steps"] for r in rows)
     assert list(dict.fromkeys(r["timesteps"] for r in rows)) == [None, 3, 2]
 
 
-def test_a_run_killed_without_warning_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_path: Path) -> None:
+def test_a_run_killed_without_warning_resumes_bit_for_bit(
+    cli: Cli, uninterrupted: tuple[str, Path], tmp_path: Path
+) -> None:
     algo, whole = uninterrupted
     path = tmp_path / "run"
     settings = {**SMALL, "agent_steps": 2048, **(DQN if algo == "dqn" else {})}
     command = [
-        *COMMAND,
         "train",
         "cartpole",
         "--algo",
@@ -116,7 +127,9 @@ def test_a_run_killed_without_warning_resumes_bit_for_bit(uninterrupted: tuple[s
         "--run",
         str(path),
     ]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, *command], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (path / "resume" / "state.json").is_file():
         assert process.poll() is None, "the run ended before it saved anything"
@@ -124,7 +137,7 @@ def test_a_run_killed_without_warning_resumes_bit_for_bit(uninterrupted: tuple[s
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = subprocess.run([*command, "--resume"], env=environment(), capture_output=True, text=True, check=False)
+    done = cli(*command, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_end(whole, path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -435,10 +434,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(cli: Cli, t
     assert cli("train", "cartpole", *as_flags(settings), "--run", run).returncode == 0
     good = load_checkpoint(run / "checkpoints" / "T3").tensors
 
-    def limit() -> None:  # what a full disk does to a write, without filling one
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-
-    done = cli("prune", run, "--to", 1, preexec_fn=limit)
+    done = cli("prune", run, "--to", 1, file_size=3000)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "--resume" in done.stderr.strip().splitlines()[-1]

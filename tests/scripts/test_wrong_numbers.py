@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ class Env(gym.Env):
         Env.steps += 1
         broken = pathlib.Path("broken")
         seen = self.seen
-        if Env.steps > 2600 and broken.exists():
+        if Env.steps > 1800 and broken.exists():
             if ALGO == "dqn":
                 raise RuntimeError("the motor is gone")
             seen = seen * np.nan
@@ -55,7 +54,7 @@ class Env(gym.Env):
 gym.register("Frail-v0", entry_point=Env)
 '''
 SAID = {"dqn": "raised RuntimeError: the motor is gone", "pqn": "an observation with NaN or infinity"}
-FLAGS = as_flags({**SMALL, "timesteps": 2, "report_episodes": 0})
+FLAGS = as_flags({**SMALL, "timesteps": 2, "agent_steps": 2048, "prune_steps": 512, "report_episodes": 0})
 
 
 @pytest.mark.parametrize("algo", SAID)
@@ -182,11 +181,7 @@ def test_a_full_disk_is_told_by_classify_too(cli: Cli, tmp_path: Path) -> None:
     data = write_shades(tmp_path / "images", {"train": 40, "test": 4})
     small = {"width": 0.03125, "ann_epochs": 1, "epochs": 0, "ann_batch_size": 8}
     command = ("classify", "train", "vgg6", "folder", "--data", data, *as_flags(small), "--run", tmp_path / "run")
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-
-    done = cli(*command, preexec_fn=limit)
+    done = cli(*command, file_size=5000)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "free some space, then go on with --resume" in done.stderr.strip().splitlines()[-1]
