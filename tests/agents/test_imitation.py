@@ -106,8 +106,8 @@ def test_values_without_any_preference_can_be_imitated() -> None:
 
 def test_a_stateful_agent_learns_from_a_stateless_one(tmp_path: Path) -> None:
     """From play without any reward, and from nothing: no start is given."""
-    settings: dict[str, Any] = {"stateful": True, "timesteps": 2, "prune_to": 1, "agent_steps": 8000}
-    settings |= {"prune_steps": 4000, "eval_every": 4000, "eval_episodes": 5, "report_episodes": 0}
+    settings: dict[str, Any] = {"stateful": True, "timesteps": 2, "prune_to": 1, "agent_steps": 6000}
+    settings |= {"prune_steps": 3000, "eval_every": 3000, "eval_episodes": 5, "report_episodes": 0}
     settings |= {"video_episodes": 0, "reward_scale": 1e-9, "hidden": (64, 64), "n_minibatches": 4, "seed": 1}
     settings |= {"average_decay": 0.0}
     student = train("CartPole-v1", teacher="cartpole", imitation=1.0, **settings)
@@ -141,7 +141,7 @@ def test_a_teacher_with_other_actions_is_refused() -> None:
 @pytest.mark.parametrize("stateful", [False, True])
 def test_dqn_imitates_on_what_it_replays(stateful: bool) -> None:
     """Again without any reward and from nothing."""
-    settings: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 8000, "eval_every": 8000, "seed": 1}
+    settings: dict[str, Any] = {"timesteps": 1, "prune_to": 1, "agent_steps": 5000, "eval_every": 5000, "seed": 1}
     settings |= {"report_episodes": 0, "video_episodes": 0, "reward_scale": 1e-9, "stateful": stateful}
     settings |= {"eval_episodes": 5, "hidden": (64, 64), "average_decay": 0.0}
     student = train("CartPole-v1", algo="dqn", teacher="cartpole", imitation=1.0, **settings)
@@ -153,6 +153,8 @@ def short_games(monkeypatch: pytest.MonkeyPatch) -> None:
     """A game of Pong is lost after a thousand decisions: end it after fifty, and convert on even fewer."""
     monkeypatch.setattr("spiking_rl.envs.atari.MAX_FRAMES", 200)
     monkeypatch.setattr("spiking_rl.agents.starting._STEPS", 32)
+    monkeypatch.setattr("spiking_rl.agents.starting._ENVIRONMENTS", 4)
+    monkeypatch.setattr("spiking_rl.agents.starting._INPUTS", 128)
 
 
 @pytest.mark.usefixtures("short_games")

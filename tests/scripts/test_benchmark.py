@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import as_flags, environment
+from conftest import Cli, as_flags
 from torch import Tensor, nn
 
 from spiking_rl import UserError, lif_scan
@@ -215,12 +215,12 @@ def test_peak_memory_grows_with_what_is_kept() -> None:
     assert 0 < once < more
 
 
-def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "spiking_rl.scripts.benchmark", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+@pytest.fixture
+def benchmark(script: Cli) -> Cli:
+    return partial(script, "spiking_rl.scripts.benchmark")
 
 
-def test_one_command_times_prints_and_writes_and_parts_add_up(tmp_path: Path) -> None:
+def test_one_command_times_prints_and_writes_and_parts_add_up(benchmark: Cli, tmp_path: Path) -> None:
     output = tmp_path / "speed.json"
     done = benchmark("--cases", "latency-nature", *as_flags({"rounds": 1, "threads": 1, "json": output}))
     assert done.returncode == 0, done.stderr
@@ -275,7 +275,7 @@ def test_rows_of_another_commit_are_not_mixed_in(monkeypatch: pytest.MonkeyPatch
         (("--output", "speed.txt"), "must end with .json"),
     ],
 )
-def test_mistakes_are_told_in_one_line(flags: tuple[object, ...], words: str) -> None:
+def test_mistakes_are_told_in_one_line(benchmark: Cli, flags: tuple[object, ...], words: str) -> None:
     done = benchmark(*flags)
     assert done.returncode == 2
     assert words in done.stderr

@@ -245,7 +245,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shades(tmp_path_factory.mktemp("imagenet"), {"train": 300, "val": 10}, names, "JPEG", more=7)
 
 
-STREAMED = {**SMALL, "image_size": 32, "workers": 1}
+STREAMED = {**SMALL, "image_size": 32, "workers": 1, "ann_batch_size": 12, "batch_size": 12}
 
 
 def weights(run: Path) -> dict[str, object]:
