@@ -7,7 +7,7 @@ knows nothing of what Python decided in between, and refuses to be waited for.
 from __future__ import annotations
 
 import importlib
-import traceback
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -81,8 +81,12 @@ class Tape(TorchDispatchMode):
 
 def _of_an_optimiser() -> bool:
     """Tell whether one of torch's is at work, which counts its steps otherwise on a CPU than on a GPU."""
-    files = {frame.filename for frame in traceback.extract_stack(limit=30)}
-    return any(Path(name).parent.name == "optim" for name in files)
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        if Path(frame.f_code.co_filename).parent.name == "optim":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Stream:
