@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from spiking_rl.agents.building import resolve_device
 from spiking_rl.allocator import keep_memory
 from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.compiling import build_op
@@ -29,13 +30,15 @@ from spiking_rl.scripts.speed.latency import latency_rows
 from spiking_rl.scripts.speed.narrow import narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
 from spiking_rl.scripts.speed.rows import WITH_MEMORY, add_memory, fastest_format_is_channels_last, printed, timed_rows
+from spiking_rl.scripts.speed.scan import scan_rows
 from spiking_rl.scripts.speed.stateful import stateful_rows
 
 DESCRIPTION = """Time spiking-rl, SpikingJelly, snnTorch, Norse, Sinabs, the ReLU network and the limit in turns.
 
 Example: python -m spiking_rl.scripts.benchmark --cases nature latency-nature --output results/speed.json"""
 
-_OWN = ("stateful", "half", "narrow", "latency-cartpole")  # no other library runs these
+_OWN = ("scan", "stateful", "half", "narrow", "latency-cartpole")  # no other library runs these
+_ON_ANY_DEVICE = (*CASES, "scan")
 
 
 @dataclass(kw_only=True)
@@ -43,7 +46,7 @@ class Options:
     """How to measure."""
 
     cases: tuple[str, ...] = (*CASES, *_OWN)
-    """What to measure. Parts add up in the output file as long as the commit is the same."""
+    """What to measure. Parts add up in the output file as long as the commit is the same, and the device."""
     rounds: int = 40
     """Rounds; each times every variant once, so that a slow moment meets all of them."""
     seconds: float = 240
@@ -56,6 +59,8 @@ class Options:
     """Time passes; --no-time only adds the memory to the rows of the output file, also on a busy machine."""
     memory: bool = True
     """Measure peak memory too, in a process per variant."""
+    device: str = "cpu"
+    """cpu or cuda. On a GPU only the cases that every library runs, and ``scan``, unless --cases says otherwise."""
     stock_allocator: bool = False
     """Leave the allocator as it is; by default it keeps freed memory, for everyone (spiking_rl.keep_memory)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("--json",))] = None
@@ -73,7 +78,9 @@ def main() -> None:
         if not is_installed(peer):
             print(f"{peer}: not installed, left out")
     for name in options.cases:
-        if name in _OWN_CASES:
+        if name not in _ON_ANY_DEVICE and options.device != "cpu":
+            print(f"{name}: left out, it is a measurement of CPUs")
+        elif name in _OWN_CASES:
             _keep(options, _OWN_CASES[name](options), kept)
         else:
             _measure_shared(name, options, kept)
@@ -81,17 +88,18 @@ def main() -> None:
 
 def _measure_shared(name: str, options: Options, kept: bool) -> None:
     """Time a case that every library runs, then measure its memory, which takes a process per row."""
+    device = resolve_device(options.device)
     if options.time:
-        channels_last = fastest_format_is_channels_last(name)
-        rows = timed_rows(name, rounds=options.rounds, seconds=options.seconds, channels_last=channels_last)
+        last = fastest_format_is_channels_last(name, device)
+        rows = timed_rows(name, rounds=options.rounds, seconds=options.seconds, channels_last=last, device=device)
         print(printed(rows), flush=True)
         _keep(options, rows, kept)
     else:
         assert options.output is not None
-        chosen = {"case": name, "allocator": _allocator(kept)}
+        chosen = {"case": name, "allocator": _allocator(kept), "device": device.type}
         rows = [row for row in earlier_rows(options.output) if chosen.items() <= row.items()]
     if options.memory and name in WITH_MEMORY:
-        add_memory(rows, keep=kept)
+        add_memory(rows, keep=kept, device=device)
         print(printed(rows), flush=True)
         _keep(options, rows, kept)
 
@@ -99,9 +107,9 @@ def _measure_shared(name: str, options: Options, kept: bool) -> None:
 def _keep(options: Options, rows: list[dict[str, Any]], kept: bool) -> None:
     """Put rows into the output file, and draw all that it has."""
     for row in rows:
-        row["allocator"] = _allocator(kept)
+        row |= {"allocator": _allocator(kept), "device": row.get("device", "cpu")}
     if options.output is not None:
-        everything = add_results(options.output, "benchmark", rows, same=("case", "allocator"))
+        everything = add_results(options.output, "benchmark", rows, same=("case", "allocator", "device"))
         save_figure(speed_figure(everything), options.output.with_suffix(".png"))
 
 
@@ -110,6 +118,7 @@ def _allocator(kept: bool) -> str:
 
 
 def _check(options: Options) -> None:
+    resolve_device(options.device)
     for name in options.cases:
         if name not in (*CASES, *_OWN):
             raise UserError("cases", name, f"unknown; choose among {', '.join((*CASES, *_OWN))}")
@@ -120,6 +129,15 @@ def _check(options: Options) -> None:
         raise UserError("output", None, "--no-time adds memory to rows that were timed before: name their file")
     if options.output is not None and options.output.suffix != ".json":
         raise UserError("output", str(options.output), "must end with .json")
+
+
+def _scan(options: Options) -> list[dict[str, Any]]:
+    device = resolve_device(options.device)
+    rows = scan_rows(rounds=options.rounds, seconds=options.seconds, device=device)
+    for row in rows:
+        told = f"{row['gb_per_second']:.1f} GB/s, {row['ratio_to_copy']:.2f} x a copy of as many bytes"
+        print(f"{row['pass']:17}{_name(row):5} {row['ms']:9.3f} ms  {told}", flush=True)
+    return rows
 
 
 def _stateful(options: Options) -> list[dict[str, Any]]:
@@ -161,6 +179,7 @@ def _latency(options: Options) -> list[dict[str, Any]]:
 
 
 _OWN_CASES: dict[str, Callable[[Options], list[dict[str, Any]]]] = {
+    "scan": _scan,
     "stateful": _stateful,
     "half": _half,
     "narrow": _narrow,

@@ -48,7 +48,13 @@ CASES = {
 
 
 def build_case(
-    case: Case, timesteps: int, *, channels_last: bool = True, calibrated: bool = True, seed: int = 0
+    case: Case,
+    timesteps: int,
+    *,
+    channels_last: bool = True,
+    calibrated: bool = True,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[LayeredNetwork, Tensor]:
     """Return the spiking network of a case and a batch.
 
@@ -60,6 +66,7 @@ def build_case(
         channels_last: memory format of weights and inputs; else contiguous.
         calibrated: set the thresholds so that every layer fires.
         seed: of weights and inputs.
+        device: where they are put.
 
     Returns:
         The network, and inputs ``(B, *input_shape)``.
@@ -76,4 +83,4 @@ def build_case(
     images = len(case.input_shape) == 3  # (C, H, W)
     layout = torch.channels_last if channels_last and images else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]
-    return network, inputs.to(memory_format=layout)
+    return network.to(device), inputs.to(device, memory_format=layout)

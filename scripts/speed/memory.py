@@ -46,6 +46,21 @@ def extra_mb(case: str, library: str, timesteps: int, *, channels_last: bool, ke
     return float(done.stdout.splitlines()[-1])
 
 
+def device_mb(case: str, library: str, timesteps: int, *, channels_last: bool, device: torch.device) -> float:
+    """Return the same of a CUDA device's memory, which is counted there: no process of its own is needed."""
+    network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last, calibrated=False, device=device)
+    run = build_pass(library, CASES[case], network, inputs)
+    run()
+    network.zero_grad(set_to_none=True)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    idle = torch.cuda.memory_allocated(device)
+    for _ in range(_PASSES):
+        run()
+    torch.cuda.synchronize(device)
+    return round((torch.cuda.max_memory_allocated(device) - idle) / 2**20, 1)
+
+
 def _measure(case: str, library: str, timesteps: int, channels_last: bool, keep: bool, threads: int) -> float:
     torch.set_num_threads(threads)
     network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last, calibrated=False)

@@ -38,7 +38,8 @@ class PeerNetwork(nn.Module):
         self.scans: list[Neuron] = []
         for neuron in network.neurons:
             assert isinstance(neuron, LIF)
-            self.scans.append(peer_neuron(peer, neuron.threshold.item(), neuron.leak.item()))
+            with neuron.leak.device:
+                self.scans.append(peer_neuron(peer, neuron.threshold.item(), neuron.leak.item()))
 
     def forward(self, inputs: Tensor, observer: Callable[[Tensor], None] | None = None) -> Tensor:
         """Return outputs ``(B, n)``; an observer is called with every layer's spikes ``(T, B, *N)``."""

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from spiking_rl.scripts.speed.cases import CASES, build_case
-from spiking_rl.scripts.speed.memory import extra_mb
+from spiking_rl.scripts.speed.memory import device_mb, extra_mb
 from spiking_rl.scripts.speed.peers import PEERS
-from spiking_rl.scripts.speed.timing import interleave, median_ratio, ratio_quartiles, times_of
+from spiking_rl.scripts.speed.timing import interleave, median_ratio, ratio_quartiles, settler, times_of
 from spiking_rl.scripts.speed.variants import LIMIT, RELU, Pass, build_pass, differing_spikes, libraries
 
 Key = tuple[str, int | None]
+_CPU = torch.device("cpu")
 _COMPARED = 8  # inputs on which spikes are compared
 _LATENCY_PASSES = 10  # per timing
 
@@ -21,19 +22,22 @@ WITH_MEMORY = tuple(name for name, case in CASES.items() if case.backward)
 """Cases whose memory is measured too: those that keep activations for a backward pass."""
 
 
-def fastest_format_is_channels_last(name: str, rounds: int = 3) -> bool:
+def fastest_format_is_channels_last(name: str, device: torch.device, rounds: int = 3) -> bool:
     """Say which memory format of a case is the fastest for the ReLU network: all get that one."""
     case = CASES[name]
     runs: dict[bool, Pass] = {}
     for channels_last in (True, False):
         runs[channels_last] = build_pass(
-            RELU, case, *build_case(case, 1, channels_last=channels_last, calibrated=False)
+            RELU, case, *build_case(case, 1, channels_last=channels_last, calibrated=False, device=device)
         )
-    times = interleave(runs, rounds=rounds, seconds=20, passes=1 if case.backward else _LATENCY_PASSES)
+    passes = 1 if case.backward else _LATENCY_PASSES
+    times = interleave(runs, rounds=rounds, seconds=20, passes=passes, settle=settler(device))
     return median_ratio(times[True], times[False]) <= 1
 
 
-def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -> list[dict[str, Any]]:
+def timed_rows(
+    name: str, *, rounds: int, seconds: float, channels_last: bool, device: torch.device = _CPU
+) -> list[dict[str, Any]]:
     """Return a case's rows, without memory: ReLU, then at every T us, the limit and the other libraries.
 
     Args:
@@ -41,20 +45,21 @@ def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -
         rounds: timings of every variant, at most.
         seconds: no round begins after that many.
         channels_last: memory format of everything.
+        device: where it runs.
     """
     case = CASES[name]
     runs: dict[Key, Pass] = {}
     differing: dict[Key, float] = {}
     for timesteps in case.timesteps:
-        network, inputs = build_case(case, timesteps, channels_last=channels_last)
+        network, inputs = build_case(case, timesteps, channels_last=channels_last, device=device)
         if not runs:
             runs[RELU, None] = build_pass(RELU, case, network, inputs)
-        for library in libraries(case):
+        for library in libraries(case, device):
             runs[library, timesteps] = build_pass(library, case, network, inputs)
             if library in PEERS:
                 differing[library, timesteps] = differing_spikes(library, network, inputs[:_COMPARED])
     passes = 1 if case.backward else _LATENCY_PASSES
-    times = interleave(runs, rounds=rounds, seconds=seconds, passes=passes)
+    times = interleave(runs, rounds=rounds, seconds=seconds, passes=passes, settle=settler(device))
     shared = {"case": name, "network": case.network, "pass": case.kind, "batch": case.batch}
     rows = []
     for (library, steps), values in times.items():
@@ -69,22 +74,21 @@ def timed_rows(name: str, *, rounds: int, seconds: float, channels_last: bool) -
             "differing_spikes": differing.get((library, steps)),
             "memory_format": "channels_last" if channels_last else "contiguous",
             "threads": torch.get_num_threads(),
+            "device": device.type,
         }
         rows.append(shared | told | times_of(values))
     return rows
 
 
-def add_memory(rows: Sequence[dict[str, Any]], *, keep: bool) -> None:
-    """Fill in ``extra_mb`` of rows, each measured in a process of its own."""
+def add_memory(rows: Sequence[dict[str, Any]], *, keep: bool, device: torch.device = _CPU) -> None:
+    """Fill in ``extra_mb`` of rows, on a CPU each measured in a process of its own."""
     for row in rows:
-        row["extra_mb"] = extra_mb(
-            row["case"],
-            row["library"],
-            row["timesteps"] or 1,
-            channels_last=row["memory_format"] == "channels_last",
-            keep=keep,
-            threads=row["threads"],
-        )
+        asked = row["case"], row["library"], row["timesteps"] or 1
+        last = row["memory_format"] == "channels_last"
+        if device.type == "cuda":
+            row["extra_mb"] = device_mb(*asked, channels_last=last, device=device)
+        else:
+            row["extra_mb"] = extra_mb(*asked, channels_last=last, keep=keep, threads=row["threads"])
 
 
 def printed(rows: Sequence[dict[str, Any]]) -> str:

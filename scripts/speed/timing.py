@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -14,7 +15,13 @@ FEWEST_ROUNDS = 3  # however long they take: below that there are no quartiles
 
 
 def interleave(
-    variants: Mapping[Key, Callable[[], object]], *, rounds: int, seconds: float, warm_up: int = 1, passes: int = 1
+    variants: Mapping[Key, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float,
+    warm_up: int = 1,
+    passes: int = 1,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[Key, list[float]]:
     """Time variants in turns, so that a slow moment of the machine meets all of them.
 
@@ -26,6 +33,7 @@ def interleave(
         seconds: no round begins after that many, once :data:`FEWEST_ROUNDS` are done.
         warm_up: rounds ahead of them that do not count.
         passes: calls per timing, for variants that take less than some milliseconds.
+        settle: waits until what was called is done, where calls return before (:func:`settler`).
 
     Returns:
         Milliseconds per call, a list of rounds per variant.
@@ -37,12 +45,19 @@ def interleave(
             break
         for key, run in variants.items():
             run()  # does not count: a training loop finds its own data in the caches, not another network's
+            settle()
             start = time.perf_counter()
             for _ in range(passes):
                 run()
+            settle()
             if number >= 0:
                 times[key].append((time.perf_counter() - start) / passes * 1e3)
     return times
+
+
+def settler(device: torch.device) -> Callable[[], object]:
+    """Return what waits for a device to finish its work."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:

@@ -19,9 +19,13 @@ OURS, RELU, LIMIT = "spiking-rl", "torch-relu", "limit"
 DEPLOYED = f"{OURS} deployed"
 
 
-def libraries(case: Case) -> list[str]:
-    """Return who runs a case at every T: us, also deployed, the limit, and the other libraries that are installed."""
-    return [OURS, *([] if case.backward else [DEPLOYED]), LIMIT, *(name for name in PEERS if is_installed(name))]
+def libraries(case: Case, device: torch.device) -> list[str]:
+    """Return who runs a case at every T: us, also deployed, the limit, and the other libraries that are installed.
+
+    Deployed networks are event-driven on CPUs alone.
+    """
+    deployed = [] if case.backward or device.type != "cpu" else [DEPLOYED]
+    return [OURS, *deployed, LIMIT, *(name for name in PEERS if is_installed(name))]
 
 
 def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor, precision: str = "float32") -> Pass:
@@ -40,7 +44,7 @@ def build_pass(library: str, case: Case, network: LayeredNetwork, inputs: Tensor
 
     def train() -> None:
         module.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs = forward()
         outputs.float().square().mean().backward()  # type: ignore[no-untyped-call]
 

@@ -24,6 +24,7 @@ from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.narrow import make_plain, narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed, peer_neuron, time_axis
 from spiking_rl.scripts.speed.plain import Limit, PeerNetwork, ReLUNetwork
+from spiking_rl.scripts.speed.scan import scan_rows
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
 from spiking_rl.scripts.speed.variants import LIMIT, OURS, RELU, build_pass, differing_spikes
 
@@ -162,6 +163,36 @@ def test_a_network_with_plain_convolutions_is_timed_beside(halves: bool, monkeyp
     assert all(r["ratio_to_plain"] == 1 for r in rows if r["maps"] == "nn.Conv2d")
 
 
+def test_the_scan_is_told_as_a_multiple_of_a_copy() -> None:
+    rows = scan_rows(rounds=3, seconds=1, device=torch.device("cpu"), shape=(2, 8, 16, 16))
+    assert {(row["pass"], row["timesteps"]) for row in rows} == {
+        (way, t) for way in ("forward", "forward+backward") for t in (4, 1)
+    }
+    assert all(row["ratio_to_copy"] > 0 for row in rows)
+    ways = {"forward": 2, "forward+backward": 5}
+    for row in rows:
+        moved = ways[row["pass"]] * 4 * row["timesteps"] * 2 * 8 * 16 * 16
+        assert row["gb_per_second"] == pytest.approx(moved / row["ms"] / 1e6, abs=0.06)
+
+
+def test_a_device_is_waited_for_before_and_after() -> None:
+    order: list[str] = []
+    interleave({"a": lambda: order.append("a")}, rounds=1, seconds=1, warm_up=0, settle=lambda: order.append("wait"))
+    assert order == ["a", "wait", "a", "wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_is_measured_by_the_same_command(benchmark: Cli, tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    done = benchmark("--device", "cuda", "--cases", "nature", "scan", "half", "--rounds", 3, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert "half: left out" in done.stdout
+    rows = json.loads(output.read_text())["rows"]
+    assert {row["case"] for row in rows} == {"nature", "scan"}
+    assert all(row["device"] == "cuda" for row in rows)
+    assert all(row["extra_mb"] > 0 for row in rows if row["case"] == "nature")
+
+
 def test_networks_fire_and_are_the_same_in_every_process() -> None:
     network, inputs = build_case(SMALL, 3)
     again, same = build_case(SMALL, 3, channels_last=False)
@@ -192,7 +223,7 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_rows_say_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cases.CASES, "small", SMALL)
-    monkeypatch.setattr(rows, "libraries", lambda _: [OURS, LIMIT])
+    monkeypatch.setattr(rows, "libraries", lambda *_: [OURS, LIMIT])
     given = {OURS: [6.0, 12.0, 6.0], LIMIT: [4.0, 4.0, 4.0], RELU: [2.0, 3.0, 2.0]}
     monkeypatch.setattr(rows, "interleave", lambda runs, **_: {key: given[key[0]] for key in runs})
     table = rows.timed_rows("small", rounds=3, seconds=1, channels_last=True)
@@ -242,7 +273,14 @@ def test_memory_joins_the_rows_that_were_timed(monkeypatch: pytest.MonkeyPatch, 
     output = tmp_path / "speed.json"
     timed = {"case": "nature", "allocator": "stock", "network": "nature_cnn", "pass": "forward+backward", "threads": 1}
     timed |= {"batch": 32, "differing_spikes": None, "memory_format": "channels_last", "extra_mb": None, "ms": 2.0}
-    timed |= {"timesteps": 4, "ratio_to_relu": 2.0, "ratio_to_limit": 1.0, "quartiles": [1.0, 3.0], "library": LIMIT}
+    timed |= {
+        "timesteps": 4,
+        "device": "cpu",
+        "ratio_to_relu": 2.0,
+        "ratio_to_limit": 1.0,
+        "quartiles": [1.0, 3.0],
+        "library": LIMIT,
+    }
     timed |= {"ratio_quartiles": [1.5, 2.5]}
     add_results(output, "benchmark", [timed, timed | {"case": "vgg16"}], same=("case",))
     monkeypatch.setattr(rows, "extra_mb", lambda case, library, timesteps, **_: len(case) + timesteps)
@@ -273,6 +311,7 @@ def test_rows_of_another_commit_are_not_mixed_in(monkeypatch: pytest.MonkeyPatch
         (("--cases", "vgg"), "cases = 'vgg': unknown"),
         (("--rounds", 0), "rounds = 0"),
         (("--output", "speed.txt"), "must end with .json"),
+        (("--device", "tpu"), "device = 'tpu'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(benchmark: Cli, flags: tuple[object, ...], words: str) -> None:
