@@ -24,7 +24,7 @@ from spiking_rl.plotting import save_figure
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import add_results, earlier_rows
 from spiking_rl.scripts.speed.cases import CASES
-from spiking_rl.scripts.speed.figure import speed_figure
+from spiking_rl.scripts.speed.figure import drawn_rows, speed_figure
 from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.latency import latency_rows
 from spiking_rl.scripts.speed.narrow import narrow_rows
@@ -105,12 +105,13 @@ def _measure_shared(name: str, options: Options, kept: bool) -> None:
 
 
 def _keep(options: Options, rows: list[dict[str, Any]], kept: bool) -> None:
-    """Put rows into the output file, and draw all that it has."""
+    """Put rows into the output file, and draw what it has of all libraries."""
     for row in rows:
         row |= {"allocator": _allocator(kept), "device": row.get("device", "cpu")}
     if options.output is not None:
         everything = add_results(options.output, "benchmark", rows, same=("case", "allocator", "device"))
-        save_figure(speed_figure(everything), options.output.with_suffix(".png"))
+        if drawn_rows(everything):
+            save_figure(speed_figure(everything), options.output.with_suffix(".png"))
 
 
 def _allocator(kept: bool) -> str:

@@ -16,6 +16,11 @@ _TITLES = {"nature_cnn": "Nature-CNN", "vgg16": "VGG16"}
 _COLUMNS = 2
 
 
+def drawn_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows that :func:`speed_figure` draws."""
+    return [row for row in rows if row.get("ratio_quartiles") and row["timesteps"]]
+
+
 def speed_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel per case and T: bars of time as multiples of the ReLU network's, and the limit.
 
@@ -25,9 +30,8 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     from matplotlib.figure import Figure
 
     panels: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("ratio_quartiles") and row["timesteps"]:
-            panels.setdefault((row["case"], row["timesteps"]), []).append(row)
+    for row in drawn_rows(rows):
+        panels.setdefault((row["case"], row["timesteps"]), []).append(row)
     lines = max(1, -(-len(panels) // _COLUMNS))
     figure = Figure(figsize=(10, 2.3 * lines + 0.4), layout="constrained")
     for i, members in enumerate(panels.values()):

@@ -70,7 +70,7 @@ def learner(algo: str, *, stateful: bool = True, timesteps: int = 1, env: str = 
 
 @pytest.fixture(scope="module", params=["pqn", "dqn"])
 def trained(request: pytest.FixtureRequest) -> SpikingPQN | SpikingDQN:
-    return learner(request.param).learn(12_000)
+    return learner(request.param).learn(8_000)
 
 
 def test_it_remembers(trained: SpikingPQN | SpikingDQN) -> None:
