@@ -23,6 +23,9 @@ def equip_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     optimizer.register_load_state_dict_post_hook(_forget_recording)
 
 
+_TOKEN, _RATES = "_recorded_as", "_recorded_rates"  # attributes of an optimiser, which no copy and no file keeps
+
+
 def prepare_recording(optimizer: torch.optim.Optimizer) -> bool:
     """Make an optimiser's step part of a CUDA graph: what changes from one step to the next is kept on the device.
 
@@ -31,15 +34,26 @@ def prepare_recording(optimizer: torch.optim.Optimizer) -> bool:
     """
     if not all("capturable" in group for group in optimizer.param_groups):
         return False
-    for group in optimizer.param_groups:
-        if group["capturable"] and isinstance(group["lr"], torch.Tensor):
-            continue
+    rates = getattr(optimizer, _RATES, [])
+    groups = optimizer.param_groups
+    if len(rates) == len(groups) and all(
+        group["capturable"] and group["lr"] is rate for group, rate in zip(groups, rates, strict=True)
+    ):
+        return True
+    for group in groups:
         device = group["params"][0].device
         group["capturable"] = True
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         for slots in (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state):
             slots["step"] = torch.as_tensor(slots["step"], dtype=torch.float32, device=device)
+    setattr(optimizer, _RATES, [group["lr"] for group in groups])
+    setattr(optimizer, _TOKEN, object())
     return True
+
+
+def recorded_as(optimizer: torch.optim.Optimizer) -> object:
+    """Return what is another object whenever a recording of the optimiser's step is none of its any more."""
+    return getattr(optimizer, _TOKEN, None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -59,9 +73,14 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 def _forget_recording(optimizer: torch.optim.Optimizer) -> None:
     """Undo :func:`prepare_recording` in what was loaded: it may have been saved on another device."""
     for group in optimizer.param_groups:
-        if group.get("capturable"):
-            group["capturable"] = False
-            group["lr"] = float(group["lr"])
+        if not group.get("capturable"):
+            continue
+        group["capturable"] = False
+        group["lr"] = float(group["lr"])
+        if not group.get("fused"):  # such a step is counted on the CPU, and asked for
+            for parameter in group["params"]:
+                if "step" in optimizer.state.get(parameter, {}):
+                    optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
 
 
 def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -23,14 +23,14 @@ from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 from spiking_rl.agents.config import Precision
 from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.imitation import Teacher
-from spiking_rl.agents.optimisation import learning_rate, prepare_recording, set_learning_rate
+from spiking_rl.agents.optimisation import learning_rate, prepare_recording, recorded_as, set_learning_rate
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.errors import UserError, WorkError
-from spiking_rl.graphs import GraphedFunction, can_be_recorded
+from spiking_rl.graphs import Recorder, can_be_recorded
 from spiking_rl.networks import NetworkState, rescale_leaks
 from spiking_rl.neurons import LIFState
 from spiking_rl.tracking import spoiled_layer
@@ -113,7 +113,8 @@ class StagedAlgorithm(BaseAlgorithm):
     episode_starts: NDArray[np.bool_]
     max_grad_norm: float
     gamma: float
-    _recorded: tuple[tuple[Any, ...], dict[str, GraphedFunction]] = ((), {})  # what by, and functions by name
+    _recorder: Recorder | None = None
+    _recorded_by: tuple[Any, ...] = ()  # what its recordings hold
 
     @property
     def stateful(self) -> bool:
@@ -125,7 +126,7 @@ class StagedAlgorithm(BaseAlgorithm):
         return self.teacher if 1.0 - self._current_progress_remaining <= self.imitation else None
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "teacher", "_recorded"]
+        return [*super()._excluded_save_params(), "teacher", "_recorder", "_recorded_by"]
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of a training pass."""
@@ -193,13 +194,17 @@ class StagedAlgorithm(BaseAlgorithm):
         q_net = self.policy.q_net
         if not can_be_recorded(self.device) or q_net.network.exit_margin is not None:
             return function(*tensors)
+        if self._recorder is None:
+            self._recorder = Recorder()
+        optimizer = self.policy.optimizer
         by = (
-            *(self.policy.optimizer, q_net.network.timesteps, self.precision, self.spike_precision),
+            *(optimizer, recorded_as(optimizer), q_net.network.timesteps, self.precision, self.spike_precision),
             *(self.gamma, self.max_grad_norm),
         )
-        if self._recorded[0] != by:
-            self._recorded = by, {}
-        return self._recorded[1].setdefault(name, GraphedFunction(function))(*tensors)
+        if self._recorded_by != by:
+            self._recorder.forget()
+            self._recorded_by = by
+        return self._recorder(name, function, *tensors)
 
     def current_membranes(self) -> NetworkState:
         """Return the membranes before the next decision, at rest if there was none yet."""

@@ -1,7 +1,8 @@
 """A stand-in for a device that records CUDA graphs: the CPU, by the operations that torch does on it.
 
 Like the real thing it does nothing while it records, repeats the same operations on the same memory when it replays,
-knows nothing of what Python decided in between, and refuses to be waited for.
+knows nothing of what Python decided in between, and refuses to be waited for. Unlike it, it frees nothing and has one
+stream: what goes wrong with memory that is gone, only a device shows.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ WAITING = {
     ATEN.nonzero.default,  # a mask as index
     ATEN.lift_fresh.default,  # numbers of Python's, copied to the device
     ATEN.is_nonzero.default,
+    ATEN.masked_select.default,
+    ATEN.equal.default,
+    ATEN.bincount.default,
+    ATEN._unique2.default,
 }
 
 
@@ -59,7 +64,7 @@ class Tape(TorchDispatchMode):
         return out
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, stream: object = None) -> Iterator[None]:
         chance = torch.get_rng_state()
         try:
             with self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,13 @@ from spiking_rl.agents.optimisation import learning_rate
 @pytest.mark.usefixtures("recording_device")
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if "ReLU" not in name])
 def test_recorded_agents_are_plain_agents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = trained(name, tmp_path / "recorded", 0)
+    replayed = trained(name, tmp_path / "replayed", 0)
     assert Tape.replays > 100
     monkeypatch.setattr(Tape, "replays", 0)
     monkeypatch.setattr(graphs, "_WARM_UP", 10**9)  # the same optimiser, never recorded
     plain = trained(name, tmp_path / "plain", 0)
     assert Tape.replays == 0
-    assert all(torch.equal(recorded[key], plain[key]) for key in plain)
+    assert all(torch.equal(replayed[key], plain[key]) for key in plain)
 
 
 @pytest.mark.usefixtures("recording_device")
@@ -64,6 +65,52 @@ def test_an_early_exit_is_not_recorded() -> None:
     assert Tape.replays == replays
 
 
+def recorded(model: SpikingPQN | SpikingDQN) -> set[str]:
+    return set() if model._recorder is None else model._recorder.names
+
+
+@pytest.mark.usefixtures("recording_device")
+@pytest.mark.parametrize("algorithm", [SpikingPQN, SpikingDQN])
+@pytest.mark.parametrize("change", ["parameters", "rate", "copy"])
+def test_updates_go_on_with_what_the_optimiser_holds_now(
+    algorithm: type[SpikingPQN | SpikingDQN], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"policy_kwargs": {"timesteps": 1, "network_kwargs": {"hidden": [8]}}, "seed": 0}
+    model = algorithm("MlpPolicy", "CartPole-v1", **quick)  # type: ignore[arg-type]
+
+    def update(learner: SpikingPQN | SpikingDQN) -> None:
+        wanted = torch.randn(5, 2)
+        batch = (torch.randn(5, 4), wanted[:, :1].long(), wanted)
+        learner.learn_from(learner._imitation, *(batch if isinstance(learner, SpikingPQN) else batch[::2]))
+
+    def weights(learner: SpikingPQN | SpikingDQN) -> torch.Tensor:
+        return torch.nn.utils.parameters_to_vector(learner.policy.q_net.parameters()).detach().clone()
+
+    def steps(learner: SpikingPQN | SpikingDQN) -> set[float]:
+        return {float(slots["step"]) for slots in learner.policy.optimizer.state.values()}
+
+    for _ in range(6):
+        update(model)
+    assert recorded(model) == {"_imitation"}
+    assert steps(model) == {6}
+    if change == "parameters":  # as SB3 loads in place
+        model.set_parameters(model.get_parameters())
+    elif change == "rate":
+        model.policy.optimizer.param_groups[0]["lr"] = 0.0
+    untouched = weights(model)
+    learner = copy.deepcopy(model) if change == "copy" else model
+    for _ in range(6):
+        update(learner)
+    assert recorded(learner) == {"_imitation"}
+    assert steps(learner) == {12}
+    assert torch.equal(weights(learner), untouched) == (change == "rate")
+    if change == "copy":
+        assert torch.equal(weights(model), untouched), "the copy trains the original"
+    monkeypatch.setenv("SPIKING_RL_GRAPHS", "0")
+    update(learner)
+    assert steps(learner) == {13}
+
+
 @pytest.mark.usefixtures("recording_device")
 @pytest.mark.parametrize("name", ["gamma", "max_grad_norm", "optimizer", "timesteps"])
 def test_what_a_recording_holds_ends_it(name: str) -> None:
@@ -71,7 +118,8 @@ def test_what_a_recording_holds_ends_it(name: str) -> None:
         "MlpPolicy", make_vec_env("CartPole-v1", 4, seed=0), policy_kwargs={"timesteps": 3}, learning_starts=64, seed=0
     )
     model.learn(512)
-    before = model._recorded[1]["_regression"]
+    assert recorded(model) == {"act", "_regression"}
+    recordings = set(map(id, model._recorder._recordings.values()))
     if name == "optimizer":
         model.policy.rebuild_optimizer(1e-3)
     elif name == "timesteps":
@@ -79,7 +127,8 @@ def test_what_a_recording_holds_ends_it(name: str) -> None:
     else:
         setattr(model, name, 0.5)
     model.learn(512)
-    assert model._recorded[1]["_regression"] is not before
+    assert recorded(model) == {"act", "_regression"}
+    assert not recordings & set(map(id, model._recorder._recordings.values()))
 
 
 @pytest.mark.usefixtures("recording_device")
@@ -91,7 +140,7 @@ def test_an_optimiser_that_cannot_be_recorded_learns() -> None:
         seed=0,
     )
     model.learn(128 * 9)
-    assert set(model._recorded[1]) == {"act"}
+    assert recorded(model) == {"act"}
     assert model.last_loss is not None
 
 
@@ -102,5 +151,24 @@ def test_agents_are_recorded_on_a_gpu(algorithm: type[SpikingPQN | SpikingDQN], 
     env = make_vec_env("CartPole-v1", 4, seed=0)
     model = algorithm("MlpPolicy", env, policy_kwargs={"timesteps": 2}, seed=0, device="cuda", stateful=stateful)
     model.learn(2048)
-    assert all(function._recordings and not function._failed for function in model._recorded[1].values())
-    assert model._recorded[1].keys() == {"act"} if algorithm is SpikingDQN and stateful else {"act", "_regression"}
+    assert recorded(model) == ({"act"} if algorithm is SpikingDQN and stateful else {"act", "_regression"})
+    weights = torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters())
+    assert weights.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("algorithm", [SpikingPQN, SpikingDQN])
+def test_an_update_of_a_gpu_is_the_same_recorded(algorithm: type[SpikingPQN | SpikingDQN]) -> None:
+    """From the same weights and the same batch; whole trainings part with the order of sums."""
+    after = []
+    for record in (True, False):
+        model = algorithm("MlpPolicy", "CartPole-v1", policy_kwargs={"timesteps": 2}, seed=0, device="cuda")
+        torch.nn.init.normal_(model.policy.q_net.network.readout.weight, std=0.1)
+        torch.manual_seed(1)
+        for _ in range(8):
+            observations, wanted = torch.randn(32, 4, device="cuda"), torch.randn(32, 2, device="cuda")
+            batch = (observations, wanted[:, :1].long(), wanted) if algorithm is SpikingPQN else (observations, wanted)
+            model.learn_from(model._imitation, *batch, record=record)
+        assert recorded(model) == ({"_imitation"} if record else set())
+        after.append(torch.nn.utils.parameters_to_vector(model.policy.q_net.parameters()).detach())
+    torch.testing.assert_close(*after, rtol=1e-3, atol=1e-4)
