@@ -60,7 +60,7 @@ class Options:
     memory: bool = True
     """Measure peak memory too, in a process per variant."""
     device: str = "cpu"
-    """cpu or cuda. On a GPU only the cases that every library runs, and ``scan``, unless --cases says otherwise."""
+    """cpu or cuda. On a GPU only the cases that every library runs, and ``scan``."""
     stock_allocator: bool = False
     """Leave the allocator as it is; by default it keeps freed memory, for everyone (spiking_rl.keep_memory)."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=("--json",))] = None
@@ -78,7 +78,7 @@ def main() -> None:
         if not is_installed(peer):
             print(f"{peer}: not installed, left out")
     for name in options.cases:
-        if name not in _ON_ANY_DEVICE and options.device != "cpu":
+        if name not in _ON_ANY_DEVICE and resolve_device(options.device).type != "cpu":
             print(f"{name}: left out, it is a measurement of CPUs")
         elif name in _OWN_CASES:
             _keep(options, _OWN_CASES[name](options), kept)

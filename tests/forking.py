@@ -1,13 +1,15 @@
 """Commands that start at once: forked from a process that holds what they import of other packages.
 
 Importing torch takes seconds, and the tests run a hundred commands. Each is a process of its own as ever and imports
-this project itself; only what it needs of others is there already, and it ends without taking them apart. Needs
+this project itself; only what it needs of others is there already. It ends when threads and exit functions are done,
+without taking modules apart: files left open are not written out, and what dies in there is not seen. Needs
 :func:`os.fork`, as Linux has it.
 """
 
 from __future__ import annotations
 
 import atexit
+import compileall
 import contextlib
 import gc
 import importlib
@@ -42,6 +44,7 @@ _HELD = (
     "pyarrow.parquet",
     "onnx",
 )
+_PACKAGE = Path(__file__).parents[1] / "spiking_rl"
 _NUMBER = 64  # bytes of a message: a number in digits
 _STARTS = 120.0  # seconds that the imports may take
 
@@ -169,7 +172,7 @@ def _become(told: int, out: int, err: int) -> list[str]:
 
 
 def _run(module: str) -> int:
-    """Run a module as ``python -m`` does and return its exit code, with all done that Python does at the end."""
+    """Run a module as ``python -m`` does and return its exit code, its threads and exit functions done."""
     code: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -181,9 +184,7 @@ def _run(module: str) -> int:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # waits for threads, and ends those of pools
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -195,8 +196,12 @@ if __name__ == "__main__":
         with contextlib.suppress(ImportError):  # an extra that is not installed
             importlib.import_module(name)
     gc.freeze()  # what is held stays: no child need look through it
-    # Compiled once, also where Python is told to leave no such files beside the sources.
-    sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[2]
+    # Compiled once, also where Python is told to leave no such files beside the sources. Children write none: on a
+    # full disk they would leave halves, and a source rewritten within a second would pass for its predecessor.
+    sys.pycache_prefix = sys.argv[2]
+    for folder in ("", "agents", "envs", "scripts"):  # links lead to these, which are not followed
+        compileall.compile_dir(_PACKAGE / folder, quiet=2)
+    sys.dont_write_bytecode = True
     sys.argv = _next_command(socket.socket(fileno=int(sys.argv[1])))
     sys.path[0] = os.getcwd()  # as -m has it
     # Taking all modules apart again would take as long as most commands.

@@ -59,21 +59,33 @@ def test_a_variable_that_is_gone_is_gone(run: Run, monkeypatch: pytest.MonkeyPat
     assert run(code).stdout.split() == ["None", "dummy", "0"]
 
 
-def test_the_end_is_python_s_own(run: Run, tmp_path: Path) -> None:
+def test_threads_and_exit_functions_are_waited_for(run: Run) -> None:
     code = """
 import atexit, pathlib, threading, time
 atexit.register(lambda: print("atexit"))
 threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
 threading.Thread(target=time.sleep, args=(50,), daemon=True).start()
-file = open("kept", "w")
-file.write("written")
-file.close()
+import concurrent.futures
+pool = sys.pool = concurrent.futures.ThreadPoolExecutor(1)
+pool.submit(print, "pool").result()
 print("main")
 """
-    done = run(code)
-    assert done.stdout.split() == ["main", "thread", "atexit"]
+    done = run(code, timeout=30)
+    assert done.stdout.split() == ["pool", "main", "thread", "atexit"]
     assert done.returncode == 0
-    assert (tmp_path / "kept").read_text() == "written"
+
+
+def test_a_module_that_was_rewritten_is_run_as_it_is(run: Run) -> None:
+    assert [run(f"print({name!r})").stdout.strip() for name in ("a", "b", "c", "d")] == ["a", "b", "c", "d"]
+
+
+def test_a_limit_of_files_leaves_nothing_for_the_next_command(forker: Forker, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import spiking_rl, pathlib\npathlib.Path('big').write_bytes(bytes(9000))")
+    limited = forker.run("mine", [], timeout=60, environment=environment(), cwd=tmp_path, file_size=5000)
+    assert limited.returncode == 1
+    assert "File too large" in limited.stderr
+    whole = forker.run("mine", [], timeout=60, environment=environment(), cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
 
 
 def test_unseeded_commands_differ(run: Run) -> None:

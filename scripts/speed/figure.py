@@ -29,9 +29,9 @@ def speed_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    panels: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for row in drawn_rows(rows):
-        panels.setdefault((row["case"], row["timesteps"]), []).append(row)
+        panels.setdefault((row["case"], row["timesteps"], row.get("device", "cpu")), []).append(row)
     lines = max(1, -(-len(panels) // _COLUMNS))
     figure = Figure(figsize=(10, 2.3 * lines + 0.4), layout="constrained")
     for i, members in enumerate(panels.values()):
@@ -59,5 +59,7 @@ def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     first = rows[0]
     name = _TITLES.get(first["network"], first["network"])
-    ax.set_title(f"{name}, {first['pass']}, batch {first['batch']}, T={first['timesteps']}", fontsize=9, loc="left")
+    where = "" if first.get("device", "cpu") == "cpu" else f", {first['device']}"
+    title = f"{name}, {first['pass']}, batch {first['batch']}, T={first['timesteps']}{where}"
+    ax.set_title(title, fontsize=9, loc="left")
     ax.tick_params(labelsize=8)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spiking_rl.scripts.speed.cases import CASES, build_case
+from spiking_rl.scripts.speed.cases import CASES, Case, build_case
 from spiking_rl.scripts.speed.memory import device_mb, extra_mb
 from spiking_rl.scripts.speed.peers import PEERS
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, ratio_quartiles, settler, times_of
@@ -30,8 +30,7 @@ def fastest_format_is_channels_last(name: str, device: torch.device, rounds: int
         runs[channels_last] = build_pass(
             RELU, case, *build_case(case, 1, channels_last=channels_last, calibrated=False, device=device)
         )
-    passes = 1 if case.backward else _LATENCY_PASSES
-    times = interleave(runs, rounds=rounds, seconds=20, passes=passes, settle=settler(device))
+    times = interleave(runs, rounds=rounds, seconds=20, passes=_passes(case, device), settle=settler(device))
     return median_ratio(times[True], times[False]) <= 1
 
 
@@ -58,8 +57,7 @@ def timed_rows(
             runs[library, timesteps] = build_pass(library, case, network, inputs)
             if library in PEERS:
                 differing[library, timesteps] = differing_spikes(library, network, inputs[:_COMPARED])
-    passes = 1 if case.backward else _LATENCY_PASSES
-    times = interleave(runs, rounds=rounds, seconds=seconds, passes=passes, settle=settler(device))
+    times = interleave(runs, rounds=rounds, seconds=seconds, passes=_passes(case, device), settle=settler(device))
     shared = {"case": name, "network": case.network, "pass": case.kind, "batch": case.batch}
     rows = []
     for (library, steps), values in times.items():
@@ -78,6 +76,11 @@ def timed_rows(
         }
         rows.append(shared | told | times_of(values))
     return rows
+
+
+def _passes(case: Case, device: torch.device) -> int:
+    """Return the calls per timing: one where each decision must be waited for, as whoever acts on it does."""
+    return 1 if case.backward or device.type != "cpu" else _LATENCY_PASSES
 
 
 def add_memory(rows: Sequence[dict[str, Any]], *, keep: bool, device: torch.device = _CPU) -> None:

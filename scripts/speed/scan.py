@@ -12,7 +12,7 @@ from spiking_rl.neurons import LIF
 from spiking_rl.scripts.speed.cases import LEAK
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, settler, times_of
 
-_SHAPE = (64, 64, 32, 32)  # batch, channels, height, width: the first maps of VGG16, far larger than caches
+_SHAPE = (256, 64, 32, 32)  # batch, channels, height, width: the first maps of VGG16, far larger than caches
 _TIMESTEPS = (4, 1)
 _FLOAT = 4  # bytes
 _WAYS = {"forward": 2, "forward+backward": 5}  # tensors read and written: current, spikes; gradient, current, gradient
@@ -24,6 +24,8 @@ def scan_rows(
     *, rounds: int, seconds: float, device: torch.device, shape: tuple[int, ...] = _SHAPE
 ) -> list[dict[str, Any]]:
     """Return the rows of the scan from rest, forward and both ways, in float32.
+
+    At T=1 the way forward without a gradient is a comparison, torch's own.
 
     Args:
         rounds: timings of each, at most.

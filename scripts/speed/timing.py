@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -57,7 +58,7 @@ def interleave(
 
 def settler(device: torch.device) -> Callable[[], object]:
     """Return what waits for a device to finish its work."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:

@@ -165,24 +165,16 @@ def test_a_resumed_dqn_on_images_updates_every_weight_alike(tmp_path: Path) -> N
         assert torch.equal(a, b)
 
 
-@pytest.fixture
-def half_a_game(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who wins at Pong is clear after 800 of 1,600 decisions."""
-    monkeypatch.setattr("spiking_rl.envs.atari.MAX_FRAMES", 3200)
-
-
-@pytest.mark.usefixtures("half_a_game")
 @pytest.mark.parametrize(("name", "frames"), [("pong", 4), ("pong-stateful", 1)])
 def test_the_pretrained_agents_win_at_pong_with_one_timestep(name: str, frames: int) -> None:
     agent = load_agent(name, device="cpu")
     assert agent.model.policy.timesteps == 1
     assert agent.model.observation_space.shape == (frames, 84, 84)
     assert agent.model.stateful == (frames == 1)
-    assert evaluate(agent.model, agent.environment, episodes=1, measure_latency=False).mean_return >= 6
+    assert evaluate(agent.model, agent.environment, episodes=1, measure_latency=False).mean_return >= 15
 
 
-@pytest.mark.usefixtures("half_a_game")
 def test_the_agent_of_single_frames_wins_by_its_memory() -> None:
     agent = load_agent("pong-stateful", device="cpu")
     agent.model.policy.q_net.stateful = False
-    assert evaluate(agent.model, agent.environment, episodes=1, measure_latency=False).mean_return < 2
+    assert evaluate(agent.model, agent.environment, episodes=1, measure_latency=False).mean_return < 15
