@@ -56,13 +56,12 @@ def test_what_a_gpu_saved_learns_on_elsewhere(
 @pytest.mark.usefixtures("recording_device")
 def test_an_early_exit_is_not_recorded() -> None:
     model = SpikingPQN("MlpPolicy", make_vec_env("CartPole-v1", 4, seed=0), policy_kwargs={"timesteps": 3}, seed=0)
-    model.learn(128 * 9)
-    model.policy.q_net.network.set_exit_margin(0.1)
-    replays = Tape.replays
     observations = np.zeros((4, 4), dtype=np.float32)
-    for _ in range(6):
-        model.act_values(observations)
-    assert Tape.replays == replays
+    for margin in (None, 0.1):
+        model.policy.q_net.network.set_exit_margin(margin)
+        for _ in range(6):
+            model.act_values(observations)
+    assert Tape.replays == 3, "without a margin, from the fourth call on"
 
 
 def recorded(model: SpikingPQN | SpikingDQN) -> set[str]:
@@ -117,7 +116,7 @@ def test_what_a_recording_holds_ends_it(name: str) -> None:
     model = SpikingDQN(
         "MlpPolicy", make_vec_env("CartPole-v1", 4, seed=0), policy_kwargs={"timesteps": 3}, learning_starts=64, seed=0
     )
-    model.learn(512)
+    model.learn(192)
     assert recorded(model) == {"act", "_regression"}
     recordings = set(map(id, model._recorder._recordings.values()))
     if name == "optimizer":
@@ -126,7 +125,7 @@ def test_what_a_recording_holds_ends_it(name: str) -> None:
         model.policy.set_timesteps(2)
     else:
         setattr(model, name, 0.5)
-    model.learn(512)
+    model.learn(192)
     assert recorded(model) == {"act", "_regression"}
     assert not recordings & set(map(id, model._recorder._recordings.values()))
 
