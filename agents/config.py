@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -297,6 +299,11 @@ CONFIGS: dict[str, type[TrainConfig]] = {"pqn": PQNConfig, "dqn": DQNConfig}
 
 def recipes() -> dict[str, dict[str, Any]]:
     """Return every recipe of the package by name."""
+    return copy.deepcopy(_read_recipes())
+
+
+@functools.cache  # of the package, which stays as it is: reading them takes a tenth of a second
+def _read_recipes() -> dict[str, dict[str, Any]]:
     found = {}
     for entry in resources.files("spiking_rl.agents").joinpath("recipes").iterdir():
         if entry.name.endswith(".yaml"):

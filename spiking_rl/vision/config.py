@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -213,6 +215,11 @@ class ClassifyConfig:
 
 def recipes() -> dict[str, dict[str, Any]]:
     """Return every recipe of the package by name."""
+    return copy.deepcopy(_read_recipes())
+
+
+@functools.cache  # of the package, which stays as it is
+def _read_recipes() -> dict[str, dict[str, Any]]:
     folder = resources.files("spiking_rl.vision").joinpath("recipes")
     files = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return {e.name.removesuffix(".yaml"): read_yaml(e.read_text(), f"recipe {e.name}") for e in files}
