@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +12,7 @@ from spiking_rl.envs.atari import parse_atari
 from spiking_rl.errors import UserError
 from spiking_rl.networks import check_time_constants
 from spiking_rl.pruning import check_pruning
-from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
+from spiking_rl.settings import load_settings, recipes_of, save_settings, settings_from_dict
 
 Neuron = Literal["lif", "relu"]
 Encoding = Literal["direct", "hybrid", "poisson"]
@@ -299,17 +296,7 @@ CONFIGS: dict[str, type[TrainConfig]] = {"pqn": PQNConfig, "dqn": DQNConfig}
 
 def recipes() -> dict[str, dict[str, Any]]:
     """Return every recipe of the package by name."""
-    return copy.deepcopy(_read_recipes())
-
-
-@functools.cache  # of the package, which stays as it is: reading them takes a tenth of a second
-def _read_recipes() -> dict[str, dict[str, Any]]:
-    found = {}
-    for entry in resources.files("spiking_rl.agents").joinpath("recipes").iterdir():
-        if entry.name.endswith(".yaml"):
-            name = entry.name.removesuffix(".yaml")
-            found[name] = read_yaml(entry.read_text(), f"recipe {name}")
-    return found
+    return recipes_of("spiking_rl.agents")
 
 
 def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:

@@ -23,7 +23,14 @@ def equip_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module) -> None
     optimizer.register_load_state_dict_post_hook(_forget_recording)
 
 
-_TOKEN, _RATES = "_recorded_as", "_recorded_rates"  # attributes of an optimiser, which no copy and no file keeps
+class _Prepared:
+    """What a recording of an optimiser's step reads; equal to nothing but itself."""
+
+    def __init__(self, rates: list[torch.Tensor]) -> None:
+        self.rates = rates  # of the groups
+
+
+_PREPARED = "_prepared_for_recording"  # attribute of an optimiser, which no copy and no file keeps
 
 
 def prepare_recording(optimizer: torch.optim.Optimizer) -> bool:
@@ -32,10 +39,11 @@ def prepare_recording(optimizer: torch.optim.Optimizer) -> bool:
     Returns:
         Whether it is now; False for optimisers that cannot.
     """
-    if not all("capturable" in group for group in optimizer.param_groups):
-        return False
-    rates = getattr(optimizer, _RATES, [])
     groups = optimizer.param_groups
+    if not all("capturable" in group for group in groups):
+        return False
+    prepared = getattr(optimizer, _PREPARED, None)
+    rates = [] if prepared is None else prepared.rates
     if len(rates) == len(groups) and all(
         group["capturable"] and group["lr"] is rate for group, rate in zip(groups, rates, strict=True)
     ):
@@ -46,14 +54,13 @@ def prepare_recording(optimizer: torch.optim.Optimizer) -> bool:
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         for slots in (optimizer.state[parameter] for parameter in group["params"] if parameter in optimizer.state):
             slots["step"] = torch.as_tensor(slots["step"], dtype=torch.float32, device=device)
-    setattr(optimizer, _RATES, [group["lr"] for group in groups])
-    setattr(optimizer, _TOKEN, object())
+    setattr(optimizer, _PREPARED, _Prepared([group["lr"] for group in groups]))
     return True
 
 
 def recorded_as(optimizer: torch.optim.Optimizer) -> object:
     """Return what is another object whenever a recording of the optimiser's step is none of its any more."""
-    return getattr(optimizer, _TOKEN, None)
+    return getattr(optimizer, _PREPARED, None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

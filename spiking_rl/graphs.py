@@ -21,7 +21,7 @@ Tensors = tuple[Tensor, ...]
 
 _DEVICES = ("cuda",)  # whose work can be recorded
 _WARM_UP = 3  # calls before the recording: kernels are compiled and chosen in them, moments and gradients made
-_MOST = 8  # recordings of a function, each with memory of its own
+_MOST = 8  # recordings of a recorder, each with memory of its own
 
 
 class _Recording(NamedTuple):

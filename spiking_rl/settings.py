@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
+from importlib import resources
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -84,6 +87,25 @@ def read_yaml(text: str, origin: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise UserError("config", origin, "does not hold settings by name")
     return loaded
+
+
+def recipes_of(package: str) -> dict[str, dict[str, Any]]:
+    """Return the settings in a package's folder ``recipes``, by name; they are the caller's own.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    return copy.deepcopy(_read_recipes(package))
+
+
+@functools.cache  # a package stays as it is, and reading them takes a tenth of a second
+def _read_recipes(package: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for entry in resources.files(package).joinpath("recipes").iterdir():
+        if entry.name.endswith(".yaml"):
+            name = entry.name.removesuffix(".yaml")
+            found[name] = read_yaml(entry.read_text(), f"recipe {name}")
+    return found
 
 
 def save_settings(path: Path, values: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ class Stream:
 
 
 @pytest.fixture
-def recording_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def recording_device(monkeypatch: pytest.MonkeyPatch, scan_in_python: None) -> None:
     """Let the CPU pass for a device that records; scans are torch's own operations, which can be seen."""
     monkeypatch.setattr(Tape, "replays", 0)
     monkeypatch.setattr(graphs, "_DEVICES", ("cpu",))
@@ -115,7 +115,3 @@ def recording_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     radam = importlib.import_module("torch.optim.radam")  # torch.optim leaves out its name
     monkeypatch.setattr(radam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
     monkeypatch.setattr(fused, "built_loops", lambda *_: None)
-    monkeypatch.setattr(fused, "built_op", lambda: None)
-    fused._fresh.cache_clear()
-    yield
-    fused._fresh.cache_clear()

@@ -17,7 +17,7 @@ import torch
 from spiking_rl.allocator import keep_memory
 from spiking_rl.provenance import rss_mb
 from spiking_rl.scripts.speed.cases import CASES, build_case
-from spiking_rl.scripts.speed.variants import build_pass
+from spiking_rl.scripts.speed.variants import Pass, build_pass
 
 _PASSES = 3
 _RESET_PEAK = "5"  # proc(5), clear_refs
@@ -46,12 +46,18 @@ def extra_mb(case: str, library: str, timesteps: int, *, channels_last: bool, ke
     return float(done.stdout.splitlines()[-1])
 
 
-def device_mb(case: str, library: str, timesteps: int, *, channels_last: bool, device: torch.device) -> float:
-    """Return the same of a CUDA device's memory, which is counted there: no process of its own is needed."""
+def _idle_pass(case: str, library: str, timesteps: int, channels_last: bool, device: torch.device) -> Pass:
+    """Return a pass that has not run yet, everything loaded that it needs."""
     network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last, calibrated=False, device=device)
-    build_pass(library, CASES[case], network, inputs[:1])()
+    build_pass(library, CASES[case], network, inputs[:1])()  # loads what is loaded at the first call
     run = build_pass(library, CASES[case], network, inputs)
     network.zero_grad(set_to_none=True)
+    return run
+
+
+def device_mb(case: str, library: str, timesteps: int, *, channels_last: bool, device: torch.device) -> float:
+    """Return the same of a CUDA device's memory, which is counted there: no process of its own is needed."""
+    run = _idle_pass(case, library, timesteps, channels_last, device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     idle = torch.cuda.memory_allocated(device)
@@ -63,10 +69,7 @@ def device_mb(case: str, library: str, timesteps: int, *, channels_last: bool, d
 
 def _measure(case: str, library: str, timesteps: int, channels_last: bool, keep: bool, threads: int) -> float:
     torch.set_num_threads(threads)
-    network, inputs = build_case(CASES[case], timesteps, channels_last=channels_last, calibrated=False)
-    build_pass(library, CASES[case], network, inputs[:1])()  # loads what is loaded at the first call
-    run = build_pass(library, CASES[case], network, inputs)
-    network.zero_grad(set_to_none=True)
+    run = _idle_pass(case, library, timesteps, channels_last, torch.device("cpu"))
     ctypes.CDLL(None).malloc_trim(0)
     if keep:
         keep_memory()

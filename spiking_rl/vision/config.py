@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from spiking_rl.encoding import ENCODINGS
 from spiking_rl.errors import UserError
 from spiking_rl.pruning import check_pruning
-from spiking_rl.settings import load_settings, read_yaml, save_settings, settings_from_dict
+from spiking_rl.settings import load_settings, recipes_of, save_settings, settings_from_dict
 
 Optimizer = Literal["adam", "sgd", "muon"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -215,14 +212,7 @@ class ClassifyConfig:
 
 def recipes() -> dict[str, dict[str, Any]]:
     """Return every recipe of the package by name."""
-    return copy.deepcopy(_read_recipes())
-
-
-@functools.cache  # of the package, which stays as it is
-def _read_recipes() -> dict[str, dict[str, Any]]:
-    folder = resources.files("spiking_rl.vision").joinpath("recipes")
-    files = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
-    return {e.name.removesuffix(".yaml"): read_yaml(e.read_text(), f"recipe {e.name}") for e in files}
+    return recipes_of("spiking_rl.vision")
 
 
 def load_recipe(name: str) -> ClassifyConfig:
