@@ -622,7 +622,8 @@ class Trainer:
             own = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
             load_into(self.network, own, folder)
             unpack_optimiser(self.optimizer, tensors, state["optimiser"])
-            self.batches, self.best = int(state["batches"]), state["best"]
+            self.batches = int(state["batches"])
+            self.best = None if state["best"] is None else float(state["best"])
             if not 0 <= self.batches <= self.epochs * self.batches_per_epoch:
                 raise ValueError("it has trained more batches than there are")
             if not self.epochs and not self.finished:
