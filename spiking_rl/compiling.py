@@ -29,7 +29,7 @@ SWITCH = "SPIKING_RL_COMPILE"
 """Environment variable; ``0`` leaves the compiled loops out."""
 
 _SCAN = ("lif_scan.c", "lif_loops.h")
-_EVENTS = ("events.c",)
+_EVENTS = ("events.c", "event_lists.h", "event_rows.h")
 _FLAGS = ["-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 # No fused multiply-add and no reordering: the scan's forward pass gives the plain loop's values bit for bit.
 _STORED = {torch.float32: ("-ffp-contract=off",), torch.bfloat16: ("-ffp-contract=off", "-DHALVES")}
@@ -58,7 +58,9 @@ def built_events() -> ctypes.CDLL | None:
     loaded = _library(_EVENTS, ())
     if loaded is not None:
         address = ctypes.c_void_p
-        loaded.events_run.argtypes = [address, ctypes.c_int64, *[address] * 4]
+        loaded.events_run.argtypes = [address, ctypes.c_int64, *[address] * 6]
+        loaded.events_weigh.argtypes = [address, ctypes.c_int64, ctypes.c_int64, *[address] * 5]
+        loaded.events_rows.argtypes = [*[ctypes.c_int64] * 5, *[address] * 4]
     return loaded
 
 

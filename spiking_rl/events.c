@@ -1,54 +1,10 @@
 /* Event-driven convolutions and linear maps on a CPU: what a silent input would add is never touched.
  *
  * Of every active input (a spike, or a mean of spikes over a pool) the weights that lead away from it are added to the
- * outputs that it reaches. Pictures lie in memory with their channels last. All inputs of one channel follow each
- * other, so that its weights stay in the first cache; the weights of one of its rows lie in the order of the outputs,
- * so that what an input adds to a row of outputs is one stretch.
+ * outputs that it reaches.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#define CACHED (1 << 16) /* bytes of outputs that are worked on at a time */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Counts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-typedef struct {
-  int64_t batch;
-  int64_t height, width, channels;   /* of the inputs */
-  int64_t rows, columns, outputs;    /* of the outputs; `outputs` are their channels */
-  int64_t tall, wide;                /* the kernel */
-  int64_t down, across, above, left; /* strides and padding */
-  int64_t most;                      /* per mille of the inputs that may be active */
-  int64_t threads;                   /* 1: several pay */
-} Map;
-
-/* Samples, and the part of their outputs, that one thread works on at a time. */
-typedef struct {
-  int64_t sample, samples;
-  int64_t row, rows;      /* of the outputs: the first, and the one behind the last */
-  int64_t first, outputs; /* channels of the outputs: the first, and how many; all but for a linear map */
-  int64_t top, bottom;    /* rows of the inputs that reach them */
-} Unit;
-
-/* An active input; no side of a picture is longer than its numbers reach. */
-typedef struct {
-  uint16_t sample, y, x;
-  float amount;
-} Event;
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+#include "event_lists.h"
+#include "event_rows.h"
 
 /* Cuts the work into units: groups of samples, which share the weights they have read; or parts of each sample, where
  * these are large, or fewer than threads. */
@@ -61,6 +17,8 @@ static int64_t cut(const Map *map, int64_t threads, int64_t number, Unit *unit) 
   const int64_t groups = (map->batch + together - 1) / together;
   if (unit) {
     const int64_t part = number % parts;
+    unit->from = 0;
+    unit->channels = map->channels;
     unit->sample = number / parts * together;
     unit->samples = smaller(together, map->batch - unit->sample);
     unit->row = linear ? 0 : map->rows * part / parts;
@@ -73,134 +31,61 @@ static int64_t cut(const Map *map, int64_t threads, int64_t number, Unit *unit) 
   return groups * parts;
 }
 
-/* Whether an input is active, by its bits: what is near zero must not be one thing to one thread and another to the
- * next, of which one takes denormal numbers for zero. */
-INLINE int fires(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits << 1 != 0;
-}
-
-/* Counts the active inputs of a unit by channel. */
-static void count(const Map *map, const Unit *unit, const float *inputs, int32_t *counts) {
-  const int64_t channels = map->channels;
-  memset(counts, 0, channels * sizeof *counts);
-  for (int64_t sample = unit->sample; sample < unit->sample + unit->samples; sample++)
-    for (int64_t pixel = unit->top * map->width; pixel < unit->bottom * map->width; pixel++) {
-      const float *x = inputs + (sample * map->height * map->width + pixel) * channels;
-      int64_t c = 0;
-      for (; c + LANES <= channels; c += LANES) *(Counts *)(counts + c) -= (*(const Counts *)(x + c) & 0x7fffffff) != 0;
-      for (; c < channels; c++) counts[c] += fires(x[c]);
-    }
-}
-
-/* A bit for each of up to eight inputs: 1 if it is active. */
-INLINE unsigned firing(const float *x, int64_t size) {
-#ifdef __AVX2__
-  if (size == 8) {
-    const __m256i bits = _mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)x), 1);
-    const __m256i silent = _mm256_cmpeq_epi32(bits, _mm256_setzero_si256());
-    return 0xff & ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(silent));
-  }
-#endif
-  unsigned bits = 0;
-  for (int64_t j = 0; j < size; j++) bits |= (unsigned)fires(x[j]) << j;
-  return bits;
-}
-
-/* Lists the active inputs of a unit, channel after channel; `next` are the places of the channels' first ones, and of
- * those behind their last ones afterwards. No more than were counted, whoever may be writing to the inputs. */
-static void list(const Map *map, const Unit *unit, const float *inputs, int32_t *next, int32_t counted, Event *events) {
-  const int64_t channels = map->channels;
-  for (int64_t sample = 0; sample < unit->samples; sample++)
-    for (int64_t y = unit->top; y < unit->bottom; y++)
-      for (int64_t x = 0; x < map->width; x++) {
-        const float *at = inputs + (((unit->sample + sample) * map->height + y) * map->width + x) * channels;
-        for (int64_t c = 0; c < channels; c += 8) {
-          unsigned active = firing(at + c, smaller(8, channels - c));
-          for (; active; active &= active - 1) {
-            const int64_t which = c + __builtin_ctz(active);
-            const Event event = {(uint16_t)sample, (uint16_t)y, (uint16_t)x, at[which]};
-            if (next[which] < counted) events[next[which]++] = event;
-          }
-        }
-      }
-}
-
-INLINE void add(float *outputs, const float *weights, float amount, int64_t size) {
-  int64_t j = 0;
-  Lanes *out = (Lanes *)outputs;
-  const Lanes *in = (const Lanes *)weights;
-  for (; j + 4 * LANES <= size; j += 4 * LANES, out += 4, in += 4) { /* four at once: twice as fast as one by one */
-    const Lanes a = out[0] + amount * in[0], b = out[1] + amount * in[1];
-    const Lanes c = out[2] + amount * in[2], d = out[3] + amount * in[3];
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
-  }
-  for (; j + LANES <= size; j += LANES, out++, in++) *out += amount * *in;
-  for (; j < size; j++) outputs[j] += amount * weights[j];
-}
-
-/* Adds what the inputs of one channel give; its weights are (rows of the kernel, phase, steps, outputs). A column of
- * the inputs reaches every `across`-th column of the kernel only, by its phase; `steps` is how many these are. */
-INLINE void spread(const Map *map, const Unit *unit, const Event *event, const Event *end, const float *weights,
-                   float *outputs, const int64_t down, const int64_t across) {
-  const int64_t steps = (map->wide + across - 1) / across, all = map->outputs;
-  for (; event < end; event++) {
-    const int64_t x = event->x + map->left, y = event->y + map->above, nearest = (uint64_t)x / across;
-    const int64_t phase = x - nearest * across;
-    const int64_t column = nearest - (steps - 1); /* reached by the first of the steps, may lie outside */
-    const int64_t missing = phase + across * (steps - 1) >= map->wide; /* the kernel ends before this step */
-    const int64_t skip = larger(missing, -column), size = smaller(steps, map->columns - column) - skip;
-    if (size <= 0) continue;
-    const int64_t highest = larger(0, y - map->tall + down);
-    for (int64_t row = larger(unit->row, (uint64_t)highest / down); row < unit->rows; row++) {
-      const int64_t tap = y - row * down;
-      if (tap < 0) break;
-      const int64_t place = ((unit->sample + event->sample) * map->rows + row) * map->columns + column + skip;
-      add(outputs + place * all + unit->first, weights + ((tap * across + phase) * steps + skip) * all + unit->first,
-          event->amount, size == 1 ? unit->outputs : size * all);
-    }
-  }
-}
-
 /* Returns 1; 0 where memory ran out. */
 static int work(const Map *map, const Unit *unit, const float *inputs, const float *weights, const float *bias,
                 float *outputs, int32_t *counts) {
-  const int64_t channels = map->channels;
-  const int64_t stretch = map->tall * map->across * ((map->wide + map->across - 1) / map->across) * map->outputs;
-  int32_t sum = 0;
-  for (int64_t c = 0; c < channels; c++) {
-    const int32_t here = counts[c];
-    counts[c] = sum;
-    sum += here;
-  }
+  const int32_t sum = places(unit, counts);
   Event *events = calloc(sum + 1, sizeof *events);
   if (!events) return 0;
   list(map, unit, inputs, counts, sum, events);
   for (int64_t sample = unit->sample; sample < unit->sample + unit->samples; sample++)
-    for (int64_t place = unit->row * map->columns; place < unit->rows * map->columns; place++)
-      memcpy(outputs + (sample * map->rows * map->columns + place) * map->outputs + unit->first, bias + unit->first,
-             unit->outputs * sizeof *bias);
-  for (int64_t c = 0, begin = 0; c < channels; begin = counts[c++]) {
-    const Event *first = events + begin, *end = events + counts[c];
-    const float *own = weights + c * stretch;
-    if (map->down == 1 && map->across == 1) /* to divide by constants takes no time */
-      spread(map, unit, first, end, own, outputs, 1, 1);
-    else if (map->down == 2 && map->across == 2)
-      spread(map, unit, first, end, own, outputs, 2, 2);
-    else
-      spread(map, unit, first, end, own, outputs, map->down, map->across);
-  }
+    for (int64_t place = unit->row * map->columns; place < unit->rows * map->columns; place++) {
+      float *at = outputs + (sample * map->rows * map->columns + place) * map->outputs + unit->first;
+      if (bias)
+        memcpy(at, bias + unit->first, unit->outputs * sizeof *bias);
+      else
+        memset(at, 0, unit->outputs * sizeof *at);
+    }
+  meet_all(map, unit, events, counts, (float *)weights, outputs, 0);
   free(events);
   return 1;
 }
 
+/* How a layer's own weights lie: the strides of (outputs, channels, rows, columns). */
+typedef struct {
+  int64_t outputs, channels, row, column;
+} Strides;
+
+#define TILE 16
+
+/* Copies a layer's weights into the order in which `meet` reads them, or back. Places that no weight belongs to (of
+ * steps behind the kernel's end) stay as they are. */
+static void lay(const Map *map, int64_t threads, const Strides *own, float *layer, float *weights, const int back) {
+  const int64_t across = map->across, steps = (map->wide + across - 1) / across, tiles = (map->channels + TILE - 1) / TILE;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t tile = 0; tile < tiles; tile++)
+    for (int64_t tap = 0; tap < map->tall * map->wide; tap++) {
+      const int64_t row = tap / map->wide, column = tap % map->wide;
+      const int64_t place = (row * across + column % across) * steps + steps - 1 - column / across;
+      const int64_t next = map->tall * across * steps * map->outputs, last = smaller(map->channels, (tile + 1) * TILE);
+      float *at = layer + row * own->row + column * own->column, *to = weights + place * map->outputs;
+      for (int64_t first = 0; first < map->outputs; first += TILE)
+        for (int64_t c = tile * TILE; c < last; c++)
+          for (int64_t o = first; o < smaller(first + TILE, map->outputs); o++)
+            if (back)
+              at[o * own->outputs + c * own->channels] = to[c * next + o];
+            else
+              to[c * next + o] = at[o * own->outputs + c * own->channels];
+    }
+}
+
 /* Returns 1; 0, with nothing of use written, where more inputs are active than may be or memory ran out.
  *
- * inputs (batch, height, width, channels), outputs (batch, rows, columns, outputs), bias (outputs), weights (channels,
- * rows of the kernel, phases, steps, outputs) as `spread` reads them. */
-int events_run(const Map *map, int64_t threads, const float *inputs, const float *weights, const float *bias,
-               float *outputs) {
+ * inputs (batch, height, width, channels), outputs (batch, rows, columns, outputs), bias (outputs) or NULL, weights
+ * (channels, rows of the kernel, phases, steps, outputs) as `meet` reads them: they are there or, where `layer` is not
+ * NULL, filled from it, the layer's own, when inputs are found to be few. */
+int events_run(const Map *map, int64_t threads, const float *inputs, const Strides *own, const float *layer,
+               float *weights, const float *bias, float *outputs) {
   const int64_t units = cut(map, threads, 0, NULL), room = (map->channels + LANES - 1) / LANES * LANES;
   int32_t *counts = malloc(units * room * sizeof *counts);
   if (!counts) return 0;
@@ -215,6 +100,7 @@ int events_run(const Map *map, int64_t threads, const float *inputs, const float
   }
   const int few = 1000 * active <= map->most * seen;
   if (few) {
+    if (layer) lay(map, threads, own, (float *)layer, weights, 0);
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : failed) schedule(dynamic)
     for (int64_t number = 0; number < units; number++) {
       Unit unit;
@@ -224,4 +110,48 @@ int events_run(const Map *map, int64_t threads, const float *inputs, const float
   }
   free(counts);
   return few && !failed;
+}
+
+#define TOGETHER (1 << 19) /* bytes of the outputs' gradients that all channels meet before the next ones */
+#define GROUP 16           /* channels that a thread takes at a time */
+
+/* Fills the gradients of a layer's weights, which lie as `own` says. Returns 1; 0, with nothing of use written, where
+ * more than `most` in a thousand inputs are active or memory ran out.
+ *
+ * gradients (batch, rows, columns, outputs) of the outputs; `weights`, as `meet` reads them, is where they are added up,
+ * in the order of the samples with any number of threads. */
+int events_weigh(const Map *map, int64_t most, int64_t threads, const float *inputs, const float *gradients, const Strides *own,
+                 float *layer, float *weights) {
+  const int64_t stretch = map->tall * map->across * ((map->wide + map->across - 1) / map->across) * map->outputs;
+  const int64_t bytes = map->rows * map->columns * map->outputs * (int64_t)sizeof(float);
+  const int64_t together = larger(1, smaller(TOGETHER / larger(1, bytes), smaller(map->batch, UINT16_MAX)));
+  const int64_t groups = (map->channels + GROUP - 1) / GROUP;
+  int64_t failed = 0, active = 0;
+  const int64_t all = map->batch * map->height * map->width * map->channels;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : active)
+  for (int64_t i = 0; i < all; i++) active += fires(inputs[i]);
+  if (1000 * active > most * all) return 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : failed) schedule(dynamic)
+  for (int64_t number = 0; number < groups; number++) {
+    Unit unit = {.rows = map->rows, .outputs = map->outputs, .bottom = map->height, .from = number * GROUP};
+    unit.channels = smaller(GROUP, map->channels - unit.from);
+    memset(weights + unit.from * stretch, 0, unit.channels * stretch * sizeof *weights);
+    for (unit.sample = 0; unit.sample < map->batch; unit.sample += together) {
+      int32_t counts[GROUP];
+      unit.samples = smaller(together, map->batch - unit.sample);
+      count(map, &unit, inputs, counts);
+      const int32_t sum = places(&unit, counts);
+      Event *events = calloc(sum + 1, sizeof *events);
+      if (!events) {
+        failed++;
+        break;
+      }
+      list(map, &unit, inputs, counts, sum, events);
+      meet_all(map, &unit, events, counts, weights, (float *)gradients, 1);
+      free(events);
+    }
+  }
+  if (failed) return 0;
+  lay(map, threads, own, layer, weights, 1);
+  return 1;
 }

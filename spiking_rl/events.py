@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ _LONGEST = 2**16 - 1  # side of a picture that the loops can count
 _THREADS_FROM = 2**20  # multiply-accumulates of the dense map from which more than one thread pays
 
 
-class _Map(ctypes.Structure):
+class Map(ctypes.Structure):
     """Sizes of a map, as events.c has them."""
 
     _fields_ = [
@@ -31,17 +32,20 @@ class _Map(ctypes.Structure):
 
 def runs_on_events(layer: nn.Module) -> bool:
     """Tell whether a map can be computed from active inputs alone: a plain one, in 32-bit floats on a CPU."""
-    if type(layer) in (nn.Conv2d, SmallMapConv2d):
-        assert isinstance(layer, nn.Conv2d)
-        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-            return False
-        if isinstance(layer.padding, str):
-            return False
-    elif type(layer) is not nn.Linear:
+    if type(layer) is not nn.Linear and not is_plain_convolution(layer):
         return False
     weight = layer.weight
     plain = weight.dtype is torch.float32 and weight.is_cpu and weight.numel() > 0 and "forward" not in layer.__dict__
     return plain and built_events() is not None
+
+
+def is_plain_convolution(layer: nn.Module) -> bool:
+    """Tell whether a layer is a convolution of one group, without dilation, with a padding of zeros that are counted."""
+    if type(layer) not in (nn.Conv2d, SmallMapConv2d):
+        return False
+    assert isinstance(layer, nn.Conv2d)
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return plain and not isinstance(layer.padding, str)
 
 
 class EventMap:
@@ -73,12 +77,12 @@ class EventMap:
         self.outputs, self.channels, *self.kernel = kernel.shape
         self.weights = _as_events_read(kernel, self.stride[1]) if rows is None else rows[:, None, None, None]
         self.bias = weight.new_zeros(self.outputs) if layer.bias is None else layer.bias.detach().clone()
-        self.last: tuple[torch.Size, _Map | None] = (torch.Size(), None)
+        self.last: tuple[torch.Size, Map | None] = (torch.Size(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the layer gives: of ``(B, channels, H, W)`` or ``(B, channels)``, channels last."""
         loops = built_events()  # none where this came from another machine
-        if loops is None or not _takes(x):
+        if loops is None or not takes(x) or (x.requires_grad and torch.is_grad_enabled()):
             return self.otherwise(x)
         shape, sizes = self.last
         if x.shape != shape:
@@ -90,29 +94,52 @@ class EventMap:
             outputs = x.new_empty(shape[0], self.outputs)
         else:
             x = x.contiguous(memory_format=torch.channels_last)
-            of_all = (shape[0], self.outputs, sizes.rows, sizes.columns)
-            outputs = torch.empty(of_all, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+            outputs = empty_outputs(sizes)
         threads = torch.get_num_threads() if sizes.threads else 1
-        addresses = (x.data_ptr(), self.weights.data_ptr(), self.bias.data_ptr(), outputs.data_ptr())
-        return outputs if loops.events_run(ctypes.addressof(sizes), threads, *addresses) else self.otherwise(x)
+        addresses = (None, None, self.weights.data_ptr(), self.bias.data_ptr(), outputs.data_ptr())
+        found = loops.events_run(ctypes.addressof(sizes), threads, x.data_ptr(), *addresses)
+        return outputs if found else self.otherwise(x)
 
-    def _sizes(self, shape: torch.Size) -> _Map | None:
+    def _sizes(self, shape: torch.Size) -> Map | None:
         """Return what the loops need to know of inputs of a shape; None where they cannot take it."""
         if len(shape) != (2 if self.linear else 4) or shape[1] != self.channels:
             return None
-        batch, sides = shape[0], (1, 1) if self.linear else shape[2:]
-        axes = zip(sides, self.padding, self.kernel, self.stride, strict=True)
-        rows, columns = ((side + 2 * pad - kernel) // stride + 1 for side, pad, kernel, stride in axes)
-        if min(rows, columns) < 1 or max(sides) > _LONGEST:
-            return None
-        useful = batch * rows * columns * self.weights.numel() >= _THREADS_FROM
-        most = _most(batch, rows * columns, self.linear)
-        inputs, outputs = (*sides, self.channels), (rows, columns, self.outputs)
-        return _Map(batch, *inputs, *outputs, *self.kernel, *self.stride, *self.padding, most, useful)
+        sides = (1, 1) if self.linear else shape[2:]
+        kernel = (self.outputs, self.channels, *self.kernel)
+        return sizes_of((shape[0], self.channels, *sides), kernel, self.stride, self.padding, linear=self.linear)
 
 
-def _takes(x: Tensor) -> bool:
-    """Tell whether the loops can read a tensor, and nobody but its values is asked for."""
+def sizes_of(
+    shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], *, linear: bool = False
+) -> Map | None:
+    """Return what the loops need to know of inputs ``(B, channels, H, W)``; None where they cannot take them.
+
+    Args:
+        shape: of the inputs.
+        kernel: shape of the weights, ``(outputs, channels, rows, columns)``.
+        stride: downwards and across.
+        padding: above and to the left, and as much below and to the right.
+        linear: it is a linear map, of one pixel.
+    """
+    batch, channels, *sides = shape
+    axes = zip(sides, padding, kernel[2:], stride, strict=True)
+    rows, columns = ((side + 2 * pad - long) // step + 1 for side, pad, long, step in axes)
+    if channels != kernel[1] or min(rows, columns) < 1 or max(sides) > _LONGEST:
+        return None
+    useful = batch * rows * columns * math.prod(kernel) >= _THREADS_FROM
+    most = _most(batch, rows * columns, linear)
+    outputs = (rows, columns, kernel[0])
+    return Map(batch, *sides, channels, *outputs, *kernel[2:], *stride, *padding, most, useful)
+
+
+def empty_outputs(sizes: Map) -> Tensor:
+    """Return what a convolution's outputs are written to, ``(B, outputs, rows, columns)``, channels last."""
+    shape = (sizes.batch, sizes.outputs, sizes.rows, sizes.columns)
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def takes(x: Tensor) -> bool:
+    """Tell whether the loops can read a tensor, and nobody records what is done to it."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()  # before anything that the compiler cannot look through
@@ -121,7 +148,6 @@ def _takes(x: Tensor) -> bool:
         and x.dtype is torch.float32
         and x.is_cpu
         and not x.is_neg()
-        and not (x.requires_grad and torch.is_grad_enabled())
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import Encoder, build_encoder, scan_starts
 from spiking_rl.errors import UserError
+from spiking_rl.event_layers import through_events
 from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
 from spiking_rl.surrogate import DEFAULT_GAMMA
@@ -250,6 +251,10 @@ class LayeredNetwork(nn.Module):
         """Tell whether inputs are presented directly, neurons may fire again, and outputs are mean currents."""
         return self.encoder is None and not self.single_spike and self.spike_time is None
 
+    def _has_events(self) -> bool:
+        """Tell whether few outputs of hidden layers are active: spikes, and in training, where more may be, ReLU's."""
+        return self.spiking or torch.is_grad_enabled()
+
     def current(self, layer: int, x: Tensor, held: dict[int, Tensor]) -> Tensor:
         """Return the current of one hidden layer: its map's, and its shortcut's where it has one.
 
@@ -262,7 +267,7 @@ class LayeredNetwork(nn.Module):
         Returns:
             ``(B, *N)`` of this layer.
         """
-        current: Tensor = self.maps[layer](x)
+        current: Tensor = through_events(self.maps[layer], x) if layer and self._has_events() else self.maps[layer](x)
         if layer in self.sources:
             current = current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
         return current
@@ -292,8 +297,10 @@ class LayeredNetwork(nn.Module):
         if observer is None and not self.sources and not (self.training and any(self.dropout)):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
             acting = spiking and not torch.is_grad_enabled()
+            has_events, sees_events = self._has_events(), False
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
-                x = layer(x)
+                x = through_events(layer, x) if sees_events else layer(x)
+                sees_events = has_events
                 if acting and type(neuron) is LIF and _is_new(layer):
                     x = neuron.fresh(x, timesteps, repeat, spare=True)
                 else:

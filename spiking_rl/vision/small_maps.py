@@ -46,6 +46,29 @@ class SmallMapConv2d(nn.Conv2d):
         return next(n for n in range(_WIDE // (columns + 1), 0, -1) if images % n == 0)
 
 
+def gradients(
+    layer: nn.Conv2d, gradient: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of a convolution's inputs, weights and bias, of 32-bit floats, narrow maps side by side.
+
+    Args:
+        layer: without groups and dilation.
+        gradient: of its outputs.
+        input: what they were made of.
+        weight: of the layer.
+        wanted: which of the three.
+    """
+    together = layer._together(input, input.dtype) if isinstance(layer, SmallMapConv2d) else 1
+    columns = input.shape[3]
+    if together > 1:
+        gradient, input = _side_by_side(gradient, together), _side_by_side(input, together)
+    found = torch.ops.aten.convolution_backward(
+        gradient, input, weight, None, layer.stride, layer.padding, (1, 1), False, (0, 0), 1, wanted
+    )
+    of_input, of_weight, of_bias = found
+    return (_apart(of_input, together, columns) if together > 1 and wanted[0] else of_input), of_weight, of_bias
+
+
 def _arithmetic(input: Tensor) -> torch.dtype:
     """Return the type in which a CPU convolves: autocast's, which leaves doubles alone."""
     cast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64

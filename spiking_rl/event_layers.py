@@ -1,0 +1,173 @@
+"""Layers whose inputs are mostly silent, in training and in use: zeros are left out of their sums, on a CPU.
+
+Of the three products of a convolution's training pass two have its inputs in them: the outputs, and the gradient of the
+weights. Both are summed up from the active inputs alone (``events.c``); nothing but the order of the sums changes. The
+third, the gradient of the inputs, is computed as ever.
+
+How many inputs are active decides: where they are many the layer computes as it would have. For the gradient of 3x3
+convolutions that may be half of them, since torch takes twice the time of the outputs for it: there ReLU's outputs
+are few, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spiking_rl.compiling import built_events
+from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes
+from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
+
+_CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
+_LINEAR_FROM = 2**17
+_FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
+_MOST_OF_ROWS = {True: 300, False: 600}  # inputs in a thousand that may be active for it, in one frame, in several
+_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+class _Strides(ctypes.Structure):
+    """How a kernel lies in memory, as events.c has it."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("outputs", "channels", "row", "column")]
+
+
+def through_events(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return ``layer(x)``, where ``x`` is what spiking neurons or ReLU gave.
+
+    Args:
+        layer: a convolution, a linear map, or an ``nn.Sequential`` whose first of these sees ``x`` or means of it.
+            Anything else, and any that somebody listens to, is called as it is.
+        x: ``(B, *N)``.
+    """
+    if not x.is_cpu or x.dtype is not torch.float32:
+        return layer(x)  # type: ignore[no-any-return]
+    if type(layer) is not nn.Sequential or not _is_plain(layer):
+        found = _by_events(layer, x)
+        return layer(x) if found is None else found
+    sees_events = True
+    for part in layer._modules.values():
+        found = None
+        if sees_events and isinstance(part, (nn.Conv2d, nn.Linear)):
+            found, sees_events = _by_events(part, x), False
+        x = part(x) if found is None else found  # type: ignore[misc]
+    return x
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Tell whether nobody listens to a module or has put a function of theirs in its place."""
+    listeners = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return not listeners and "forward" not in layer.__dict__
+
+
+def _by_events(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Return what a map gives by events; None where it had better compute itself."""
+    kind = type(layer)
+    if kind is nn.Linear:
+        weight = layer._parameters.get("weight")
+        if weight is None or weight.numel() < _LINEAR_FROM or len(x) > _FRAMES or torch.is_grad_enabled():
+            return None
+        return _rows(layer, weight, x) if _is_plain(layer) and _may(weight, x) else None  # type: ignore[arg-type]
+    if kind not in (nn.Conv2d, SmallMapConv2d):
+        return None
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.numel() < _CONVOLUTIONS_FROM or x.dim() != 4:
+        return None
+    if not (is_plain_convolution(layer) and _is_plain(layer) and _may(weight, x)):
+        return None
+    assert isinstance(layer, nn.Conv2d)
+    sizes = _sizes(x.shape, weight.shape, layer.stride, layer.padding)
+    if sizes is None:
+        return None
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not torch.is_grad_enabled():
+        return _convolved(sizes, x, weight, layer.bias)
+    return _Convolution.apply(x, weight, layer.bias, sizes, layer)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _may(weight: Tensor, x: Tensor) -> bool:
+    """Tell whether the loops may read weights and inputs."""
+    plain = weight.dtype is torch.float32 and weight.is_cpu and not torch.is_autocast_enabled("cpu")
+    return plain and takes(x) and not _transforming() and built_events() is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(shape: torch.Size, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int]) -> Map | None:
+    return sizes_of(shape, kernel, stride, padding)
+
+
+def _rows(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor | None:
+    """Return what a linear map gives of a few frames; None where many inputs are active."""
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not len(x) or not weight.is_contiguous():
+        return None
+    loops, x, bias = built_events(), x.contiguous(), layer.bias
+    outputs = x.new_empty(len(x), len(weight))
+    sizes = (*x.shape, len(weight), _MOST_OF_ROWS[len(x) == 1], torch.get_num_threads())
+    addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
+    return outputs if loops.events_rows(*sizes, x.data_ptr(), *addresses) else None  # type: ignore[union-attr]
+
+
+def _convolved(sizes: Map, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return the outputs of a convolution without a gradient; None where many inputs are active."""
+    loops, outputs, scratch = built_events(), empty_outputs(sizes), _scratch(sizes)
+    addresses = (scratch.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
+    own = _Strides(*weight.stride())
+    found = loops.events_run(  # type: ignore[union-attr]
+        ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), ctypes.addressof(own), weight.data_ptr(), *addresses
+    )
+    return outputs if found else None
+
+
+def _scratch(sizes: Map) -> Tensor:
+    """Return room for weights in the order in which events meet them."""
+    steps = -(-sizes.wide // sizes.across)
+    shape = (sizes.channels, sizes.tall, sizes.across, steps, sizes.outputs)
+    make = torch.empty if sizes.wide % sizes.across == 0 else torch.zeros  # steps behind the kernel's end stay 0
+    return make(shape, dtype=torch.float32, device="cpu")
+
+
+def _threads(sizes: Map) -> int:
+    return torch.get_num_threads() if sizes.threads else 1
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with its gradient, each by events or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Map, layer: nn.Conv2d) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes, ctx.layer = sizes, layer
+        outputs = _convolved(sizes, x, weight, bias)
+        return layer._conv_forward(x, weight, bias) if outputs is None else outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        weighed = _weighed(ctx.sizes, x, gradient, weight) if of_weight else None
+        asked = (of_x, of_weight and weighed is None, False)
+        found = list(gradients(ctx.layer, gradient, x, weight, asked)) if any(asked) else [None, None]
+        pixels = gradient.permute(0, 2, 3, 1).reshape(-1, ctx.sizes.outputs)
+        return found[0], found[1] if weighed is None else weighed, pixels.sum(0) if of_bias else None, None, None
+
+
+def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor | None:
+    """Return the gradient of the weights; None where many inputs are active."""
+    loops, scratch, own = built_events(), _scratch(sizes), _Strides(*weight.stride())
+    found = torch.empty_like(weight)
+    told = (ctypes.addressof(sizes), _most_weighed(sizes), _threads(sizes), x.data_ptr(), gradient.data_ptr())
+    done = loops.events_weigh(*told, ctypes.addressof(own), found.data_ptr(), scratch.data_ptr())  # type: ignore[union-attr]
+    return found if done else None
+
+
+def _most_weighed(sizes: Map) -> int:
+    """Return how many inputs in a thousand may be active for the gradient of the weights."""
+    if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
+        return 200
+    return 500 if sizes.rows * sizes.columns <= 256 else 350

@@ -1,0 +1,252 @@
+"""Layers that leave silent inputs out of their sums give what torch gives, and so do their gradients.
+
+Numbers are multiples of 1/8 and 1/4, so that every sum is exact in 32 bits, in any order: equal is equal.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spiking_rl import build_network, calibrate_thresholds, compiling, event_layers
+from spiking_rl.event_layers import through_events
+from spiking_rl.vision.small_maps import SmallMapConv2d
+
+pytestmark = pytest.mark.skipif(compiling.built_events() is None, reason="no C compiler here")
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers too."""
+    monkeypatch.setattr(event_layers, "_CONVOLUTIONS_FROM", 0)
+    monkeypatch.setattr(event_layers, "_LINEAR_FROM", 0)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def exact(layer: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-16, 17, parameter.shape) / 8)
+    return layer
+
+
+def spikes(*shape: int, density: float = 0.05) -> Tensor:
+    return (torch.rand(shape) < density) * torch.randint(1, 5, shape) / 4
+
+
+def is_by_events(output: Tensor) -> bool:
+    assert output.grad_fn is not None
+    return output.grad_fn.name().startswith("_Convolution")
+
+
+def assert_like_torch(layer: nn.Conv2d, x: Tensor) -> None:
+    """Compare outputs and all gradients of a layer with torch's in 64 bits."""
+    x = x.requires_grad_()
+    output = through_events(layer, x)
+    assert is_by_events(output)
+    gradient = torch.randint(-8, 9, output.shape) / 8
+    parameters = list(layer.parameters())
+    found = torch.autograd.grad(output, (x, *parameters), gradient)
+    double = [p.detach().double().requires_grad_() for p in parameters]
+    y = x.detach().double().requires_grad_()
+    expected = functional.conv2d(y, *double, stride=layer.stride, padding=layer.padding)  # type: ignore[call-overload]
+    assert torch.equal(output.double(), expected)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, (y, *double), gradient.double()), strict=True):
+        assert torch.equal(ours.double(), theirs)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
+    side = st.integers(1, 4)
+    kernel, stride = (draw(side), draw(side)), (draw(side), draw(side))
+    padding = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    height, width = (k + draw(st.integers(0, 9)) for k in kernel)
+    channels, outputs = draw(st.sampled_from([1, 3, 8, 17, 40])), draw(st.sampled_from([1, 5, 8, 24, 33, 128]))
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    layer = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=draw(st.booleans()))
+    x = spikes(draw(st.integers(1, 5)), channels, height, width, density=draw(st.sampled_from([0.0, 0.05, 0.3, 0.9])))
+    if draw(st.booleans()):
+        layer, x = layer.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return exact(layer), x  # type: ignore[return-value]
+
+
+@given(drawn=convolutions(), number=st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_a_convolution_and_its_gradients_are_torchs(drawn: tuple[nn.Conv2d, Tensor], number: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        assert_like_torch(*drawn)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.9])
+@pytest.mark.parametrize("side", [2, 4, 9])
+def test_narrow_maps_too(side: int, density: float) -> None:
+    layer = SmallMapConv2d(24, 40, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    assert_like_torch(exact(layer), spikes(12, 24, side, side, density=density))  # type: ignore[arg-type]
+
+
+def test_many_samples_are_summed_up_block_by_block() -> None:
+    layer = exact(nn.Conv2d(17, 64, 3, padding=1))  # a sample's gradients are 64 KB: several blocks
+    assert_like_torch(layer, spikes(20, 17, 16, 16))  # type: ignore[arg-type]
+
+
+def test_what_is_left_out_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few active inputs: torch's convolution is asked for nothing but the gradient of the inputs."""
+    layer, asked = nn.Conv2d(8, 16, 3, padding=1), []
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *_: pytest.fail("the layer itself was asked"))
+    monkeypatch.setattr(event_layers, "gradients", lambda *found: asked.append(found[-1]) or (found[2], None, None))
+    output = through_events(layer, spikes(2, 8, 9, 9).requires_grad_())
+    output.sum().backward()
+    through_events(layer, spikes(2, 8, 9, 9)).sum().backward()
+    assert asked == [(True, False, False)]  # and for a leaf that needs none, for nothing
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    layer = exact(nn.Conv2d(8, 16, 3)).requires_grad_(False)
+    x = spikes(2, 8, 9, 9).requires_grad_()
+    through_events(layer, x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("frames", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_map_of_a_few_frames_is_torchs(frames: int, density: float, bias: bool) -> None:
+    layer = exact(nn.Linear(203, 38, bias=bias))
+    x = spikes(frames, 203, density=density)
+    with torch.no_grad():
+        assert torch.equal(through_events(layer, x), layer(x))
+
+
+def test_a_linear_map_reads_active_inputs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = exact(nn.Linear(64, 16))
+    with torch.no_grad():
+        layer.weight[:, 32:] = torch.nan  # of silent inputs
+        x = torch.cat((torch.ones(2, 4), torch.zeros(2, 60)), 1)
+        assert torch.equal(through_events(layer, x), functional.linear(x[:, :32], layer.weight[:, :32], layer.bias))
+
+
+def test_weights_written_behind_autograds_back_are_seen() -> None:
+    convolution, linear = exact(nn.Conv2d(8, 16, 3)), exact(nn.Linear(72, 5))
+    for layer, x in ((convolution, spikes(2, 8, 9, 9)), (linear, spikes(2, 72))):
+        with torch.no_grad():
+            before = through_events(layer, x)
+            layer.weight.data.mul_(2)  # as target networks are written; no version is counted
+            layer.bias.data.mul_(2)  # type: ignore[union-attr]
+            assert torch.equal(through_events(layer, x), 2 * before)
+
+
+def test_any_number_of_threads_gives_the_same_bits(threads: None) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(40, 64, 3, padding=1), (torch.rand(30, 40, 16, 16) < 0.1).float()
+    gradient = torch.randn(30, 64, 16, 16)
+    found = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        output = through_events(layer, x)
+        found.append((output, *torch.autograd.grad(output, layer.weight, gradient)))
+    assert all(torch.equal(a, b) for more in found[1:] for a, b in zip(found[0], more, strict=True))
+
+
+class Nothing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_listens_is_heard() -> None:
+    layer, x, heard = nn.Conv2d(8, 16, 3), spikes(2, 8, 9, 9), []
+    handle = layer.register_forward_hook(lambda *_: heard.append("forward"))
+    through_events(nn.Sequential(layer), x)
+    handle.remove()
+    layer.register_forward_pre_hook(lambda *_: heard.append("before"))
+    through_events(layer, x)
+    with Nothing():
+        assert not is_by_events(through_events(nn.Conv2d(8, 16, 3), x))
+    assert heard == ["forward", "before"]
+
+
+def test_other_arithmetic_is_torchs() -> None:
+    layer, x = nn.Conv2d(8, 16, 3), spikes(2, 8, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert through_events(layer, x).dtype is torch.bfloat16
+    double = copy.deepcopy(layer).double()
+    assert through_events(double, x.double()).dtype is torch.float64
+    assert not is_by_events(through_events(nn.Conv2d(8, 16, 3, groups=2), x))
+    assert not is_by_events(through_events(nn.Conv2d(8, 16, 3, padding="same"), x))
+    assert not is_by_events(through_events(nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), x))
+    with pytest.raises(RuntimeError, match="channels"):
+        through_events(nn.Conv2d(9, 16, 3), x)
+    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+        through_events(nn.Conv2d(8, 16, 11), x)
+
+
+def test_torchs_transforms_pass() -> None:
+    layer, x = exact(nn.Conv2d(8, 16, 3)), spikes(3, 8, 9, 9)
+    parameters = dict(layer.named_parameters())
+
+    def loss(weights: dict[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(_Through(layer), {f"layer.{k}": w for k, w in weights.items()}, (one[None],)).sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, x)["weight"].sum(0)
+    assert torch.equal(found, torch.autograd.grad(through_events(layer, x).sum(), layer.weight)[0])
+
+
+class _Through(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through_events(self.layer, x)
+
+
+@pytest.mark.parametrize("name", ["vgg9", "resnet12", "nature_cnn"])
+@pytest.mark.parametrize("timesteps", [1, 3])
+@pytest.mark.parametrize("neuron", ["lif", "relu"])
+def test_a_network_learns_what_it_learned_without(
+    monkeypatch: pytest.MonkeyPatch, name: str, timesteps: int, neuron: str
+) -> None:
+    """The same gradients, up to the order of sums, of the same spikes."""
+    torch.manual_seed(0)
+    size = {"width": 0.125} if name != "nature_cnn" else {}
+    shape = (3, 32, 32) if name != "nature_cnn" else (4, 36, 36)
+    network = build_network(name, shape, 10, timesteps=timesteps, neuron=neuron, **size)
+    if neuron == "lif":
+        calibrate_thresholds(network, torch.randn(4, *shape), rate=0.1)
+    x = torch.randn(4, *shape)  # others: those have potentials that are thresholds
+    nn.init.normal_(network.readout.weight)
+    network.train()
+    asked = []
+    by_events = event_layers._by_events
+    monkeypatch.setattr(event_layers, "_by_events", lambda *found: asked.append(1) or by_events(*found))
+
+    def learned() -> list[Tensor]:
+        network.zero_grad()
+        outputs, _ = network(x[None])
+        outputs.square().sum().backward()
+        return [outputs, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    found = learned()
+    assert asked
+    monkeypatch.setattr(event_layers, "built_events", lambda: None)
+    for ours, plain in zip(found, learned(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5 * float(plain.detach().abs().max()))
