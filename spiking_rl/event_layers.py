@@ -54,7 +54,7 @@ def through_events(layer: nn.Module, x: Tensor) -> Tensor:
         found = None
         if sees_events and isinstance(part, (nn.Conv2d, nn.Linear)):
             found, sees_events = _by_events(part, x), False
-        x = part(x) if found is None else found  # type: ignore[misc]
+        x = part(x) if found is None else found
     return x
 
 

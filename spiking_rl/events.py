@@ -40,7 +40,7 @@ def runs_on_events(layer: nn.Module) -> bool:
 
 
 def is_plain_convolution(layer: nn.Module) -> bool:
-    """Tell whether a layer is a convolution of one group, without dilation, with a padding of zeros that are counted."""
+    """Tell whether a layer is a convolution of one group, without dilation, padded with a given number of zeros."""
     if type(layer) not in (nn.Conv2d, SmallMapConv2d):
         return False
     assert isinstance(layer, nn.Conv2d)

@@ -195,7 +195,7 @@ def test_other_arithmetic_is_torchs() -> None:
     assert not is_by_events(through_events(nn.Conv2d(8, 16, 3, padding=1, padding_mode="circular"), x))
     with pytest.raises(RuntimeError, match="channels"):
         through_events(nn.Conv2d(9, 16, 3), x)
-    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
         through_events(nn.Conv2d(8, 16, 11), x)
 
 
