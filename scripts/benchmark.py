@@ -29,6 +29,7 @@ from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.latency import latency_rows
 from spiking_rl.scripts.speed.narrow import narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
+from spiking_rl.scripts.speed.rates import rates_rows
 from spiking_rl.scripts.speed.rows import WITH_MEMORY, add_memory, fastest_format_is_channels_last, printed, timed_rows
 from spiking_rl.scripts.speed.scan import scan_rows
 from spiking_rl.scripts.speed.stateful import stateful_rows
@@ -37,7 +38,7 @@ DESCRIPTION = """Time spiking-rl, SpikingJelly, snnTorch, Norse, Sinabs, the ReL
 
 Example: python -m spiking_rl.scripts.benchmark --cases nature latency-nature --output results/speed.json"""
 
-_OWN = ("scan", "stateful", "half", "narrow", "latency-cartpole")  # no other library runs these
+_OWN = ("rates", "scan", "stateful", "half", "narrow", "latency-cartpole")  # no other library runs these
 _ON_ANY_DEVICE = (*CASES, "scan")
 
 
@@ -141,6 +142,20 @@ def _scan(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def _rates(options: Options) -> list[dict[str, Any]]:
+    rows = [
+        row
+        for name in WITH_MEMORY
+        for row in rates_rows(name, rounds=options.rounds, seconds=options.seconds / len(WITH_MEMORY))
+    ]
+    for row in rows:
+        limit = "" if row["ratio_to_limit"] is None else f"  {row['ratio_to_limit']:.2f} x limit"
+        rate = "" if row["fired"] is None else f"{row['fired']:.3f}"
+        told = f"{row['network']:10} {row['library']:10} {_name(row):5} {rate:5} {row['ms']:9.2f} ms"
+        print(f"{told}  {row['ratio_to_relu']:.2f} x ReLU{limit}", flush=True)
+    return rows
+
+
 def _stateful(options: Options) -> list[dict[str, Any]]:
     rows = stateful_rows(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
@@ -180,6 +195,7 @@ def _latency(options: Options) -> list[dict[str, Any]]:
 
 
 _OWN_CASES: dict[str, Callable[[Options], list[dict[str, Any]]]] = {
+    "rates": _rates,
     "scan": _scan,
     "stateful": _stateful,
     "half": _half,

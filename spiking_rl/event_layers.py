@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from spiking_rl.compiling import built_events
 from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes
@@ -85,7 +84,7 @@ def _by_events(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     if not torch.is_grad_enabled():
-        return _convolved(sizes, x, weight, layer.bias)
+        return _convolved(sizes, x, weight, layer.bias)[0]
     return _Convolution.apply(x, weight, layer.bias, sizes, layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -111,15 +110,14 @@ def _rows(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor | None:
     return outputs if loops.events_rows(*sizes, x.data_ptr(), *addresses) else None  # type: ignore[union-attr]
 
 
-def _convolved(sizes: Map, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return the outputs of a convolution without a gradient; None where many inputs are active."""
-    loops, outputs, scratch = built_events(), empty_outputs(sizes), _scratch(sizes)
+def _convolved(sizes: Map, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return a convolution's outputs, None where many inputs are active, and how many in a thousand are."""
+    loops, outputs, scratch, own = built_events(), empty_outputs(sizes), _scratch(sizes), _Strides(*weight.stride())
+    density = ctypes.c_int64(1000)
+    told = (ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), ctypes.addressof(own), weight.data_ptr())
     addresses = (scratch.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
-    own = _Strides(*weight.stride())
-    found = loops.events_run(  # type: ignore[union-attr]
-        ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), ctypes.addressof(own), weight.data_ptr(), *addresses
-    )
-    return outputs if found else None
+    found = loops.events_run(*told, *addresses, ctypes.addressof(density))  # type: ignore[union-attr]
+    return outputs if found else None, density.value
 
 
 def _scratch(sizes: Map) -> Tensor:
@@ -140,17 +138,17 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Map, layer: nn.Conv2d) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sizes, ctx.layer = sizes, layer
-        outputs = _convolved(sizes, x, weight, bias)
+        outputs, density = _convolved(sizes, x, weight, bias)
+        ctx.sizes, ctx.layer, ctx.few = sizes, layer, density <= _most_weighed(sizes)
         return layer._conv_forward(x, weight, bias) if outputs is None else outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        weighed = _weighed(ctx.sizes, x, gradient, weight) if of_weight else None
+        few = ctx.few and not torch.is_grad_enabled()  # torch's own operations have second derivatives, too
+        weighed = _weighed(ctx.sizes, x, gradient, weight) if of_weight and few else None
         asked = (of_x, of_weight and weighed is None, False)
         found = list(gradients(ctx.layer, gradient, x, weight, asked)) if any(asked) else [None, None]
         pixels = gradient.permute(0, 2, 3, 1).reshape(-1, ctx.sizes.outputs)
@@ -158,10 +156,10 @@ class _Convolution(torch.autograd.Function):
 
 
 def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor | None:
-    """Return the gradient of the weights; None where many inputs are active."""
+    """Return the gradient of the weights; None where there is no memory for it."""
     loops, scratch, own = built_events(), _scratch(sizes), _Strides(*weight.stride())
     found = torch.empty_like(weight)
-    told = (ctypes.addressof(sizes), _most_weighed(sizes), _threads(sizes), x.data_ptr(), gradient.data_ptr())
+    told = (ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), gradient.data_ptr())
     done = loops.events_weigh(*told, ctypes.addressof(own), found.data_ptr(), scratch.data_ptr())  # type: ignore[union-attr]
     return found if done else None
 

@@ -83,9 +83,10 @@ static void lay(const Map *map, int64_t threads, const Strides *own, float *laye
  *
  * inputs (batch, height, width, channels), outputs (batch, rows, columns, outputs), bias (outputs) or NULL, weights
  * (channels, rows of the kernel, phases, steps, outputs) as `meet` reads them: they are there or, where `layer` is not
- * NULL, filled from it, the layer's own, when inputs are found to be few. */
+ * NULL, filled from it, the layer's own, when inputs are found to be few. `density` is told how many in a thousand
+ * inputs are active, unless it is NULL. */
 int events_run(const Map *map, int64_t threads, const float *inputs, const Strides *own, const float *layer,
-               float *weights, const float *bias, float *outputs) {
+               float *weights, const float *bias, float *outputs, int64_t *density) {
   const int64_t units = cut(map, threads, 0, NULL), room = (map->channels + LANES - 1) / LANES * LANES;
   int32_t *counts = malloc(units * room * sizeof *counts);
   if (!counts) return 0;
@@ -99,6 +100,7 @@ int events_run(const Map *map, int64_t threads, const float *inputs, const Strid
     seen += unit.samples * (unit.bottom - unit.top) * map->width * map->channels;
   }
   const int few = 1000 * active <= map->most * seen;
+  if (density) *density = 1000 * active / larger(1, seen);
   if (few) {
     if (layer) lay(map, threads, own, (float *)layer, weights, 0);
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : failed) schedule(dynamic)
@@ -116,21 +118,17 @@ int events_run(const Map *map, int64_t threads, const float *inputs, const Strid
 #define GROUP 16           /* channels that a thread takes at a time */
 
 /* Fills the gradients of a layer's weights, which lie as `own` says. Returns 1; 0, with nothing of use written, where
- * more than `most` in a thousand inputs are active or memory ran out.
+ * memory ran out.
  *
  * gradients (batch, rows, columns, outputs) of the outputs; `weights`, as `meet` reads them, is where they are added up,
  * in the order of the samples with any number of threads. */
-int events_weigh(const Map *map, int64_t most, int64_t threads, const float *inputs, const float *gradients, const Strides *own,
+int events_weigh(const Map *map, int64_t threads, const float *inputs, const float *gradients, const Strides *own,
                  float *layer, float *weights) {
   const int64_t stretch = map->tall * map->across * ((map->wide + map->across - 1) / map->across) * map->outputs;
   const int64_t bytes = map->rows * map->columns * map->outputs * (int64_t)sizeof(float);
   const int64_t together = larger(1, smaller(TOGETHER / larger(1, bytes), smaller(map->batch, UINT16_MAX)));
   const int64_t groups = (map->channels + GROUP - 1) / GROUP;
-  int64_t failed = 0, active = 0;
-  const int64_t all = map->batch * map->height * map->width * map->channels;
-#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : active)
-  for (int64_t i = 0; i < all; i++) active += fires(inputs[i]);
-  if (1000 * active > most * all) return 0;
+  int64_t failed = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : failed) schedule(dynamic)
   for (int64_t number = 0; number < groups; number++) {
     Unit unit = {.rows = map->rows, .outputs = map->outputs, .bottom = map->height, .from = number * GROUP};

@@ -97,7 +97,7 @@ class EventMap:
             outputs = empty_outputs(sizes)
         threads = torch.get_num_threads() if sizes.threads else 1
         addresses = (None, None, self.weights.data_ptr(), self.bias.data_ptr(), outputs.data_ptr())
-        found = loops.events_run(ctypes.addressof(sizes), threads, x.data_ptr(), *addresses)
+        found = loops.events_run(ctypes.addressof(sizes), threads, x.data_ptr(), *addresses, None)
         return outputs if found else self.otherwise(x)
 
     def _sizes(self, shape: torch.Size) -> Map | None:

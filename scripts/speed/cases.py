@@ -53,6 +53,7 @@ def build_case(
     *,
     channels_last: bool = True,
     calibrated: bool = True,
+    rate: float = _RATE,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[LayeredNetwork, Tensor]:
@@ -65,6 +66,7 @@ def build_case(
         timesteps: T.
         channels_last: memory format of weights and inputs; else contiguous.
         calibrated: set the thresholds so that every layer fires.
+        rate: so often, in spikes per neuron and timestep.
         seed: of weights and inputs.
         device: where they are put.
 
@@ -79,7 +81,7 @@ def build_case(
     nn.init.normal_(network.readout.weight, std=network.readout.in_features**-0.5)  # at zero nothing would flow back
     inputs = torch.rand(case.batch, *case.input_shape)
     if calibrated:
-        calibrate_thresholds(network, torch.rand(_CALIBRATED_ON, *case.input_shape), _RATE)
+        calibrate_thresholds(network, torch.rand(_CALIBRATED_ON, *case.input_shape), rate)
     images = len(case.input_shape) == 3  # (C, H, W)
     layout = torch.channels_last if channels_last and images else torch.contiguous_format
     network.to(memory_format=layout)  # type: ignore[call-overload]

@@ -167,6 +167,20 @@ def test_any_number_of_threads_gives_the_same_bits(threads: None) -> None:
     assert all(torch.equal(a, b) for more in found[1:] for a, b in zip(found[0], more, strict=True))
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 16, 3, padding=1), SmallMapConv2d(8, 16, 3, padding=1)])
+def test_second_derivatives_are_torchs(layer: nn.Conv2d) -> None:
+    layer, x = exact(layer), spikes(2, 8, 4, 4).requires_grad_()  # type: ignore[assignment]
+
+    def second(outputs: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(outputs.pow(2).sum(), (x, layer.weight), create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, layer.weight))
+
+    output = through_events(layer, x)
+    assert is_by_events(output)
+    for ours, theirs in zip(second(output), second(layer(x)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 class Nothing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return func(*args, **(kwargs or {}))

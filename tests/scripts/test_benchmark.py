@@ -24,6 +24,7 @@ from spiking_rl.scripts.speed.half import half_rows
 from spiking_rl.scripts.speed.narrow import make_plain, narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed, peer_neuron, time_axis
 from spiking_rl.scripts.speed.plain import Limit, PeerNetwork, ReLUNetwork
+from spiking_rl.scripts.speed.rates import RATES, rates_rows
 from spiking_rl.scripts.speed.scan import scan_rows
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
 from spiking_rl.scripts.speed.variants import LIMIT, OURS, RELU, build_pass, differing_spikes
@@ -161,6 +162,19 @@ def test_a_network_with_plain_convolutions_is_timed_beside(halves: bool, monkeyp
     rows = narrow_rows(rounds=3, seconds=1)
     assert len(rows) == (8 if halves else 4)
     assert all(r["ratio_to_plain"] == 1 for r in rows if r["maps"] == "nn.Conv2d")
+
+
+def test_training_passes_are_timed_at_several_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "vgg16", Case("vgg16", (3, 32, 32), 3, 4, (2, 1), True, (("width", 0.1),)))
+    rows = rates_rows("vgg16", rounds=3, seconds=1)
+    assert [(r["library"], r["timesteps"], r["rate"]) for r in rows] == [
+        ("torch-relu", None, None),
+        *[("limit", 2, None), *(("spiking-rl", 2, rate) for rate in RATES)],
+        *[("limit", 1, None), *(("spiking-rl", 1, rate) for rate in RATES)],
+    ]
+    ours = [r for r in rows if r["rate"]]
+    assert all(r["rate"] / 2 < r["fired"] < 2 * r["rate"] for r in ours)
+    assert all(r["ratio_to_relu"] > 0 and r["ratio_to_limit"] > 0 for r in ours)
 
 
 def test_the_scan_is_told_as_a_multiple_of_a_copy() -> None:
