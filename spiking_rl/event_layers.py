@@ -23,9 +23,10 @@ from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of
 from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
 
 _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
+_PLACES_FROM = 96  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
 _LINEAR_FROM = 2**17
-_FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
-_MOST_OF_ROWS = {True: 300, False: 600}  # inputs in a thousand that may be active for it, in one frame, in several
+_FRAMES = range(2, 9)  # of a linear map, for which reading only the active inputs' weights wins; one reads as fast
+_MOST_OF_ROWS = 450  # inputs in a thousand that may be active for it in any frame
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
@@ -68,7 +69,7 @@ def _by_events(layer: nn.Module, x: Tensor) -> Tensor | None:
     kind = type(layer)
     if kind is nn.Linear:
         weight = layer._parameters.get("weight")
-        if weight is None or weight.numel() < _LINEAR_FROM or len(x) > _FRAMES or torch.is_grad_enabled():
+        if weight is None or weight.numel() < _LINEAR_FROM or len(x) not in _FRAMES or torch.is_grad_enabled():
             return None
         return _rows(layer, weight, x) if _is_plain(layer) and _may(weight, x) else None  # type: ignore[arg-type]
     if kind not in (nn.Conv2d, SmallMapConv2d):
@@ -80,7 +81,7 @@ def _by_events(layer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     assert isinstance(layer, nn.Conv2d)
     sizes = _sizes(x.shape, weight.shape, layer.stride, layer.padding)
-    if sizes is None:
+    if sizes is None or sizes.batch * sizes.rows * sizes.columns < _PLACES_FROM:
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     if not torch.is_grad_enabled():
@@ -101,11 +102,11 @@ def _sizes(shape: torch.Size, kernel: torch.Size, stride: tuple[int, int], paddi
 
 def _rows(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor | None:
     """Return what a linear map gives of a few frames; None where many inputs are active."""
-    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not len(x) or not weight.is_contiguous():
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not weight.is_contiguous():
         return None
     loops, x, bias = built_events(), x.contiguous(), layer.bias
     outputs = x.new_empty(len(x), len(weight))
-    sizes = (*x.shape, len(weight), _MOST_OF_ROWS[len(x) == 1], torch.get_num_threads())
+    sizes = (*x.shape, len(weight), _MOST_OF_ROWS, torch.get_num_threads())
     addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
     return outputs if loops.events_rows(*sizes, x.data_ptr(), *addresses) else None  # type: ignore[union-attr]
 

@@ -58,6 +58,24 @@ typedef struct {
 
 #define TILE 16
 
+/* Copies a tile of (outputs, channels) into one of (channels, outputs), or back. By way of a third one: the lines of
+ * both lie powers of two apart, and throw each other out of the cache. */
+INLINE void turn(float held[TILE][TILE], float *own, int64_t output, int64_t channel, float *there, int64_t next,
+                 const int64_t channels, const int64_t outputs, const int back) {
+  for (int64_t i = 0; i < (back ? channels : outputs); i++)
+    for (int64_t j = 0; j < (back ? outputs : channels); j++)
+      if (back)
+        held[j][i] = there[i * next + j];
+      else
+        held[i][j] = own[i * output + j * channel];
+  for (int64_t i = 0; i < (back ? outputs : channels); i++)
+    for (int64_t j = 0; j < (back ? channels : outputs); j++)
+      if (back)
+        own[i * output + j * channel] = held[i][j];
+      else
+        there[i * next + j] = held[j][i];
+}
+
 /* Copies a layer's weights into the order in which `meet` reads them, or back. Places that no weight belongs to (of
  * steps behind the kernel's end) stay as they are. */
 static void lay(const Map *map, int64_t threads, const Strides *own, float *layer, float *weights, const int back) {
@@ -69,13 +87,15 @@ static void lay(const Map *map, int64_t threads, const Strides *own, float *laye
       const int64_t place = (row * across + column % across) * steps + steps - 1 - column / across;
       const int64_t next = map->tall * across * steps * map->outputs, last = smaller(map->channels, (tile + 1) * TILE);
       float *at = layer + row * own->row + column * own->column, *to = weights + place * map->outputs;
-      for (int64_t first = 0; first < map->outputs; first += TILE)
-        for (int64_t c = tile * TILE; c < last; c++)
-          for (int64_t o = first; o < smaller(first + TILE, map->outputs); o++)
-            if (back)
-              at[o * own->outputs + c * own->channels] = to[c * next + o];
-            else
-              to[c * next + o] = at[o * own->outputs + c * own->channels];
+      for (int64_t first = 0; first < map->outputs; first += TILE) {
+        const int64_t begin = tile * TILE, wide = last - begin, high = smaller(TILE, map->outputs - first);
+        float held[TILE][TILE];
+        float *from = at + first * own->outputs + begin * own->channels, *there = to + begin * next + first;
+        if (wide == TILE && high == TILE && own->channels == 1)
+          turn(held, from, own->outputs, 1, there, next, TILE, TILE, back);
+        else
+          turn(held, from, own->outputs, own->channels, there, next, wide, high, back);
+      }
     }
 }
 
