@@ -22,10 +22,11 @@ from spiking_rl.compiling import built_events
 from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes
 from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
 
+_FEWEST = 2  # frames: for one, weights are read once in any case, and all that is asked about it costs
 _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
-_PLACES_FROM = 96  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
+_PLACES_FROM = 64  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
 _LINEAR_FROM = 2**17
-_FRAMES = range(2, 9)  # of a linear map, for which reading only the active inputs' weights wins; one reads as fast
+_FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
 _MOST_OF_ROWS = 450  # inputs in a thousand that may be active for it in any frame
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
@@ -44,7 +45,7 @@ def through_events(layer: nn.Module, x: Tensor) -> Tensor:
             Anything else, and any that somebody listens to, is called as it is.
         x: ``(B, *N)``.
     """
-    if not x.is_cpu or x.dtype is not torch.float32:
+    if x.shape[0] < _FEWEST or not x.is_cpu or x.dtype is not torch.float32:
         return layer(x)  # type: ignore[no-any-return]
     if type(layer) is not nn.Sequential or not _is_plain(layer):
         found = _by_events(layer, x)
@@ -69,7 +70,7 @@ def _by_events(layer: nn.Module, x: Tensor) -> Tensor | None:
     kind = type(layer)
     if kind is nn.Linear:
         weight = layer._parameters.get("weight")
-        if weight is None or weight.numel() < _LINEAR_FROM or len(x) not in _FRAMES or torch.is_grad_enabled():
+        if weight is None or weight.numel() < _LINEAR_FROM or x.shape[0] > _FRAMES or torch.is_grad_enabled():
             return None
         return _rows(layer, weight, x) if _is_plain(layer) and _may(weight, x) else None  # type: ignore[arg-type]
     if kind not in (nn.Conv2d, SmallMapConv2d):

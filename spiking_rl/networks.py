@@ -231,7 +231,7 @@ class LayeredNetwork(nn.Module):
             Outputs ``(L, B, n)`` averaged over the timesteps, and the membranes after the last
             decision (None when stateless).
         """
-        length = len(inputs)
+        length = inputs.shape[0]  # asked with len, tensors take as long as a small layer
         flat = inputs.flatten(0, 1)
         if state is not None and not self._plain():
             raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
@@ -297,7 +297,7 @@ class LayeredNetwork(nn.Module):
         if observer is None and not self.sources and not (self.training and any(self.dropout)):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
             acting = spiking and not torch.is_grad_enabled()
-            has_events, sees_events = self._has_events(), False
+            has_events, sees_events = self._has_events() and x.shape[0] * timesteps > 1, False
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
                 x = through_events(layer, x) if sees_events else layer(x)
                 sees_events = has_events
@@ -451,7 +451,7 @@ def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:
 
 def _unfold(folded: Tensor, length: int) -> Tensor:
     """Split the first axis: ``(L*K, ...)`` becomes ``(L, K, ...)``."""
-    return folded.reshape(length, len(folded) // length, *folded.shape[1:])
+    return folded.reshape(length, folded.shape[0] // length, *folded.shape[1:])
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers too."""
     monkeypatch.setattr(event_layers, "_CONVOLUTIONS_FROM", 0)
     monkeypatch.setattr(event_layers, "_LINEAR_FROM", 0)
+    monkeypatch.setattr(event_layers, "_FEWEST", 0)
     monkeypatch.setattr(event_layers, "_PLACES_FROM", 0)
 
 
