@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 
 from spiking_rl.compiling import built_events
 from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes
@@ -27,8 +29,16 @@ _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
 _PLACES_FROM = 64  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
 _LINEAR_FROM = 2**17
 _FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
-_MOST_OF_ROWS = 450  # inputs in a thousand that may be active for it in any frame
+_MOST_OF_ROWS = 300  # inputs in a thousand that may be active for it in any frame
+_EVERYBODYS = (  # hooks of all modules
+    modules._global_forward_hooks,
+    modules._global_forward_pre_hooks,
+    modules._global_backward_hooks,
+    modules._global_backward_pre_hooks,
+)
 _transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+# Of gradients, which torch.autograd.grad takes with is_grads_batched.
+_is_batch = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda _: False)
 
 
 class _Strides(ctypes.Structure):
@@ -37,24 +47,29 @@ class _Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("outputs", "channels", "row", "column")]
 
 
-def through_events(layer: nn.Module, x: Tensor) -> Tensor:
+def through_events(layer: nn.Module, x: Tensor, *, spikes: bool = True) -> Tensor:
     """Return ``layer(x)``, where ``x`` is what spiking neurons or ReLU gave.
+
+    A convolution must see pictures that lie channels last.
 
     Args:
         layer: a convolution, a linear map, or an ``nn.Sequential`` whose first of these sees ``x`` or means of it.
             Anything else, and any that somebody listens to, is called as it is.
         x: ``(B, *N)``.
+        spikes: ``x`` are spikes; of ReLU's outputs too many are active for anything but the gradient of the weights.
     """
-    if x.shape[0] < _FEWEST or not x.is_cpu or x.dtype is not torch.float32:
+    if torch.compiler.is_compiling():  # before the compiler makes conditions of what is asked here
+        return layer(x)  # type: ignore[no-any-return]
+    if x.shape[0] < _FEWEST or not x.is_cpu or x.dtype is not torch.float32 or any(_EVERYBODYS):
         return layer(x)  # type: ignore[no-any-return]
     if type(layer) is not nn.Sequential or not _is_plain(layer):
-        found = _by_events(layer, x)
+        found = _by_events(layer, x, spikes)
         return layer(x) if found is None else found
     sees_events = True
     for part in layer._modules.values():
         found = None
         if sees_events and isinstance(part, (nn.Conv2d, nn.Linear)):
-            found, sees_events = _by_events(part, x), False
+            found, sees_events = _by_events(part, x, spikes), False
         x = part(x) if found is None else found
     return x
 
@@ -65,45 +80,60 @@ def _is_plain(layer: nn.Module) -> bool:
     return not listeners and "forward" not in layer.__dict__
 
 
-def _by_events(layer: nn.Module, x: Tensor) -> Tensor | None:
+def _by_events(layer: nn.Module, x: Tensor, spikes: bool) -> Tensor | None:
     """Return what a map gives by events; None where it had better compute itself."""
     kind = type(layer)
     if kind is nn.Linear:
-        weight = layer._parameters.get("weight")
-        if weight is None or weight.numel() < _LINEAR_FROM or x.shape[0] > _FRAMES or torch.is_grad_enabled():
-            return None
-        return _rows(layer, weight, x) if _is_plain(layer) and _may(weight, x) else None  # type: ignore[arg-type]
+        return _linear(layer, x) if spikes and not torch.is_grad_enabled() else None  # type: ignore[arg-type]
     if kind not in (nn.Conv2d, SmallMapConv2d):
         return None
+    assert isinstance(layer, nn.Conv2d)
     weight = layer._parameters.get("weight")
     if weight is None or weight.numel() < _CONVOLUTIONS_FROM or x.dim() != 4:
         return None
-    if not (is_plain_convolution(layer) and _is_plain(layer) and _may(weight, x)):
+    last = torch.channels_last
+    if not (is_plain_convolution(layer) and _is_plain(layer) and x.is_contiguous(memory_format=last)):
         return None
-    assert isinstance(layer, nn.Conv2d)
+    if not _may(weight, layer.bias, x) or not (weight.is_contiguous() or weight.is_contiguous(memory_format=last)):
+        return None
     sizes = _sizes(x.shape, weight.shape, layer.stride, layer.padding)
     if sizes is None or sizes.batch * sizes.rows * sizes.columns < _PLACES_FROM:
         return None
-    x = x.contiguous(memory_format=torch.channels_last)
     if not torch.is_grad_enabled():
-        return _convolved(sizes, x, weight, layer.bias)[0]
-    return _Convolution.apply(x, weight, layer.bias, sizes, layer)  # type: ignore[no-any-return, no-untyped-call]
+        return _convolved(sizes, x, weight, layer.bias)[0] if spikes else None
+    if not spikes and _most_weighed(sizes) < _RELU:
+        return None
+    return _Convolution.apply(x, weight, layer.bias, sizes, layer, spikes)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _may(weight: Tensor, x: Tensor) -> bool:
-    """Tell whether the loops may read weights and inputs."""
-    plain = weight.dtype is torch.float32 and weight.is_cpu and not torch.is_autocast_enabled("cpu")
-    return plain and takes(x) and not _transforming() and built_events() is not None
+def _may(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
+    """Tell whether the loops may read inputs and parameters, and nobody asks for more than values and gradients."""
+    if bias is not None and not (_is_ordinary(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()):
+        return False
+    if not _is_ordinary(weight) or torch.is_autocast_enabled("cpu") or built_events() is None:
+        return False
+    return takes(x) and not _transforming() and forward_ad._current_level < 0
+
+
+def _is_ordinary(parameter: Tensor) -> bool:
+    ours = type(parameter) in (Tensor, nn.Parameter) and parameter.dtype is torch.float32
+    return ours and parameter.is_cpu and not parameter.is_neg()
 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(shape: torch.Size, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int]) -> Map | None:
-    return sizes_of(shape, kernel, stride, padding)
+    found = sizes_of(shape, kernel, stride, padding)
+    if found is not None:
+        found.most = _most_convolved(found)
+    return found
 
 
-def _rows(layer: nn.Linear, weight: Tensor, x: Tensor) -> Tensor | None:
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
     """Return what a linear map gives of a few frames; None where many inputs are active."""
-    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not weight.is_contiguous():
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.numel() < _LINEAR_FROM or x.shape[0] > _FRAMES or not weight.is_contiguous():
+        return None
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not (_is_plain(layer) and _may(weight, layer.bias, x)):
         return None
     loops, x, bias = built_events(), x.contiguous(), layer.bias
     outputs = x.new_empty(len(x), len(weight))
@@ -138,36 +168,69 @@ class _Convolution(torch.autograd.Function):
     """A convolution with its gradient, each by events or not."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Map, layer: nn.Conv2d) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Map, layer: nn.Conv2d, spikes: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        outputs, density = _convolved(sizes, x, weight, bias)
+        outputs = None
+        if spikes:
+            outputs, density = _convolved(sizes, x, weight, bias)
+        else:
+            density = built_events().events_density(x.data_ptr(), x.numel(), _threads(sizes))  # type: ignore[union-attr]
         ctx.sizes, ctx.layer, ctx.few = sizes, layer, density <= _most_weighed(sizes)
-        return layer._conv_forward(x, weight, bias) if outputs is None else outputs
+        if outputs is None:
+            outputs = layer._conv_forward(x, weight, bias)
+            outputs = outputs.clone() if outputs._is_view() else outputs  # views made here must not be written to
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        few = ctx.few and not torch.is_grad_enabled()  # torch's own operations have second derivatives, too
-        weighed = _weighed(ctx.sizes, x, gradient, weight) if of_weight and few else None
-        asked = (of_x, of_weight and weighed is None, False)
-        found = list(gradients(ctx.layer, gradient, x, weight, asked)) if any(asked) else [None, None]
+        # Torch's own operations have second derivatives, and can be vectorised.
+        if torch.is_grad_enabled() or _transforming() or _is_batch(gradient) or not ctx.few:
+            found = gradients(ctx.layer, gradient, x, weight, (of_x, of_weight, of_bias))
+            return *(g if asked else None for g, asked in zip(found, ctx.needs_input_grad[:3], strict=True)), *_REST
+        gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
         pixels = gradient.permute(0, 2, 3, 1).reshape(-1, ctx.sizes.outputs)
-        return found[0], found[1] if weighed is None else weighed, pixels.sum(0) if of_bias else None, None, None
+        return (
+            gradients(ctx.layer, gradient, x, weight, (True, False, False))[0] if of_x else None,
+            _weighed(ctx.sizes, x, gradient, weight) if of_weight else None,
+            pixels.sum(0) if of_bias else None,
+            *_REST,
+        )
 
 
-def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor | None:
-    """Return the gradient of the weights; None where there is no memory for it."""
-    loops, scratch, own = built_events(), _scratch(sizes), _Strides(*weight.stride())
-    found = torch.empty_like(weight)
+_REST = (None, None, None)  # of what has no gradient
+
+
+def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of the weights."""
+    x = x.contiguous(memory_format=torch.channels_last)  # hooks may have stored it otherwise
+    loops, scratch, found = built_events(), _scratch(sizes), torch.empty_like(weight)
+    own = _Strides(*found.stride())
     told = (ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), gradient.data_ptr())
-    done = loops.events_weigh(*told, ctypes.addressof(own), found.data_ptr(), scratch.data_ptr())  # type: ignore[union-attr]
-    return found if done else None
+    if not loops.events_weigh(*told, ctypes.addressof(own), found.data_ptr(), scratch.data_ptr()):  # type: ignore[union-attr]
+        raise MemoryError("no memory for the gradient of a convolution")
+    return found
+
+
+def _most_convolved(sizes: Map) -> int:
+    """Return how many inputs in a thousand may be active for the outputs: fewer than where loops draw level."""
+    if sizes.down > 1 or sizes.across > 1:
+        return 120
+    places = sizes.rows * sizes.columns
+    return 300 if places <= 16 else 200 if places <= 64 else 150
+
+
+_RELU = 500  # so many of ReLU's outputs in a thousand are active before it has learned
 
 
 def _most_weighed(sizes: Map) -> int:
-    """Return how many inputs in a thousand may be active for the gradient of the weights."""
+    """Return how many inputs in a thousand may be active for the gradient of the weights.
+
+    Torch takes twice as long for it as for the outputs where a map is small and its channels are many.
+    """
     if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
-        return 200
-    return 500 if sizes.rows * sizes.columns <= 256 else 350
+        return 150
+    return 500 if sizes.rows * sizes.columns <= 256 and sizes.outputs >= 128 else 300

@@ -99,6 +99,14 @@ static void lay(const Map *map, int64_t threads, const Strides *own, float *laye
     }
 }
 
+/* Returns how many in a thousand of some inputs are active. */
+int64_t events_density(const float *inputs, int64_t size, int64_t threads) {
+  int64_t active = 0;
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : active)
+  for (int64_t i = 0; i < size; i++) active += fires(inputs[i]);
+  return 1000 * active / larger(1, size);
+}
+
 /* Returns 1; 0, with nothing of use written, where more inputs are active than may be or memory ran out.
  *
  * inputs (batch, height, width, channels), outputs (batch, rows, columns, outputs), bias (outputs) or NULL, weights

@@ -44,8 +44,9 @@ def is_plain_convolution(layer: nn.Module) -> bool:
     if type(layer) not in (nn.Conv2d, SmallMapConv2d):
         return False
     assert isinstance(layer, nn.Conv2d)
-    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    return plain and not isinstance(layer.padding, str)
+    if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+        return False
+    return type(layer.stride) is tuple and type(layer.padding) is tuple  # set by hand they may be anything
 
 
 class EventMap:
@@ -124,7 +125,7 @@ def sizes_of(
     batch, channels, *sides = shape
     axes = zip(sides, padding, kernel[2:], stride, strict=True)
     rows, columns = ((side + 2 * pad - long) // step + 1 for side, pad, long, step in axes)
-    if channels != kernel[1] or min(rows, columns) < 1 or max(sides) > _LONGEST:
+    if channels != kernel[1] or min(*sides, rows, columns) < 1 or max(sides) > _LONGEST:
         return None
     useful = batch * rows * columns * math.prod(kernel) >= _THREADS_FROM
     most = _most(batch, rows * columns, linear)

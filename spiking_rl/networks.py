@@ -253,7 +253,7 @@ class LayeredNetwork(nn.Module):
 
     def _has_events(self) -> bool:
         """Tell whether few outputs of hidden layers are active: spikes, and in training, where more may be, ReLU's."""
-        return self.spiking or torch.is_grad_enabled()
+        return not torch.compiler.is_compiling() and (self.spiking or torch.is_grad_enabled())
 
     def current(self, layer: int, x: Tensor, held: dict[int, Tensor]) -> Tensor:
         """Return the current of one hidden layer: its map's, and its shortcut's where it has one.
@@ -267,7 +267,9 @@ class LayeredNetwork(nn.Module):
         Returns:
             ``(B, *N)`` of this layer.
         """
-        current: Tensor = through_events(self.maps[layer], x) if layer and self._has_events() else self.maps[layer](x)
+        through = self.maps[layer]
+        has_events = layer and self._has_events()
+        current: Tensor = through_events(through, x, spikes=self.spiking) if has_events else through(x)
         if layer in self.sources:
             current = current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
         return current
@@ -299,7 +301,7 @@ class LayeredNetwork(nn.Module):
             acting = spiking and not torch.is_grad_enabled()
             has_events, sees_events = self._has_events() and x.shape[0] * timesteps > 1, False
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
-                x = through_events(layer, x) if sees_events else layer(x)
+                x = through_events(layer, x, spikes=spiking) if sees_events else layer(x)
                 sees_events = has_events
                 if acting and type(neuron) is LIF and _is_new(layer):
                     x = neuron.fresh(x, timesteps, repeat, spare=True)

@@ -52,7 +52,7 @@ def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         ax.plot([low, high], [y, y], color="#1a202c", linewidth=1.2)
         ax.text(max(high, row["ratio_to_relu"]), y, f" {row['ratio_to_relu']:.2f}", va="center", fontsize=8)
     ax.axvline(limit, color=_RED, linewidth=1.2)
-    ax.text(limit, -0.75, f"limit {limit:.2f} ", color=_RED, fontsize=8, ha="right", va="center")
+    ax.text(limit, -0.75, f"dense layers {limit:.2f} ", color=_RED, fontsize=8, ha="right", va="center")
     ax.set_yticks(range(len(bars)), [row["library"] for row in bars])
     ax.set_ylim(len(bars) - 0.4, -1.1)
     ax.set_xlim(0, 1.15 * max([limit, *(row["ratio_quartiles"][1] for row in bars)]))

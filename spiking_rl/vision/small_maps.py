@@ -63,7 +63,7 @@ def gradients(
     if together > 1:
         gradient, input = _side_by_side(gradient, together), _side_by_side(input, together)
     found = torch.ops.aten.convolution_backward(
-        gradient, input, weight, None, layer.stride, layer.padding, (1, 1), False, (0, 0), 1, wanted
+        gradient, input, weight, weight.shape[:1], layer.stride, layer.padding, (1, 1), False, (0, 0), 1, wanted
     )
     of_input, of_weight, of_bias = found
     return (_apart(of_input, together, columns) if together > 1 and wanted[0] else of_input), of_weight, of_bias
