@@ -29,7 +29,8 @@ _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
 _PLACES_FROM = 64  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
 _LINEAR_FROM = 2**17
 _FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
-_MOST_OF_ROWS = 300  # inputs in a thousand that may be active for it in any frame
+_MOST_OF_ROWS = {True: 600, False: 400}  # inputs in a thousand that may be active for it in any of few frames, of more
+_A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from afar, and what is not read is saved
 _EVERYBODYS = (  # hooks of all modules
     modules._global_forward_hooks,
     modules._global_forward_pre_hooks,
@@ -137,7 +138,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
         return None
     loops, x, bias = built_events(), x.contiguous(), layer.bias
     outputs = x.new_empty(len(x), len(weight))
-    sizes = (*x.shape, len(weight), _MOST_OF_ROWS, torch.get_num_threads())
+    sizes = (*x.shape, len(weight), _MOST_OF_ROWS[x.shape[0] <= _A_DECISIONS], torch.get_num_threads())
     addresses = (weight.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
     return outputs if loops.events_rows(*sizes, x.data_ptr(), *addresses) else None  # type: ignore[union-attr]
 
@@ -217,9 +218,11 @@ def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
 
 def _most_convolved(sizes: Map) -> int:
     """Return how many inputs in a thousand may be active for the outputs: fewer than where loops draw level."""
+    few, places = sizes.batch <= _A_DECISIONS, sizes.rows * sizes.columns
     if sizes.down > 1 or sizes.across > 1:
-        return 120
-    places = sizes.rows * sizes.columns
+        return 250 if few else 120
+    if few:
+        return 350 if places <= 64 else 200
     return 300 if places <= 16 else 200 if places <= 64 else 150
 
 
