@@ -50,9 +50,10 @@ def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         ax.barh(y, row["ratio_to_relu"], color=colour, height=0.7)
         low, high = row["ratio_quartiles"]
         ax.plot([low, high], [y, y], color="#1a202c", linewidth=1.2)
-        ax.text(max(high, row["ratio_to_relu"]), y, f" {row['ratio_to_relu']:.2f}", va="center", fontsize=8)
+        text = ax.text(max(high, row["ratio_to_relu"]), y, f" {row['ratio_to_relu']:.2f}", va="center", fontsize=8)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # the limit's line may run behind it
     ax.axvline(limit, color=_RED, linewidth=1.2)
-    ax.text(limit, -0.75, f"dense layers {limit:.2f} ", color=_RED, fontsize=8, ha="right", va="center")
+    ax.text(limit, -0.75, f" dense layers {limit:.2f}", color=_RED, fontsize=8, ha="left", va="center")
     ax.set_yticks(range(len(bars)), [row["library"] for row in bars])
     ax.set_ylim(len(bars) - 0.4, -1.1)
     ax.set_xlim(0, 1.15 * max([limit, *(row["ratio_quartiles"][1] for row in bars)]))
