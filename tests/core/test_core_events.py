@@ -11,8 +11,10 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import event_layers_drawn
 import pytest
 import torch
+from event_layers_drawn import convolutions, inputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,37 +32,18 @@ pytestmark = needs_compiler
 
 
 def exact(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randint(-16, 17, parameter.shape) / 8)
-    return layer.requires_grad_(False)
-
-
-def inputs_of(shape: tuple[int, ...], density: float) -> Tensor:
-    return (torch.rand(shape) < density) * torch.randint(1, 5, shape) / 4
+    return event_layers_drawn.exact(layer).requires_grad_(False)
 
 
 def refuse(_: Tensor) -> Tensor:
     raise AssertionError("the layer itself was asked")
 
 
-@st.composite
-def convolutions(draw: st.DrawFn) -> tuple[nn.Conv2d, Tensor]:
-    side = st.integers(1, 4)
-    kernel, stride = (draw(side), draw(side)), (draw(side), draw(side))
-    padding = draw(st.integers(0, 4)), draw(st.integers(0, 4))
-    height, width = (k + draw(st.integers(0, 9)) for k in kernel)
-    channels, outputs = draw(st.sampled_from([1, 3, 8, 17, 40])), draw(st.sampled_from([1, 5, 8, 24, 33, 128]))
-    torch.manual_seed(draw(st.integers(0, 2**20)))
-    layer = nn.Conv2d(channels, outputs, kernel, stride, padding, bias=draw(st.booleans()))
-    x = inputs_of((draw(st.integers(0, 5)), channels, height, width), draw(st.sampled_from([0.0, 0.01, 0.1])))
-    return exact(layer), x  # type: ignore[return-value]
-
-
-@given(drawn=convolutions(), threads=st.integers(1, 3), last=st.booleans())
+@given(drawn=convolutions([0.0, 0.01, 0.1]), threads=st.integers(1, 3), last=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_convolutions_of_any_shape(drawn: tuple[nn.Conv2d, Tensor], threads: int, last: bool) -> None:
     layer, x = drawn
+    layer.requires_grad_(False)
     if last:
         layer, x = layer.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     found = on_threads(threads, lambda: EventMap(layer, layer.forward)(x))
