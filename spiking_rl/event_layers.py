@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 from spiking_rl.compiling import built_events
-from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes
-from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
+from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes, threads_of
+from spiking_rl.vision.small_maps import gradients
 
 _FEWEST = 2  # frames: for one, weights are read once in any case, and all that is asked about it costs
 _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
@@ -63,7 +63,7 @@ def through_events(layer: nn.Module, x: Tensor, *, spikes: bool = True) -> Tenso
         return layer(x)  # type: ignore[no-any-return]
     if x.shape[0] < _FEWEST or not x.is_cpu or x.dtype is not torch.float32 or any(_EVERYBODYS):
         return layer(x)  # type: ignore[no-any-return]
-    if type(layer) is not nn.Sequential or not _is_plain(layer):
+    if type(layer) is not nn.Sequential or not is_plain(layer):
         found = _by_events(layer, x, spikes)
         return layer(x) if found is None else found
     sees_events = True
@@ -75,7 +75,7 @@ def through_events(layer: nn.Module, x: Tensor, *, spikes: bool = True) -> Tenso
     return x
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Tell whether nobody listens to a module or has put a function of theirs in its place."""
     listeners = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not listeners and "forward" not in layer.__dict__
@@ -83,17 +83,16 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _by_events(layer: nn.Module, x: Tensor, spikes: bool) -> Tensor | None:
     """Return what a map gives by events; None where it had better compute itself."""
-    kind = type(layer)
-    if kind is nn.Linear:
-        return _linear(layer, x) if spikes and not torch.is_grad_enabled() else None  # type: ignore[arg-type]
-    if kind not in (nn.Conv2d, SmallMapConv2d):
+    if type(layer) is nn.Linear:
+        return _linear(layer, x) if spikes and not torch.is_grad_enabled() else None
+    if not is_plain_convolution(layer):
         return None
     assert isinstance(layer, nn.Conv2d)
     weight = layer._parameters.get("weight")
     if weight is None or weight.numel() < _CONVOLUTIONS_FROM or x.dim() != 4:
         return None
     last = torch.channels_last
-    if not (is_plain_convolution(layer) and _is_plain(layer) and x.is_contiguous(memory_format=last)):
+    if not (is_plain(layer) and x.is_contiguous(memory_format=last)):
         return None
     if not _may(weight, layer.bias, x) or not (weight.is_contiguous() or weight.is_contiguous(memory_format=last)):
         return None
@@ -134,7 +133,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
     weight = layer._parameters.get("weight")
     if weight is None or weight.numel() < _LINEAR_FROM or x.shape[0] > _FRAMES or not weight.is_contiguous():
         return None
-    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not (_is_plain(layer) and _may(weight, layer.bias, x)):
+    if x.dim() != 2 or x.shape[1] != weight.shape[1] or not (is_plain(layer) and _may(weight, layer.bias, x)):
         return None
     loops, x, bias = built_events(), x.contiguous(), layer.bias
     outputs = x.new_empty(len(x), len(weight))
@@ -147,7 +146,7 @@ def _convolved(sizes: Map, x: Tensor, weight: Tensor, bias: Tensor | None) -> tu
     """Return a convolution's outputs, None where many inputs are active, and how many in a thousand are."""
     loops, outputs, scratch, own = built_events(), empty_outputs(sizes), _scratch(sizes), _Strides(*weight.stride())
     density = ctypes.c_int64(1000)
-    told = (ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), ctypes.addressof(own), weight.data_ptr())
+    told = (ctypes.addressof(sizes), threads_of(sizes), x.data_ptr(), ctypes.addressof(own), weight.data_ptr())
     addresses = (scratch.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
     found = loops.events_run(*told, *addresses, ctypes.addressof(density))  # type: ignore[union-attr]
     return outputs if found else None, density.value
@@ -159,10 +158,6 @@ def _scratch(sizes: Map) -> Tensor:
     shape = (sizes.channels, sizes.tall, sizes.across, steps, sizes.outputs)
     make = torch.empty if sizes.wide % sizes.across == 0 else torch.zeros  # steps behind the kernel's end stay 0
     return make(shape, dtype=torch.float32, device="cpu")
-
-
-def _threads(sizes: Map) -> int:
-    return torch.get_num_threads() if sizes.threads else 1
 
 
 class _Convolution(torch.autograd.Function):
@@ -177,7 +172,7 @@ class _Convolution(torch.autograd.Function):
         if spikes:
             outputs, density = _convolved(sizes, x, weight, bias)
         else:
-            density = built_events().events_density(x.data_ptr(), x.numel(), _threads(sizes))  # type: ignore[union-attr]
+            density = built_events().events_density(x.data_ptr(), x.numel(), threads_of(sizes))  # type: ignore[union-attr]
         ctx.sizes, ctx.layer, ctx.few = sizes, layer, density <= _most_weighed(sizes)
         if outputs is None:
             outputs = layer._conv_forward(x, weight, bias)
@@ -210,7 +205,7 @@ def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)  # hooks may have stored it otherwise
     loops, scratch, found = built_events(), _scratch(sizes), torch.empty_like(weight)
     own = _Strides(*found.stride())
-    told = (ctypes.addressof(sizes), _threads(sizes), x.data_ptr(), gradient.data_ptr())
+    told = (ctypes.addressof(sizes), threads_of(sizes), x.data_ptr(), gradient.data_ptr())
     if not loops.events_weigh(*told, ctypes.addressof(own), found.data_ptr(), scratch.data_ptr()):  # type: ignore[union-attr]
         raise MemoryError("no memory for the gradient of a convolution")
     return found

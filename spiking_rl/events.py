@@ -96,9 +96,8 @@ class EventMap:
         else:
             x = x.contiguous(memory_format=torch.channels_last)
             outputs = empty_outputs(sizes)
-        threads = torch.get_num_threads() if sizes.threads else 1
         addresses = (None, None, self.weights.data_ptr(), self.bias.data_ptr(), outputs.data_ptr())
-        found = loops.events_run(ctypes.addressof(sizes), threads, x.data_ptr(), *addresses, None)
+        found = loops.events_run(ctypes.addressof(sizes), threads_of(sizes), x.data_ptr(), *addresses, None)
         return outputs if found else self.otherwise(x)
 
     def _sizes(self, shape: torch.Size) -> Map | None:
@@ -107,20 +106,22 @@ class EventMap:
             return None
         sides = (1, 1) if self.linear else shape[2:]
         kernel = (self.outputs, self.channels, *self.kernel)
-        return sizes_of((shape[0], self.channels, *sides), kernel, self.stride, self.padding, linear=self.linear)
+        found = sizes_of((*shape[:2], *sides), kernel, self.stride, self.padding)
+        if found is not None:
+            found.most = _most(found.batch, found.rows * found.columns, self.linear)
+        return found
 
 
-def sizes_of(
-    shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], *, linear: bool = False
-) -> Map | None:
+def sizes_of(shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Map | None:
     """Return what the loops need to know of inputs ``(B, channels, H, W)``; None where they cannot take them.
+
+    How many inputs may be active, ``most``, is left to whoever asks.
 
     Args:
         shape: of the inputs.
         kernel: shape of the weights, ``(outputs, channels, rows, columns)``.
         stride: downwards and across.
         padding: above and to the left, and as much below and to the right.
-        linear: it is a linear map, of one pixel.
     """
     batch, channels, *sides = shape
     axes = zip(sides, padding, kernel[2:], stride, strict=True)
@@ -128,9 +129,13 @@ def sizes_of(
     if channels != kernel[1] or min(*sides, rows, columns) < 1 or max(sides) > _LONGEST:
         return None
     useful = batch * rows * columns * math.prod(kernel) >= _THREADS_FROM
-    most = _most(batch, rows * columns, linear)
     outputs = (rows, columns, kernel[0])
-    return Map(batch, *sides, channels, *outputs, *kernel[2:], *stride, *padding, most, useful)
+    return Map(batch, *sides, channels, *outputs, *kernel[2:], *stride, *padding, threads=useful)
+
+
+def threads_of(sizes: Map) -> int:
+    """Return the threads that a map is worth."""
+    return torch.get_num_threads() if sizes.threads else 1
 
 
 def empty_outputs(sizes: Map) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import Encoder, build_encoder, scan_starts
 from spiking_rl.errors import UserError
-from spiking_rl.event_layers import through_events
+from spiking_rl.event_layers import is_plain, through_events
 from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
 from spiking_rl.surrogate import DEFAULT_GAMMA
@@ -39,14 +39,9 @@ _MAKERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
 
 def _is_new(layer: nn.Module) -> bool:
     """Tell whether what a layer returns is a tensor that nobody else holds, neither it nor a hook."""
-    while type(layer) is nn.Sequential and layer._modules and _is_plain(layer):
+    while type(layer) is nn.Sequential and layer._modules and is_plain(layer):
         layer = next(reversed(layer._modules.values()))  # what comes last
-    return type(layer) in _MAKERS and _is_plain(layer) and not _GLOBAL_HOOKS
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Tell whether nobody listens to a module or has put a function of theirs in its place."""
-    return not layer._forward_hooks and "forward" not in layer.__dict__
+    return type(layer) in _MAKERS and is_plain(layer) and not _GLOBAL_HOOKS
 
 
 class LayeredNetwork(nn.Module):
@@ -299,9 +294,10 @@ class LayeredNetwork(nn.Module):
         if observer is None and not self.sources and not (self.training and any(self.dropout)):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
             acting = spiking and not torch.is_grad_enabled()
-            # Of one frame nothing is asked; compilers must not be asked how many there are.
-            has_events = (torch.compiler.is_compiling() or x.shape[0] * timesteps > 1) and self._has_events()
-            sees_events = False
+            has_events, sees_events = (
+                self._has_events() and x.shape[0] * timesteps > 1,
+                False,
+            )  # one frame saves nothing
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
                 x = through_events(layer, x, spikes=spiking) if sees_events else layer(x)
                 sees_events = has_events
