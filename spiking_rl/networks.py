@@ -294,10 +294,8 @@ class LayeredNetwork(nn.Module):
         if observer is None and not self.sources and not (self.training and any(self.dropout)):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
             acting = spiking and not torch.is_grad_enabled()
-            has_events, sees_events = (
-                self._has_events() and x.shape[0] * timesteps > 1,
-                False,
-            )  # one frame saves nothing
+            has_events = self._has_events() and x.shape[0] * timesteps > 1  # one frame saves nothing
+            sees_events = False
             for layer, neuron in zip(self.maps, self.neurons, strict=True):
                 x = through_events(layer, x, spikes=spiking) if sees_events else layer(x)
                 sees_events = has_events
