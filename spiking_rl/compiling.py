@@ -61,6 +61,8 @@ def built_events() -> ctypes.CDLL | None:
         loaded.events_run.argtypes = [address, ctypes.c_int64, *[address] * 7]
         loaded.events_density.argtypes = [address, ctypes.c_int64, ctypes.c_int64]
         loaded.events_density.restype = ctypes.c_int64
+        loaded.events_sample.argtypes = [address, ctypes.c_int64, ctypes.c_int64]
+        loaded.events_sample.restype = ctypes.c_int64
         loaded.events_weigh.argtypes = [address, ctypes.c_int64, *[address] * 5]
         loaded.events_rows.argtypes = [*[ctypes.c_int64] * 5, *[address] * 4]
     return loaded

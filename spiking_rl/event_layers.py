@@ -28,6 +28,7 @@ _FEWEST = 2  # frames: for one, weights are read once in any case, and all that 
 _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
 _PLACES_FROM = 64  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
 _LINEAR_FROM = 2**17
+_CLEARLY = 1.25  # times as many inputs as may be active, in a few pixels: no need to count them all
 _FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
 _MOST_OF_ROWS = {True: 600, False: 400}  # inputs in a thousand that may be active for it in any of few frames, of more
 _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from afar, and what is not read is saved
@@ -99,10 +100,14 @@ def _by_events(layer: nn.Module, x: Tensor, spikes: bool) -> Tensor | None:
     sizes = _sizes(x.shape, weight.shape, layer.stride, layer.padding)
     if sizes is None or sizes.batch * sizes.rows * sizes.columns < _PLACES_FROM:
         return None
-    if not torch.is_grad_enabled():
-        return _convolved(sizes, x, weight, layer.bias)[0] if spikes else None
-    if not spikes and _most_weighed(sizes) < _RELU:
+    training = torch.is_grad_enabled()
+    if not spikes and (not training or _most_weighed(sizes) < _RELU):
         return None
+    most = max(sizes.most if spikes else 0, _most_weighed(sizes) if training else 0)
+    if _sampled(x) > _CLEARLY * most:
+        return None
+    if not training:
+        return _convolved(sizes, x, weight, layer.bias)[0]
     return _Convolution.apply(x, weight, layer.bias, sizes, layer, spikes)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -126,6 +131,12 @@ def _sizes(shape: torch.Size, kernel: torch.Size, stride: tuple[int, int], paddi
     if found is not None:
         found.most = _most_convolved(found)
     return found
+
+
+def _sampled(x: Tensor) -> int:
+    """Return how many in a thousand of ``(B, C, H, W)``, channels last, are active where a few pixels are looked at."""
+    batch, channels, rows, columns = x.shape
+    return built_events().events_sample(x.data_ptr(), batch * rows * columns, channels)  # type: ignore[union-attr, no-any-return]
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
@@ -211,17 +222,30 @@ def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
+# How many may be active is measured, on two processors (AMD Zen 3 and Zen 4): where torch's own loops have 16 lanes
+# they are twice as fast, and events, which wait for weights, are not.
+_SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_MANY = 128  # outputs, from which a list of events is read often enough to pay for itself with 16 lanes
+
+
 def _most_convolved(sizes: Map) -> int:
     """Return how many inputs in a thousand may be active for the outputs: fewer than where loops draw level."""
     few, places = sizes.batch <= _A_DECISIONS, sizes.rows * sizes.columns
-    if sizes.down > 1 or sizes.across > 1:
+    strides = sizes.down > 1 or sizes.across > 1
+    if _SIXTEEN_LANES:
+        if few:
+            return 120
+        if strides or sizes.outputs < _MANY:
+            return 70 if strides else 90
+        return 220 if places <= 16 else 200 if places <= 64 else 150
+    if strides:
         return 250 if few else 120
     if few:
         return 350 if places <= 64 else 200
     return 300 if places <= 16 else 200 if places <= 64 else 150
 
 
-_RELU = 500  # so many of ReLU's outputs in a thousand are active before it has learned
+_RELU = 400  # so many of ReLU's outputs in a thousand are active, or more before it has learned
 
 
 def _most_weighed(sizes: Map) -> int:
@@ -229,6 +253,11 @@ def _most_weighed(sizes: Map) -> int:
 
     Torch takes twice as long for it as for the outputs where a map is small and its channels are many.
     """
+    places = sizes.rows * sizes.columns
     if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
-        return 150
-    return 500 if sizes.rows * sizes.columns <= 256 and sizes.outputs >= 128 else 300
+        return 80 if _SIXTEEN_LANES else 150
+    if not _SIXTEEN_LANES:
+        return 500 if places <= 256 and sizes.outputs >= _MANY else 300
+    if sizes.outputs < _MANY:
+        return 130
+    return 400 if places <= 16 else 250 if places <= 64 else 200

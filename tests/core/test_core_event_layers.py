@@ -6,6 +6,7 @@ Numbers are multiples of 1/8 and 1/4, so that every sum is exact in 32 bits, in 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -27,12 +28,17 @@ pytestmark = pytest.mark.skipif(compiling.built_events() is None, reason="no C c
 
 
 @pytest.fixture(autouse=True)
-def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers too."""
+def of_any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small layers too, as many events as on a processor of 8 lanes, and all of them counted."""
+    monkeypatch.setattr(event_layers, "_SIXTEEN_LANES", False)
+    monkeypatch.setattr(event_layers, "_CLEARLY", math.inf)
     monkeypatch.setattr(event_layers, "_CONVOLUTIONS_FROM", 0)
     monkeypatch.setattr(event_layers, "_LINEAR_FROM", 0)
     monkeypatch.setattr(event_layers, "_FEWEST", 0)
     monkeypatch.setattr(event_layers, "_PLACES_FROM", 0)
+    event_layers._sizes.cache_clear()
+    yield
+    event_layers._sizes.cache_clear()
 
 
 @pytest.fixture
@@ -171,6 +177,42 @@ def test_outputs_of_relu_count_for_the_gradient_of_the_weights_alone(monkeypatch
     assert not is_by_events(through_events(nn.Conv2d(8, 16, 3, padding=1), x, spikes=False))  # torch is fast at it
     with torch.no_grad():
         through_events(layer, x, spikes=False)
+
+
+@pytest.mark.parametrize("sixteen_lanes", [False, True])
+def test_where_many_inputs_are_active_only_a_few_pixels_are_looked_at(
+    sixteen_lanes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_layers, "_SIXTEEN_LANES", sixteen_lanes)
+    monkeypatch.setattr(event_layers, "_CLEARLY", 1.25)
+    counted: list[int] = []
+    count = event_layers._convolved
+    monkeypatch.setattr(event_layers, "_convolved", lambda *a: counted.append(1) or count(*a))
+    layer, many = exact(nn.Conv2d(32, 64, 3, padding=1)), spikes(16, 32, 20, 20, density=0.7)
+    assert torch.equal(through_events(layer, many), layer(many))
+    with torch.no_grad():
+        through_events(layer, many)
+    assert not counted
+    assert is_by_events(through_events(layer, spikes(16, 32, 20, 20, density=0.01)))
+    assert counted == [1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 40),
+    side=st.integers(1, 24),
+    channels=st.integers(1, 64),
+    density=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_pixels_looked_at_tell_how_many_inputs_are_active(
+    batch: int, side: int, channels: int, density: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = spikes(batch, channels, side, side, density=density)
+    pixels = batch * side * side
+    error = 0.0 if pixels < 256 else 500 / math.sqrt(64 * channels)  # one standard deviation, of 64 pixels or more
+    assert abs(event_layers._sampled(x) - 1000 * float((x != 0).float().mean())) <= 1 + 5 * error
 
 
 STORED = [
