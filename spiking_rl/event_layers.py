@@ -259,5 +259,5 @@ def _most_weighed(sizes: Map) -> int:
     if not _SIXTEEN_LANES:
         return 500 if places <= 256 and sizes.outputs >= _MANY else 300
     if sizes.outputs < _MANY:
-        return 130
+        return 90
     return 400 if places <= 16 else 250 if places <= 64 else 200

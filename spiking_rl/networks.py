@@ -227,7 +227,7 @@ class LayeredNetwork(nn.Module):
             decision (None when stateless).
         """
         length = inputs.shape[0]  # asked with len, tensors take as long as a small layer
-        flat = inputs.flatten(0, 1)
+        flat = inputs.squeeze(0) if length == 1 else inputs.flatten(0, 1)
         if state is not None and not self._plain():
             raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
         if self.timesteps == 1 and (state is None or not self.spiking):
@@ -292,17 +292,20 @@ class LayeredNetwork(nn.Module):
         if self.encoder is not None:
             x = self._encode(x, observer)[0]
         if observer is None and not self.sources and not (self.training and any(self.dropout)):
-            # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way.
+            # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way, and is
+            # looked up where modules keep it.
             acting = spiking and not torch.is_grad_enabled()
-            has_events = self._has_events() and x.shape[0] * timesteps > 1  # one frame saves nothing
+            has_events = x.shape[0] * timesteps > 1 and self._has_events()  # one frame saves nothing
             sees_events = False
-            for layer, neuron in zip(self.maps, self.neurons, strict=True):
+            modules: Any = self._modules
+            maps, neurons = modules["maps"], modules["neurons"]
+            for layer, neuron in zip(maps._modules.values(), neurons._modules.values(), strict=True):
                 x = through_events(layer, x, spikes=spiking) if sees_events else layer(x)
                 sees_events = has_events
                 if acting and type(neuron) is LIF and _is_new(layer):
                     x = neuron.fresh(x, timesteps, repeat, spare=True)
                 else:
-                    x = neuron.fresh(x, timesteps, repeat) if spiking else neuron(x)  # type: ignore[operator]
+                    x = neuron.fresh(x, timesteps, repeat) if spiking else neuron(x)
                 repeat = 1
         else:
             x = self._flat_layers(x, length, observer)
@@ -449,6 +452,8 @@ def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:
 
 def _unfold(folded: Tensor, length: int) -> Tensor:
     """Split the first axis: ``(L*K, ...)`` becomes ``(L, K, ...)``."""
+    if length == 1:
+        return folded.unsqueeze(0)
     return folded.reshape(length, folded.shape[0] // length, *folded.shape[1:])
 
 
