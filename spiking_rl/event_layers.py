@@ -5,8 +5,8 @@ weights. Both are summed up from the active inputs alone (``events.c``); nothing
 third, the gradient of the inputs, is computed as ever.
 
 How many inputs are active decides: where they are many the layer computes as it would have. For the gradient of 3x3
-convolutions that may be half of them, since torch takes twice the time of the outputs for it: there ReLU's outputs
-are few, too.
+convolutions that may be up to half of them, since torch takes up to twice the time of the outputs for it: there many
+a ReLU's outputs are few, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEWEST = 2  # frames: for one, weights are read once in any case, and all that 
 _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
 _PLACES_FROM = 64  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
 _LINEAR_FROM = 2**17
-_CLEARLY = 1.25  # times as many inputs as may be active, in a few pixels: no need to count them all
+_CLEARLY = 1.1  # times as many inputs as may be active, in a few pixels: no need to count them all
 _FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
 _MOST_OF_ROWS = {True: 600, False: 400}  # inputs in a thousand that may be active for it in any of few frames, of more
 _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from afar, and what is not read is saved
@@ -222,8 +222,8 @@ def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-# How many may be active is measured, on two processors (AMD Zen 3 and Zen 4): where torch's own loops have 16 lanes
-# they are twice as fast, and events, which wait for weights, are not.
+# How many may be active is measured, on two processors (AMD Zen 3 and Zen 4): with 16 lanes torch's own loops gain more
+# than events, which wait for weights.
 _SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _MANY = 128  # outputs, from which a list of events is read often enough to pay for itself with 16 lanes
 
@@ -245,7 +245,7 @@ def _most_convolved(sizes: Map) -> int:
     return 300 if places <= 16 else 200 if places <= 64 else 150
 
 
-_RELU = 400  # so many of ReLU's outputs in a thousand are active, or more before it has learned
+_RELU = 400  # so many must be allowed to be active before ReLU's outputs are worth asking about
 
 
 def _most_weighed(sizes: Map) -> int:

@@ -107,15 +107,19 @@ int64_t events_density(const float *inputs, int64_t size, int64_t threads) {
   return 1000 * active / larger(1, size);
 }
 
-#define LOOKED_AT 128 /* pixels, evenly apart: enough to tell many from few without reading them all */
+#define LOOKED_AT 128 /* pixels: enough to tell many from few without reading them all */
 
-/* Returns how many in a thousand of the inputs (pixels, channels) are active in some of the pixels. */
+/* Returns how many in a thousand of the inputs (pixels, channels) are active in some of the pixels. Multiples of the golden
+ * ratio, less their whole part, tell which: evenly spread, and in step with no size that a picture has. */
 int64_t events_sample(const float *inputs, int64_t pixels, int64_t channels) {
-  const int64_t apart = larger(1, pixels / LOOKED_AT) | 1; /* odd, so that not all of them are of one column */
-  int64_t active = 0, seen = 0;
-  for (int64_t pixel = 0; pixel < pixels; pixel += apart, seen += channels)
+  const uint64_t looked_at = smaller(pixels, LOOKED_AT), all = pixels;
+  int64_t active = 0;
+  for (uint64_t k = 0; k < looked_at; k++) {
+    const uint32_t part = k * 0x9E3779B97F4A7C15u >> 32;
+    const uint64_t pixel = all <= LOOKED_AT ? k : (uint64_t)part * all >> 32;
     for (int64_t c = 0; c < channels; c++) active += fires(inputs[pixel * channels + c]);
-  return 1000 * active / larger(1, seen);
+  }
+  return 1000 * active / larger(1, (int64_t)looked_at * channels);
 }
 
 /* Returns 1; 0, with nothing of use written, where more inputs are active than may be or memory ran out.

@@ -227,7 +227,7 @@ class LayeredNetwork(nn.Module):
             decision (None when stateless).
         """
         length = inputs.shape[0]  # asked with len, tensors take as long as a small layer
-        flat = inputs.squeeze(0) if length == 1 else inputs.flatten(0, 1)
+        flat = inputs.squeeze(0) if _is_one(length) else inputs.flatten(0, 1)
         if state is not None and not self._plain():
             raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
         if self.timesteps == 1 and (state is None or not self.spiking):
@@ -295,7 +295,7 @@ class LayeredNetwork(nn.Module):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way, and is
             # looked up where modules keep it.
             acting = spiking and not torch.is_grad_enabled()
-            has_events = x.shape[0] * timesteps > 1 and self._has_events()  # one frame saves nothing
+            has_events = self._has_events() and x.shape[0] * timesteps > 1  # one frame saves nothing
             sees_events = False
             modules: Any = self._modules
             maps, neurons = modules["maps"], modules["neurons"]
@@ -450,9 +450,14 @@ def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:
     return None if tensor is None else tensor[chosen]
 
 
+def _is_one(length: int) -> bool:
+    """Tell whether there is one; a length that is traced, and so no number, may become another."""
+    return type(length) is int and length == 1
+
+
 def _unfold(folded: Tensor, length: int) -> Tensor:
     """Split the first axis: ``(L*K, ...)`` becomes ``(L, K, ...)``."""
-    if length == 1:
+    if _is_one(length):
         return folded.unsqueeze(0)
     return folded.reshape(length, folded.shape[0] // length, *folded.shape[1:])
 

@@ -211,8 +211,46 @@ def test_the_pixels_looked_at_tell_how_many_inputs_are_active(
     torch.manual_seed(seed)
     x = spikes(batch, channels, side, side, density=density)
     pixels = batch * side * side
-    error = 0.0 if pixels < 256 else 500 / math.sqrt(64 * channels)  # one standard deviation, of 64 pixels or more
+    error = 0.0 if pixels <= 128 else 500 / math.sqrt(64 * channels)  # one standard deviation, of 64 pixels or more
     assert abs(event_layers._sampled(x) - 1000 * float((x != 0).float().mean())) <= 1 + 5 * error
+
+
+@pytest.mark.parametrize("side", [5, 9, 16, 20, 32])
+@pytest.mark.parametrize("batch", [1, 3, 64, 128, 160, 640])
+def test_the_pixels_looked_at_are_in_step_with_no_size(batch: int, side: int) -> None:
+    pixels = batch * side * side
+    places: set[int] = set()
+    for part in range(5):
+        x = torch.zeros(batch, 1, side, side).contiguous(memory_format=torch.channels_last)
+        rows = slice(part * side // 5, (part + 1) * side // 5)  # one fifth of every picture is active
+        x[:, :, rows] = 1
+        if abs(event_layers._sampled(x) - 1000 * float(x.mean())) < 100:
+            places.add(part)
+    assert places == set(range(5))
+    corner = torch.zeros(batch, 1, side, side).contiguous(memory_format=torch.channels_last)
+    corner[:, :, 0, 0] = 1
+    assert event_layers._sampled(corner) <= 1000 / (side * side) + 50 or pixels <= 128
+
+
+@pytest.mark.parametrize("sixteen_lanes", [False, True])
+def test_how_many_inputs_may_be_active(sixteen_lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 16 lanes fewer may; and always more where torch is slow: small maps, many outputs, gradients of weights."""
+    monkeypatch.setattr(event_layers, "_SIXTEEN_LANES", sixteen_lanes)
+
+    def most(frames: int, channels: int, outputs: int, side: int, kernel: int = 3, stride: int = 1) -> tuple[int, int]:
+        padding = (1, 1) if kernel == 3 else (0, 0)
+        sizes = event_layers.sizes_of(
+            (frames, channels, side, side), (outputs, channels, kernel, kernel), (stride, stride), padding
+        )
+        assert sizes is not None
+        return event_layers._most_convolved(sizes), event_layers._most_weighed(sizes)
+
+    large, small = most(64, 128, 128, 16), most(64, 512, 512, 4)
+    assert large[0] < small[0]
+    assert large[1] <= small[1]
+    assert most(128, 32, 64, 20, 4, 2) == ((70, 80) if sixteen_lanes else (120, 150))  # the Nature-CNN's
+    assert most(128, 64, 64, 9) == ((90, 90) if sixteen_lanes else (150, 300))
+    assert most(320, 512, 512, 2) == ((220, 400) if sixteen_lanes else (300, 500))  # VGG16's
 
 
 STORED = [
