@@ -32,6 +32,11 @@ _CLEARLY = 1.1  # times as many inputs as may be active, in a few pixels: no nee
 _FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
 _MOST_OF_ROWS = {True: 600, False: 400}  # inputs in a thousand that may be active for it in any of few frames, of more
 _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from afar, and what is not read is saved
+# How many inputs may be active is measured, on two processors (AMD Zen 3 and Zen 4): with 16 lanes torch's own loops
+# gain more than events, which wait for weights.
+_SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_MANY = 128  # outputs, from which a list of events is read often enough to pay for itself
+_RELU = 400  # so many must be allowed to be active before ReLU's outputs are worth asking about
 _EVERYBODYS = (  # hooks of all modules
     modules._global_forward_hooks,
     modules._global_forward_pre_hooks,
@@ -101,10 +106,10 @@ def _by_events(layer: nn.Module, x: Tensor, spikes: bool) -> Tensor | None:
     if sizes is None or sizes.batch * sizes.rows * sizes.columns < _PLACES_FROM:
         return None
     training = torch.is_grad_enabled()
-    if not spikes and (not training or _most_weighed(sizes) < _RELU):
+    weighed = _most_weighed(sizes) if training else 0  # none without a gradient
+    if not spikes and weighed < _RELU:
         return None
-    most = max(sizes.most if spikes else 0, _most_weighed(sizes) if training else 0)
-    if _sampled(x) > _CLEARLY * most:
+    if _sampled(x) > _CLEARLY * max(sizes.most if spikes else 0, weighed):
         return None
     if not training:
         return _convolved(sizes, x, weight, layer.bias)[0]
@@ -222,30 +227,21 @@ def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-# How many may be active is measured, on two processors (AMD Zen 3 and Zen 4): with 16 lanes torch's own loops gain more
-# than events, which wait for weights.
-_SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
-_MANY = 128  # outputs, from which a list of events is read often enough to pay for itself with 16 lanes
-
-
 def _most_convolved(sizes: Map) -> int:
     """Return how many inputs in a thousand may be active for the outputs: fewer than where loops draw level."""
     few, places = sizes.batch <= _A_DECISIONS, sizes.rows * sizes.columns
     strides = sizes.down > 1 or sizes.across > 1
-    if _SIXTEEN_LANES:
-        if few:
-            return 120
-        if strides or sizes.outputs < _MANY:
-            return 70 if strides else 90
-        return 220 if places <= 16 else 200 if places <= 64 else 150
+    if _SIXTEEN_LANES and few:
+        return 120
     if strides:
-        return 250 if few else 120
+        return 70 if _SIXTEEN_LANES else 250 if few else 120
     if few:
         return 350 if places <= 64 else 200
-    return 300 if places <= 16 else 200 if places <= 64 else 150
-
-
-_RELU = 400  # so many must be allowed to be active before ReLU's outputs are worth asking about
+    if _SIXTEEN_LANES and sizes.outputs < _MANY:
+        return 90
+    if places <= 16:
+        return 220 if _SIXTEEN_LANES else 300
+    return 200 if places <= 64 else 150
 
 
 def _most_weighed(sizes: Map) -> int:
@@ -256,8 +252,9 @@ def _most_weighed(sizes: Map) -> int:
     places = sizes.rows * sizes.columns
     if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
         return 80 if _SIXTEEN_LANES else 150
+    many = sizes.outputs >= _MANY
     if not _SIXTEEN_LANES:
-        return 500 if places <= 256 and sizes.outputs >= _MANY else 300
-    if sizes.outputs < _MANY:
+        return 500 if many and places <= 256 else 300
+    if not many:
         return 90
     return 400 if places <= 16 else 250 if places <= 64 else 200

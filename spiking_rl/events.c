@@ -109,8 +109,8 @@ int64_t events_density(const float *inputs, int64_t size, int64_t threads) {
 
 #define LOOKED_AT 128 /* pixels: enough to tell many from few without reading them all */
 
-/* Returns how many in a thousand of the inputs (pixels, channels) are active in some of the pixels. Multiples of the golden
- * ratio, less their whole part, tell which: evenly spread, and in step with no size that a picture has. */
+/* Returns how many in a thousand of the inputs (pixels, channels) are active in some of the pixels. Multiples of the
+ * golden ratio, less their whole part, tell which: evenly spread, and in step with no size that a picture has. */
 int64_t events_sample(const float *inputs, int64_t pixels, int64_t channels) {
   const uint64_t looked_at = smaller(pixels, LOOKED_AT), all = pixels;
   int64_t active = 0;

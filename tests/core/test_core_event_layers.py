@@ -24,6 +24,8 @@ from spiking_rl import build_network, calibrate_thresholds, compiling, event_lay
 from spiking_rl.event_layers import through_events
 from spiking_rl.vision.small_maps import SmallMapConv2d
 
+CLEARLY = event_layers._CLEARLY
+
 pytestmark = pytest.mark.skipif(compiling.built_events() is None, reason="no C compiler here")
 
 
@@ -184,7 +186,7 @@ def test_where_many_inputs_are_active_only_a_few_pixels_are_looked_at(
     sixteen_lanes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_layers, "_SIXTEEN_LANES", sixteen_lanes)
-    monkeypatch.setattr(event_layers, "_CLEARLY", 1.25)
+    monkeypatch.setattr(event_layers, "_CLEARLY", CLEARLY)
     counted: list[int] = []
     count = event_layers._convolved
     monkeypatch.setattr(event_layers, "_convolved", lambda *a: counted.append(1) or count(*a))
