@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -151,7 +152,16 @@ def convert(relu: LayeredNetwork, config: ClassifyConfig, images: ImageFacts, in
     return spiking
 
 
-def load_relu(run: str, config: ClassifyConfig, images: ImageFacts) -> tuple[LayeredNetwork, Checkpoint]:
+def origin_of(start_from: str) -> tuple[Path, Path | None]:
+    """Return the run that ``start_from`` names and, where it names one of the run's checkpoints, that folder."""
+    path = Path(start_from)
+    whole = path.absolute()
+    if whole.parent.name == "checkpoints" and not RunFolder(whole).config.is_file():
+        return whole.parent.parent, path
+    return path, None
+
+
+def load_relu(run: Path, config: ClassifyConfig, images: ImageFacts) -> tuple[LayeredNetwork, Checkpoint]:
     """Return the trained ReLU network of a run, for a spiking one to start from, and the checkpoint that holds it.
 
     Args:
@@ -162,19 +172,62 @@ def load_relu(run: str, config: ClassifyConfig, images: ImageFacts) -> tuple[Lay
     Raises:
         UserError: no such run, without a ReLU network, or with another network.
     """
-    try:
+    with _told_of(str(run)):
         folder = RunFolder(run)
-        folder.require()
-        theirs = load_config(folder.config)
-        for name in ("network", "width", "batch_norm"):
-            if getattr(theirs, name) != getattr(config, name):
-                raise UserError(name, getattr(config, name), f"is {getattr(theirs, name)} there; match it")
+        theirs = _alike(folder, config)
         relu = build(theirs, images, spiking=False)
         checkpoint = load_checkpoint(folder.checkpoint(None))
         load_into(relu, checkpoint.tensors, folder.checkpoint(None))
-    except UserError as error:
-        raise UserError("start_from", run, f"cannot be started from: {error}") from None
     return relu.eval(), checkpoint
+
+
+def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts) -> LayeredNetwork:
+    """Return the spiking network of a run that starts from the one in a checkpoint of another run.
+
+    Weights, thresholds and leaks are taken over; timesteps, encoding and the rest are as the settings say. With
+    ``fold_first`` a batch norm of the other network is folded into its weights.
+
+    Args:
+        checkpoint: ``RUN/checkpoints/T1`` or the like.
+        config: settings of the run that starts from it.
+        images: its data set, with as many classes.
+
+    Raises:
+        UserError: no such checkpoint, or it holds no spiking network, or another one.
+    """
+    with _told_of(str(checkpoint)):
+        theirs = _alike(RunFolder(origin_of(str(checkpoint))[0]), config)
+        if theirs.fold_first and not config.fold_first:
+            raise UserError("fold_first", False, "is True there: that network's batch norm is folded; match it")
+        tensors, about = load_checkpoint(checkpoint)
+        if about.get("timesteps") is None:
+            raise UserError("checkpoint", str(checkpoint), "holds a ReLU network; name its run instead")
+        source = build(theirs, images, spiking=True)
+        load_into(source, tensors, checkpoint)
+        if config.fold_first and not theirs.fold_first:
+            source = fold_batch_norm(source)
+        spiking = build(config, images, spiking=True)
+        load_into(spiking, source.state_dict(), checkpoint)
+    return spiking
+
+
+@contextmanager
+def _told_of(start_from: str) -> Iterator[None]:
+    """Say of what is refused within that it was to be started from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError("start_from", start_from, f"cannot be started from: {error}") from None
+
+
+def _alike(folder: RunFolder, config: ClassifyConfig) -> ClassifyConfig:
+    """Return the settings of a run that another is to start from; its network must be the same."""
+    folder.require()
+    theirs = load_config(folder.config)
+    for name in ("network", "width", "batch_norm"):
+        if getattr(theirs, name) != getattr(config, name):
+            raise UserError(name, getattr(config, name), f"is {getattr(theirs, name)} there; match it")
+    return theirs
 
 
 def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tensor) -> None:

@@ -51,7 +51,8 @@ class ClassifyConfig:
     last_epochs: int = 0
     """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     start_from: str | None = None
-    """Run whose ReLU network the spiking one starts from, instead of training one."""
+    """Run whose ReLU network the spiking one starts from, instead of training one; or a checkpoint of a run
+    (RUN/checkpoints/T1), to start from that spiking network, its thresholds and leaks."""
     ann_optimizer: Optimizer = "sgd"
     """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's; muon orthogonalises the updates of convolutions,
     has Adam for the rest at a thirtieth of the learning rate, and likes large batches."""

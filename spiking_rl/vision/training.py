@@ -11,6 +11,7 @@ import json
 import math
 import time
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -43,7 +44,7 @@ from spiking_rl.state import (
 )
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
 from spiking_rl.tracking import exploded_thresholds, layer_columns, spoiled_layer
-from spiking_rl.vision.building import build, convert, load_relu, set_thresholds
+from spiking_rl.vision.building import build, convert, load_relu, load_spiking, origin_of, set_thresholds
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
@@ -162,12 +163,21 @@ class Trainer:
         begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
         self._taken: Checkpoint | None = None  # the ReLU network of another run
         if config.start_from is not None and not begun:
-            relu, self._taken = load_relu(self._relu_run(), config, images)
-            self._begin(convert(relu.to(device), config, images, self._some_inputs()))
+            self._begin(self._started_network(config.start_from))
             return
         self._begin(build(config, images, spiking=self.spiking))
         if self.spiking and not begun:
             set_thresholds(self.network, config, self._some_inputs())
+
+    def _started_network(self, start_from: str) -> LayeredNetwork:
+        """Return the network to start from: another run's ReLU network, converted, or one of its spiking ones."""
+        run, checkpoint = origin_of(start_from)
+        if checkpoint is None:
+            relu, self._taken = load_relu(run, self.config, self.images)
+            return convert(relu.to(self.device), self.config, self.images, self._some_inputs())
+        if self.config.distill or RunFolder(run).checkpoint(None).is_dir():
+            _, self._taken = load_relu(run, self.config, self.images)  # to learn from, and to be scored beside
+        return load_spiking(checkpoint, self.config, self.images)
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -213,11 +223,12 @@ class Trainer:
             teacher = fold_batch_norm(teacher)
         return teacher.to(self.device)
 
-    def _relu_run(self) -> str:
+    def _relu_run(self) -> Path:
         """Return the run that has the ReLU network: this one, or as long as it has none the one it starts from."""
         own = self.folder.checkpoint(None)
-        elsewhere = None if own.is_dir() or being_replaced(own) else self.config.start_from
-        return elsewhere or str(self.folder.path)
+        if own.is_dir() or being_replaced(own) or self.config.start_from is None:
+            return self.folder.path
+        return origin_of(self.config.start_from)[0]
 
     def _take_relu(self) -> None:
         """Keep the ReLU network that a new run starts from: from then on it needs the other run no more."""

@@ -384,6 +384,66 @@ def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
         new_run(tmp_path / "no-relu", spikes_only)
 
 
+@pytest.mark.parametrize("fold_first", [False, True])
+def test_spikes_start_from_the_spikes_of_another_run(whole: Trainer, tmp_path: Path, fold_first: bool) -> None:
+    """The network at T=1 goes on as it is; with more timesteps and another code it keeps all that it has learned."""
+    source = whole.folder.checkpoint(1)
+    first = {"timesteps": 1, "prune_to": 1, "epochs": 1, "ann_epochs": 0, "start_from": str(source)}
+    config = dataclasses.replace(SMALL, **first, fold_first=fold_first, firing_rate=None)  # type: ignore[arg-type]
+    trainer = new_run(tmp_path / "run", config)
+    images = dataset().test_images
+    theirs = whole.network.state_dict()
+    for name, tensor in trainer.network.state_dict().items():
+        if not fold_first or "threshold" in name or "leak" in name:
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
+    found, wanted = (predict(t.network, images, t.mean, t.std) for t in (trainer, whole))
+    assert (found == wanted).float().mean() > 0.98, "folding rounds"
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in trainer.network.modules()) or not fold_first
+    trainer.run()
+    assert trainer.folder.checkpoint_timesteps() == [1, None], "the ReLU network is scored beside it"
+    later = {**first, "timesteps": 2, "prune_to": 2, "encoding": "hybrid", "single_spike": True, "distill": 0.5}
+    higher = new_run(tmp_path / "higher", dataclasses.replace(config, **later))  # type: ignore[arg-type]
+    assert higher.network.timesteps == 2
+    assert higher.teacher is not None
+    higher.run()
+    assert evaluate(higher.folder, higher.config, dataset(), 2, CPU)["top1"] > 60, "chance is 33"
+    # Once begun it needs its source no more.
+    gone = dataclasses.replace(higher.config, start_from=str(tmp_path / "gone" / "checkpoints" / "T1"))
+    again = Trainer(gone, higher.folder, dataset(), CPU)
+    again.restore()
+    assert again.finished
+    assert again.teacher is not None
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "told"),
+    [
+        ("T9", {}, "holds no config.json"),
+        ("relu", {}, "ReLU network; name its run"),
+        ("T1", {"width": 1 / 16}, "width = 0.0625: is 0.03125 there"),
+        ("T1", {"batch_norm": False}, "batch_norm = False: is True there"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_started_from(
+    whole: Trainer, tmp_path: Path, checkpoint: str, changes: dict[str, object], told: str
+) -> None:
+    source = str(whole.folder.checkpoints / checkpoint)
+    config = dataclasses.replace(SMALL, start_from=source, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"start_from = .*{told}"):
+        new_run(tmp_path / "run", config)
+
+
+def test_a_folded_network_stays_folded(whole: Trainer, tmp_path: Path) -> None:
+    first = dataclasses.replace(SMALL, timesteps=1, prune_to=1, epochs=1, firing_rate=None, fold_first=True)
+    run = new_run(tmp_path / "run", dataclasses.replace(first, start_from=str(whole.folder.checkpoint(1))))
+    run.run()
+    source = str(run.folder.checkpoint(1))
+    again = new_run(tmp_path / "again", dataclasses.replace(first, start_from=source)).network.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in load_checkpoint(source).tensors.items())
+    with pytest.raises(UserError, match="fold_first = False: is True there"):
+        new_run(tmp_path / "not", dataclasses.replace(first, fold_first=False, start_from=source))
+
+
 def test_a_score_comes_with_its_cost(whole: Trainer) -> None:
     relu, two, one = (evaluate(whole.folder, whole.config, dataset(), t, CPU) for t in (None, 2, 1))
     assert relu["energy_ratio"] == relu["energy_ratio_int32"] == 1
