@@ -28,11 +28,12 @@ import torch
 SWITCH = "SPIKING_RL_COMPILE"
 """Environment variable; ``0`` leaves the compiled loops out."""
 
-_SCAN = ("lif_scan.c", "lif_loops.h")
-_EVENTS = ("events.c", "event_lists.h", "event_rows.h")
+_SCAN = ("lif_scan.c", "lif_loops.h", "stored.h")
+_EVENTS = ("events.c", "event_lists.h", "event_rows.h", "stored.h")
 _FLAGS = ["-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 # No fused multiply-add and no reordering: the scan's forward pass gives the plain loop's values bit for bit.
-_STORED = {torch.float32: ("-ffp-contract=off",), torch.bfloat16: ("-ffp-contract=off", "-DHALVES")}
+_EXACT = "-ffp-contract=off"
+_STORED: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DHALVES",)}
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # a sixth off the backward pass; compilers stop at 256 by themselves
 
@@ -44,7 +45,7 @@ def built_loops(stored: torch.dtype = torch.float32) -> ctypes.CDLL | None:
     Each type of currents and spikes, float32 and bfloat16, has a library of its own, built when it is first asked for.
     It is kept in the user's cache folder, under a name made of the source, the compiler and the processor.
     """
-    loaded = _library(_SCAN, _STORED[stored])
+    loaded = _library(_SCAN, (_EXACT, *_STORED[stored]))
     if loaded is not None:
         address = ctypes.c_void_p
         loaded.lif_forward.argtypes = [address] * 9
@@ -53,9 +54,9 @@ def built_loops(stored: torch.dtype = torch.float32) -> ctypes.CDLL | None:
 
 
 @functools.cache
-def built_events() -> ctypes.CDLL | None:
-    """Return the compiled ``events.c`` likewise, for 32-bit floats."""
-    loaded = _library(_EVENTS, ())
+def built_events(stored: torch.dtype = torch.float32) -> ctypes.CDLL | None:
+    """Return the compiled ``events.c`` likewise, for one type of inputs and outputs."""
+    loaded = _library(_EVENTS, _STORED[stored])
     if loaded is not None:
         address = ctypes.c_void_p
         loaded.events_run.argtypes = [address, ctypes.c_int64, *[address] * 7]
@@ -64,7 +65,8 @@ def built_events() -> ctypes.CDLL | None:
         loaded.events_sample.argtypes = [address, ctypes.c_int64, ctypes.c_int64]
         loaded.events_sample.restype = ctypes.c_int64
         loaded.events_weigh.argtypes = [address, ctypes.c_int64, *[address] * 5]
-        loaded.events_rows.argtypes = [*[ctypes.c_int64] * 5, *[address] * 4]
+        if stored is torch.float32:
+            loaded.events_rows.argtypes = [*[ctypes.c_int64] * 5, *[address] * 4]
     return loaded
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct, scan_starts
 from spiking_rl.errors import UserError
-from spiking_rl.networks import LayeredNetwork, scale_channels
-from spiking_rl.neurons import LIF, MIN_THRESHOLD, lif_scan
+from spiking_rl.networks import LayeredNetwork, evaluating, scale_channels
+from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore, lif_scan
 
 _RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
 """Firing rates that a conversion tries."""
@@ -209,10 +209,26 @@ def _calibrate(
         if calibrated is not None:
             calibrated(i)
     if network.spike_time is not None:
-        # Half of what the winner sums up: it fires about halfway.
-        total = network.readout(spikes.flatten(0, 1)).reshape(len(spikes), len(inputs), -1).sum(0)
-        network.spike_time.threshold.fill_(max(MIN_THRESHOLD, float(total.amax(1).mean()) / 2))
+        _set_spike_time(network.spike_time, network.readout(spikes.flatten(0, 1)).reshape(*spikes.shape[:2], -1))
     return reached
+
+
+@torch.no_grad()
+def calibrate_spike_time(network: LayeredNetwork, inputs: Tensor) -> None:
+    """Set the threshold of the outputs' spike times alone, as :func:`calibrate_thresholds` does.
+
+    Args:
+        network: scores spike times (``kappa`` above 0).
+        inputs: ``(B, *input_shape)``, scaled as in training.
+    """
+    assert network.spike_time is not None
+    with evaluating(network):
+        _set_spike_time(network.spike_time, network.currents(inputs.unsqueeze(0)))
+
+
+def _set_spike_time(score: SpikeTimeScore, current: Tensor) -> None:
+    """Let the winner of a current ``(T, B, n)`` fire about halfway: at half of what it sums up."""
+    score.threshold.fill_(max(MIN_THRESHOLD, float(current.sum(0).amax(1).mean()) / 2))
 
 
 def _check(inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:

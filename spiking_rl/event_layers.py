@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
+from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.compiling import built_events
 from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes, threads_of
 from spiking_rl.vision.small_maps import gradients
 
+_STORED = (torch.float32, torch.bfloat16)
 _FEWEST = 2  # frames: for one, weights are read once in any case, and all that is asked about it costs
 _CONVOLUTIONS_FROM = 2**13  # weights from which adding up events wins
 _PLACES_FROM = 64  # of its outputs, in all samples: for fewer it does not pay to bring its weights into order
@@ -35,6 +37,8 @@ _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from a
 # How many inputs may be active is measured, on two processors (AMD Zen 3 and Zen 4): with 16 lanes torch's own loops
 # gain more than events, which wait for weights.
 _SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_FAST_HALVES = has_bfloat16()
+_HAS_TILES = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # events were never tried there
 _MANY = 128  # outputs, from which a list of events is read often enough to pay for itself
 _RELU = 400  # so many must be allowed to be active before ReLU's outputs are worth asking about
 _EVERYBODYS = (  # hooks of all modules
@@ -67,7 +71,7 @@ def through_events(layer: nn.Module, x: Tensor, *, spikes: bool = True) -> Tenso
     """
     if torch.compiler.is_compiling():  # before the compiler makes conditions of what is asked here
         return layer(x)  # type: ignore[no-any-return]
-    if x.shape[0] < _FEWEST or not x.is_cpu or x.dtype is not torch.float32 or any(_EVERYBODYS):
+    if x.shape[0] < _FEWEST or not x.is_cpu or x.dtype not in _STORED or any(_EVERYBODYS):
         return layer(x)  # type: ignore[no-any-return]
     if type(layer) is not nn.Sequential or not is_plain(layer):
         found = _by_events(layer, x, spikes)
@@ -102,11 +106,11 @@ def _by_events(layer: nn.Module, x: Tensor, spikes: bool) -> Tensor | None:
         return None
     if not _may(weight, layer.bias, x) or not (weight.is_contiguous() or weight.is_contiguous(memory_format=last)):
         return None
-    sizes = _sizes(x.shape, weight.shape, layer.stride, layer.padding)
+    sizes = _sizes(x.shape, weight.shape, layer.stride, layer.padding, x.dtype)
     if sizes is None or sizes.batch * sizes.rows * sizes.columns < _PLACES_FROM:
         return None
     training = torch.is_grad_enabled()
-    weighed = _most_weighed(sizes) if training else 0  # none without a gradient
+    weighed = _most_weighed(sizes, x.dtype) if training else 0  # none without a gradient
     if not spikes and weighed < _RELU:
         return None
     if _sampled(x) > _CLEARLY * max(sizes.most if spikes else 0, weighed):
@@ -120,9 +124,15 @@ def _may(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
     """Tell whether the loops may read inputs and parameters, and nobody asks for more than values and gradients."""
     if bias is not None and not (_is_ordinary(bias) and bias.shape == weight.shape[:1] and bias.is_contiguous()):
         return False
-    if not _is_ordinary(weight) or torch.is_autocast_enabled("cpu") or built_events() is None:
+    stored = x.dtype
+    if not _is_ordinary(weight) or _arithmetic() is not stored or built_events(stored) is None:
         return False
-    return takes(x) and not _transforming() and forward_ad._current_level < 0
+    return takes(x, stored) and not _transforming() and forward_ad._current_level < 0
+
+
+def _arithmetic() -> torch.dtype:
+    """Return the type in which torch multiplies by weights of 32-bit floats."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
 
 
 def _is_ordinary(parameter: Tensor) -> bool:
@@ -131,23 +141,27 @@ def _is_ordinary(parameter: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _sizes(shape: torch.Size, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int]) -> Map | None:
+def _sizes(
+    shape: torch.Size, kernel: torch.Size, stride: tuple[int, int], padding: tuple[int, int], stored: torch.dtype
+) -> Map | None:
     found = sizes_of(shape, kernel, stride, padding)
     if found is not None:
-        found.most = _most_convolved(found)
+        found.most = _most_convolved(found, stored)
     return found
 
 
 def _sampled(x: Tensor) -> int:
     """Return how many in a thousand of ``(B, C, H, W)``, channels last, are active where a few pixels are looked at."""
     batch, channels, rows, columns = x.shape
-    return built_events().events_sample(x.data_ptr(), batch * rows * columns, channels)  # type: ignore[union-attr, no-any-return]
+    return built_events(x.dtype).events_sample(x.data_ptr(), batch * rows * columns, channels)  # type: ignore[union-attr, no-any-return]
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
     """Return what a linear map gives of a few frames; None where many inputs are active."""
     weight = layer._parameters.get("weight")
     if weight is None or weight.numel() < _LINEAR_FROM or x.shape[0] > _FRAMES or not weight.is_contiguous():
+        return None
+    if x.dtype is not torch.float32:
         return None
     if x.dim() != 2 or x.shape[1] != weight.shape[1] or not (is_plain(layer) and _may(weight, layer.bias, x)):
         return None
@@ -160,7 +174,8 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor | None:
 
 def _convolved(sizes: Map, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, int]:
     """Return a convolution's outputs, None where many inputs are active, and how many in a thousand are."""
-    loops, outputs, scratch, own = built_events(), empty_outputs(sizes), _scratch(sizes), _Strides(*weight.stride())
+    loops, outputs = built_events(x.dtype), empty_outputs(sizes, x.dtype)
+    scratch, own = _scratch(sizes), _Strides(*weight.stride())
     density = ctypes.c_int64(1000)
     told = (ctypes.addressof(sizes), threads_of(sizes), x.data_ptr(), ctypes.addressof(own), weight.data_ptr())
     addresses = (scratch.data_ptr(), None if bias is None else bias.data_ptr(), outputs.data_ptr())
@@ -188,8 +203,8 @@ class _Convolution(torch.autograd.Function):
         if spikes:
             outputs, density = _convolved(sizes, x, weight, bias)
         else:
-            density = built_events().events_density(x.data_ptr(), x.numel(), threads_of(sizes))  # type: ignore[union-attr]
-        ctx.sizes, ctx.layer, ctx.few = sizes, layer, density <= _most_weighed(sizes)
+            density = built_events(x.dtype).events_density(x.data_ptr(), x.numel(), threads_of(sizes))  # type: ignore[union-attr]
+        ctx.sizes, ctx.layer, ctx.few = sizes, layer, density <= _most_weighed(sizes, x.dtype)
         if outputs is None:
             outputs = layer._conv_forward(x, weight, bias)
             outputs = outputs.clone() if outputs._is_view() else outputs  # views made here must not be written to
@@ -199,16 +214,18 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
+        kernel = weight.to(x.dtype)  # what torch multiplies by, too
         # Torch's own operations have second derivatives, and can be vectorised.
         if torch.is_grad_enabled() or _transforming() or _is_batch(gradient) or not ctx.few:
-            found = gradients(ctx.layer, gradient, x, weight, (of_x, of_weight, of_bias))
-            return *(g if asked else None for g, asked in zip(found, ctx.needs_input_grad[:3], strict=True)), *_REST
+            found = gradients(ctx.layer, gradient, x, kernel, (of_x, of_weight, of_bias))
+            asked = zip(found, ctx.needs_input_grad[:3], (x.dtype, *[weight.dtype] * 2), strict=True)
+            return *(g.to(dtype) if g is not None and needed else None for g, needed, dtype in asked), *_REST
         gradient = gradient.contiguous(memory_format=torch.channels_last).resolve_neg()
         pixels = gradient.permute(0, 2, 3, 1).reshape(-1, ctx.sizes.outputs)
         return (
-            gradients(ctx.layer, gradient, x, weight, (True, False, False))[0] if of_x else None,
+            gradients(ctx.layer, gradient, x, kernel, (True, False, False))[0] if of_x else None,
             _weighed(ctx.sizes, x, gradient, weight) if of_weight else None,
-            pixels.sum(0) if of_bias else None,
+            pixels.sum(0, dtype=torch.float32) if of_bias else None,
             *_REST,
         )
 
@@ -219,7 +236,7 @@ _REST = (None, None, None)  # of what has no gradient
 def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the weights."""
     x = x.contiguous(memory_format=torch.channels_last)  # hooks may have stored it otherwise
-    loops, scratch, found = built_events(), _scratch(sizes), torch.empty_like(weight)
+    loops, scratch, found = built_events(x.dtype), _scratch(sizes), torch.empty_like(weight)
     own = _Strides(*found.stride())
     told = (ctypes.addressof(sizes), threads_of(sizes), x.data_ptr(), gradient.data_ptr())
     if not loops.events_weigh(*told, ctypes.addressof(own), found.data_ptr(), scratch.data_ptr()):  # type: ignore[union-attr]
@@ -227,10 +244,12 @@ def _weighed(sizes: Map, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-def _most_convolved(sizes: Map) -> int:
+def _most_convolved(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     """Return how many inputs in a thousand may be active for the outputs: fewer than where loops draw level."""
     few, places = sizes.batch <= _A_DECISIONS, sizes.rows * sizes.columns
     strides = sizes.down > 1 or sizes.across > 1
+    if stored is torch.bfloat16 and _FAST_HALVES:
+        return _most_of_halves(sizes)
     if _SIXTEEN_LANES and few:
         return 120
     if strides:
@@ -244,12 +263,14 @@ def _most_convolved(sizes: Map) -> int:
     return 200 if places <= 64 else 150
 
 
-def _most_weighed(sizes: Map) -> int:
+def _most_weighed(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     """Return how many inputs in a thousand may be active for the gradient of the weights.
 
     Torch takes twice as long for it as for the outputs where a map is small and its channels are many.
     """
     places = sizes.rows * sizes.columns
+    if stored is torch.bfloat16 and _FAST_HALVES:
+        return _most_of_halves(sizes)
     if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
         return 80 if _SIXTEEN_LANES else 150
     many = sizes.outputs >= _MANY
@@ -258,3 +279,13 @@ def _most_weighed(sizes: Map) -> int:
     if not many:
         return 90
     return 400 if places <= 16 else 250 if places <= 64 else 200
+
+
+def _most_of_halves(sizes: Map) -> int:
+    """Return the same for either, of bfloat16 where the processor multiplies it."""
+    if _HAS_TILES or (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
+        return 0
+    if sizes.outputs < _MANY:
+        return 70
+    places = sizes.rows * sizes.columns
+    return 180 if places <= 16 else 140 if places <= 64 else 90

@@ -1,10 +1,13 @@
-/* Event-driven convolutions and linear maps on a CPU: what a silent input would add is never touched.
+/* Event-driven convolutions and linear maps on a CPU: what a silent input would add is never touched. Inputs, outputs and
+ * their gradients are as they are STORED; weights, and all that is added up, are 32-bit floats.
  *
  * Of every active input (a spike, or a mean of spikes over a pool) the weights that lead away from it are added to the
  * outputs that it reaches.
  */
 #include "event_lists.h"
+#ifndef HALVES
 #include "event_rows.h"
+#endif
 
 /* Cuts the work into units: groups of samples, which share the weights they have read; or parts of each sample, where
  * these are large, or fewer than threads. */
@@ -31,24 +34,47 @@ static int64_t cut(const Map *map, int64_t threads, int64_t number, Unit *unit) 
   return groups * parts;
 }
 
+/* What a unit adds up in: the outputs themselves, or 32-bit floats that are stored in them afterwards. */
+INLINE float *sums_of(const Map *map, Unit *unit, STORED *outputs) {
+#ifdef HALVES
+  (void)outputs;
+  unit->origin = (unit->sample * map->rows + unit->row) * map->columns;
+  return malloc(unit->samples * (unit->rows - unit->row) * map->columns * map->outputs * sizeof(float));
+#else
+  (void)map;
+  unit->origin = 0;
+  return outputs;
+#endif
+}
+
 /* Returns 1; 0 where memory ran out. */
-static int work(const Map *map, const Unit *unit, const float *inputs, const float *weights, const float *bias,
-                float *outputs, int32_t *counts) {
+static int work(const Map *map, Unit *unit, const STORED *inputs, const float *weights, const float *bias,
+                STORED *outputs, int32_t *counts) {
   const int32_t sum = places(unit, counts);
   Event *events = calloc(sum + 1, sizeof *events);
-  if (!events) return 0;
-  list(map, unit, inputs, counts, sum, events);
-  for (int64_t sample = unit->sample; sample < unit->sample + unit->samples; sample++)
-    for (int64_t place = unit->row * map->columns; place < unit->rows * map->columns; place++) {
-      float *at = outputs + (sample * map->rows * map->columns + place) * map->outputs + unit->first;
-      if (bias)
-        memcpy(at, bias + unit->first, unit->outputs * sizeof *bias);
-      else
-        memset(at, 0, unit->outputs * sizeof *at);
-    }
-  meet_all(map, unit, events, counts, (float *)weights, outputs, 0);
+  float *sums = sums_of(map, unit, outputs);
+  if (events && sums) {
+    list(map, unit, inputs, counts, sum, events);
+    for (int64_t sample = unit->sample; sample < unit->sample + unit->samples; sample++)
+      for (int64_t place = unit->row * map->columns; place < unit->rows * map->columns; place++) {
+        float *at = sums + (sample * map->rows * map->columns + place - unit->origin) * map->outputs + unit->first;
+        if (bias)
+          memcpy(at, bias + unit->first, unit->outputs * sizeof *bias);
+        else
+          memset(at, 0, unit->outputs * sizeof *at);
+      }
+    meet_all(map, unit, events, counts, (float *)weights, sums, NULL, 0);
+  }
   free(events);
-  return 1;
+#ifdef HALVES
+  const int64_t held = unit->samples * (unit->rows - unit->row) * map->columns * map->outputs;
+  STORED *to = outputs + unit->origin * map->outputs;
+  if (events && sums)
+#pragma omp simd
+    for (int64_t i = 0; i < held; i++) to[i] = WRITE(sums[i]);
+  free(sums);
+#endif
+  return events && sums;
 }
 
 /* How a layer's own weights lie: the strides of (outputs, channels, rows, columns). */
@@ -100,7 +126,7 @@ static void lay(const Map *map, int64_t threads, const Strides *own, float *laye
 }
 
 /* Returns how many in a thousand of some inputs are active. */
-int64_t events_density(const float *inputs, int64_t size, int64_t threads) {
+int64_t events_density(const STORED *inputs, int64_t size, int64_t threads) {
   int64_t active = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : active)
   for (int64_t i = 0; i < size; i++) active += fires(inputs[i]);
@@ -111,7 +137,7 @@ int64_t events_density(const float *inputs, int64_t size, int64_t threads) {
 
 /* Returns how many in a thousand of the inputs (pixels, channels) are active in some of the pixels. Multiples of the
  * golden ratio, less their whole part, tell which: evenly spread, and in step with no size that a picture has. */
-int64_t events_sample(const float *inputs, int64_t pixels, int64_t channels) {
+int64_t events_sample(const STORED *inputs, int64_t pixels, int64_t channels) {
   const uint64_t looked_at = smaller(pixels, LOOKED_AT), all = pixels;
   int64_t active = 0;
   for (uint64_t k = 0; k < looked_at; k++) {
@@ -128,8 +154,8 @@ int64_t events_sample(const float *inputs, int64_t pixels, int64_t channels) {
  * (channels, rows of the kernel, phases, steps, outputs) as `meet` reads them: they are there or, where `layer` is not
  * NULL, filled from it, the layer's own, when inputs are found to be few. `density` is told how many in a thousand
  * inputs are active, unless it is NULL. */
-int events_run(const Map *map, int64_t threads, const float *inputs, const Strides *own, const float *layer,
-               float *weights, const float *bias, float *outputs, int64_t *density) {
+int events_run(const Map *map, int64_t threads, const STORED *inputs, const Strides *own, const float *layer,
+               float *weights, const float *bias, STORED *outputs, int64_t *density) {
   const int64_t units = cut(map, threads, 0, NULL), room = (map->channels + LANES - 1) / LANES * LANES;
   int32_t *counts = malloc(units * room * sizeof *counts);
   if (!counts) return 0;
@@ -165,7 +191,7 @@ int events_run(const Map *map, int64_t threads, const float *inputs, const Strid
  *
  * gradients (batch, rows, columns, outputs) of the outputs; `weights`, as `meet` reads them, is where they are added up,
  * in the order of the samples with any number of threads. */
-int events_weigh(const Map *map, int64_t threads, const float *inputs, const float *gradients, const Strides *own,
+int events_weigh(const Map *map, int64_t threads, const STORED *inputs, const STORED *gradients, const Strides *own,
                  float *layer, float *weights) {
   const int64_t stretch = map->tall * map->across * ((map->wide + map->across - 1) / map->across) * map->outputs;
   const int64_t bytes = map->rows * map->columns * map->outputs * (int64_t)sizeof(float);
@@ -188,7 +214,7 @@ int events_weigh(const Map *map, int64_t threads, const float *inputs, const flo
         break;
       }
       list(map, &unit, inputs, counts, sum, events);
-      meet_all(map, &unit, events, counts, weights, (float *)gradients, 1);
+      meet_all(map, &unit, events, counts, weights, NULL, gradients, 1);
       free(events);
     }
   }

@@ -138,20 +138,20 @@ def threads_of(sizes: Map) -> int:
     return torch.get_num_threads() if sizes.threads else 1
 
 
-def empty_outputs(sizes: Map) -> Tensor:
+def empty_outputs(sizes: Map, stored: torch.dtype = torch.float32) -> Tensor:
     """Return what a convolution's outputs are written to, ``(B, outputs, rows, columns)``, channels last."""
     shape = (sizes.batch, sizes.outputs, sizes.rows, sizes.columns)
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=stored, device="cpu", memory_format=torch.channels_last)
 
 
-def takes(x: Tensor) -> bool:
-    """Tell whether the loops can read a tensor, and nobody records what is done to it."""
+def takes(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
+    """Tell whether the loops for a type can read a tensor, and nobody records what is done to it."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()  # before anything that the compiler cannot look through
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not is_in_torch_dispatch_mode()  # somebody writes down what torch does
-        and x.dtype is torch.float32
+        and x.dtype is stored
         and x.is_cpu
         and not x.is_neg()
     )

@@ -1,5 +1,5 @@
-/* The second part of lif_scan.c: READ makes a float of what is STORED, WRITE makes it of a float. `own` and `once` are
- * constants wherever these are called, so that each of their values gets loops of its own. */
+/* The second part of lif_scan.c. `own` and `once` are constants wherever these are called, so that each of their values
+ * gets loops of its own. */
 
 INLINE const STORED *current_at(const Pass *pass, const Block *b, int64_t t, const STORED *current) {
   return current + t / pass->shape.repeat * pass->all + b->at;

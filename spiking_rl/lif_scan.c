@@ -11,14 +11,12 @@
  * The backward pass sums the parameters' gradients in groups of pieces whose number does not depend on the threads:
  * any number of them gives the same result.
  */
-#include <stdint.h>
+#include "stored.h"
 #include <stdlib.h>
-#include <string.h>
 
 #define BLOCK 512 /* neurons, at most */
 #define MOST 5    /* timesteps that are few */
 #define TINY 1e-30f /* what leaks over many timesteps ends in denormal numbers, on which the next convolution takes ages */
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
   int64_t timesteps, repeat; /* S, and how many of them each current lasts */
@@ -124,22 +122,6 @@ INLINE void rest(const Block *b, const float *before, float *membrane) {
   for (int64_t j = 0; j < b->size; j++) membrane[j] = before ? before[b->at + j] : 0.0f;
 }
 
-/* bfloat16 is the upper half of a 32-bit float. */
-INLINE float widen(uint16_t half) {
-  const uint32_t bits = (uint32_t)half << 16;
-  float wide;
-  memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-/* Rounds to nearest, ties to even, as torch does; what is no number stays none. */
-INLINE uint16_t narrow(float wide) {
-  uint32_t bits;
-  memcpy(&bits, &wide, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (uint16_t)(wide == wide ? rounded : 0x7fc0);
-}
-
 /* Adds a block's gradients of a parameter to a row: each to its own, or all to the one they share. */
 INLINE void add_sums(float *row, const float *values, int64_t size, const int own) {
   float total = 0.0f;
@@ -180,13 +162,4 @@ static void gather(const Pass *pass, const float *sums, float *total, int64_t pa
 }
 
 /* The loops, for one way to store currents, spikes and their gradients: a library each. */
-#ifdef HALVES
-#define STORED uint16_t
-#define READ(x) widen(x)
-#define WRITE(x) narrow(x)
-#else
-#define STORED float
-#define READ(x) (x)
-#define WRITE(x) (x)
-#endif
 #include "lif_loops.h"

@@ -358,9 +358,12 @@ class LayeredNetwork(nn.Module):
         """
         if self.spike_time is None:
             raise ValueError("only a network with kappa above 0 has output spikes; see set_coding")
+        return _unfold(self.spike_time.times(self.currents(inputs)), len(inputs))
+
+    def currents(self, inputs: Tensor) -> Tensor:
+        """Return the outputs' currents at each timestep, ``(T, L * B, n)``, of inputs ``(L, B, *input_shape)``."""
         spikes, _ = self._layers(inputs.flatten(0, 1).unsqueeze(0), None, None, None)
-        current = _unfold(self.readout(spikes.flatten(0, 1)), len(spikes))
-        return _unfold(self.spike_time.times(current), len(inputs))
+        return _unfold(self.readout(spikes.flatten(0, 1)), len(spikes))
 
     def _early(self, inputs: Tensor, margin: float, observer: Observer | None) -> Tensor:
         """Return outputs ``(B, n)``, each as of the first timestep at which it is clear."""

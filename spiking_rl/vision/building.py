@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into
-from spiking_rl.conversion import calibrate_thresholds, take_weights
+from spiking_rl.conversion import calibrate_spike_time, calibrate_thresholds, take_weights
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
@@ -22,6 +22,7 @@ from spiking_rl.runs import RunFolder
 from spiking_rl.vision.config import ClassifyConfig, load_config
 
 _LARGEST = 1e30  # mean or deviation of a channel
+_SPIKE_TIME = "spike_time.threshold"
 _LARGEST_IMAGE = 1024  # pixels a side: a forward pass on more would take all memory
 
 
@@ -181,16 +182,19 @@ def load_relu(run: Path, config: ClassifyConfig, images: ImageFacts) -> tuple[La
     return relu.eval(), checkpoint
 
 
-def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts) -> LayeredNetwork:
+def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, inputs: Tensor) -> LayeredNetwork:
     """Return the spiking network of a run that starts from the one in a checkpoint of another run.
 
     Weights, thresholds and leaks are taken over; timesteps, encoding and the rest are as the settings say. With
-    ``fold_first`` a batch norm of the other network is folded into its weights.
+    ``fold_first`` a batch norm of the other network is folded into its weights. Outputs are means over the
+    timesteps: where neurons fire at most once, the readout's weights grow with T, so that outputs keep their scale.
 
     Args:
         checkpoint: ``RUN/checkpoints/T1`` or the like.
         config: settings of the run that starts from it.
         images: its data set, with as many classes.
+        inputs: a batch ``(B, C, H, W)`` as in training, to set the outputs' threshold on where the other network
+            has none.
 
     Raises:
         UserError: no such checkpoint, or it holds no spiking network, or another one.
@@ -207,7 +211,19 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts) -
         if config.fold_first and not theirs.fold_first:
             source = fold_batch_norm(source)
         spiking = build(config, images, spiking=True)
-        load_into(spiking, source.state_dict(), checkpoint)
+        taken = source.state_dict()
+        longer = config.timesteps / about["timesteps"] if config.single_spike else 1.0
+        for name in ("readout.weight", "readout.bias", _SPIKE_TIME):
+            if name in taken:
+                taken[name] = taken[name] * longer
+        own = spiking.state_dict()
+        if _SPIKE_TIME not in own:
+            taken.pop(_SPIKE_TIME, None)
+        elif _SPIKE_TIME not in taken:
+            taken[_SPIKE_TIME] = own[_SPIKE_TIME]
+        load_into(spiking, taken, checkpoint)
+    if spiking.spike_time is not None and source.spike_time is None:
+        calibrate_spike_time(spiking.to(inputs.device), inputs)
     return spiking
 
 

@@ -177,7 +177,7 @@ class Trainer:
             return convert(relu.to(self.device), self.config, self.images, self._some_inputs())
         if self.config.distill or RunFolder(run).checkpoint(None).is_dir():
             _, self._taken = load_relu(run, self.config, self.images)  # to learn from, and to be scored beside
-        return load_spiking(checkpoint, self.config, self.images)
+        return load_spiking(checkpoint, self.config, self.images, self._some_inputs())
 
     # -- stages ----------------------------------------------------------------------------------
 
