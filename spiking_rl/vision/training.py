@@ -311,13 +311,14 @@ class Trainer:
             disable=not self.shown,
         )
         batches = iter(self.feed.batches(number, self._generator(epoch), self.batch_size, first))
+        begun = time.monotonic()
         with bar:
             while (loss := self._update(next(batches, None), self._generator(epoch, first + trained))) is not None:
                 self.loss_sum += loss
                 self.batches, trained = self.batches + 1, trained + 1
                 bar.update()
-                if self.batches < ending:  # an epoch is over with its score
-                    self._save_where_due()
+                if self.batches < ending and self._save_where_due():  # an epoch is over with its score
+                    self._tell_progress(name, (time.monotonic() - begun) / trained)
         trained += first
         self.batches = ending  # workers may leave out a batch
         self.team.average_statistics(self.network)
@@ -340,6 +341,15 @@ class Trainer:
         self.save()
         if not self.finished:
             self._save_where_due()
+
+    def _tell_progress(self, name: str, seconds: float) -> None:
+        """Tell where no bar does that a long epoch goes on; a batch takes so many seconds."""
+        if self.shown:
+            return
+        epoch, done = divmod(self.batches, self.batches_per_epoch)
+        left = seconds * (self.batches_per_epoch - done) / 60
+        text = f"{name} epoch {epoch + 1}/{self.epochs}  batch {done}/{self.batches_per_epoch}"
+        self.note(f"{text}  loss={float(self.loss_sum) / done:.3f}  {left:.0f} min to go in this epoch")
 
     def _report(self, score: float, epochs: int) -> None:
         name = self.stage
@@ -564,13 +574,16 @@ class Trainer:
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _save_where_due(self) -> None:
+    def _save_where_due(self) -> bool:
+        """Save if it is time to; return whether it was."""
         # Several processes stop at the batch on which they have agreed.
         stop, late = (self.stop_requested, self._late()) if self.team.size == 1 else self._agreed
-        if stop or late or time.monotonic() - self._saved > 60 * self.config.save_every:
+        due = stop or late or time.monotonic() - self._saved > 60 * self.config.save_every
+        if due:
             self.save()
         if stop or late:
             raise Interrupted("interrupt" if stop else "time")
+        return due
 
     def _require_number(self, loss: float) -> None:
         spoiled = spoiled_layer(self.network)

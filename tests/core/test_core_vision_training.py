@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -470,6 +471,18 @@ def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().err
     assert "ReLU epoch 1/1" in shown
     assert "/16 [" in shown
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_long_epoch_tells_how_far_it_is_where_no_bar_does(tmp_path: Path, shown: bool) -> None:
+    told: list[str] = []
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, epochs=0, save_every=1e-9))
+    trainer.note, trainer.shown = told.append, shown
+    trainer.run()
+    within = [line for line in told if " batch " in line]
+    assert len(within) == (0 if shown else 15), "one per save, and none at the end of the epoch"
+    if not shown:
+        assert re.fullmatch(r"ReLU epoch 1/1  batch 3/16  loss=[\d.]+  0 min to go in this epoch", within[2])
 
 
 @pytest.mark.parametrize("own", [True, False])
