@@ -105,6 +105,8 @@ def build(config: ClassifyConfig, images: ImageFacts, *, spiking: bool) -> Layer
         options["dense_dropout"] = config.dense_dropout  # a ResNet's readout is its only dense layer
     if spiking:
         options |= {"neuron": "lif", "timesteps": config.timesteps, "gamma": config.surrogate_gamma}
+        if config.leak is not None:
+            options["leak"] = config.leak
         options |= _coding(config, images)
     else:
         options["neuron"] = "relu"
@@ -185,9 +187,10 @@ def load_relu(run: Path, config: ClassifyConfig, images: ImageFacts) -> tuple[La
 def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, inputs: Tensor) -> LayeredNetwork:
     """Return the spiking network of a run that starts from the one in a checkpoint of another run.
 
-    Weights, thresholds and leaks are taken over; timesteps, encoding and the rest are as the settings say. With
-    ``fold_first`` a batch norm of the other network is folded into its weights. Outputs are means over the
-    timesteps: where neurons fire at most once, the readout's weights grow with T, so that outputs keep their scale.
+    Weights, thresholds and, unless one is given, leaks are taken over; timesteps, encoding and the rest are as the
+    settings say. With ``fold_first`` a batch norm of the other network is folded into its weights. Outputs
+    are means over the timesteps: where neurons fire at most once, the readout's weights grow with T, so that outputs
+    keep their scale.
 
     Args:
         checkpoint: ``RUN/checkpoints/T1`` or the like.
@@ -217,6 +220,8 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
             if name in taken:
                 taken[name] = taken[name] * longer
         own = spiking.state_dict()
+        if config.leak is not None:
+            taken |= {name: leak for name, leak in own.items() if name.endswith(".leak")}
         if _SPIKE_TIME not in own:
             taken.pop(_SPIKE_TIME, None)
         elif _SPIKE_TIME not in taken:

@@ -105,6 +105,9 @@ class ClassifyConfig:
     """Multiplies the thresholds that were set so."""
     calibration_timesteps: int = 100
     """Timesteps over which they are set."""
+    leak: float | None = None
+    """Part of the membrane potential that neurons keep from one timestep to the next, before it is trained; none: 1, or
+    what those have that a run starts from."""
     train_threshold: bool = True
     """Train the thresholds."""
     train_leak: bool = True
@@ -177,6 +180,8 @@ class ClassifyConfig:
             raise UserError("distill", self.distill, remedy)
         if self.firing_rate is not None and not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
+        if self.leak is not None and not 0 <= self.leak <= 1:
+            raise UserError("leak", self.leak, "must lie between 0 and 1")
         if not 0 < self.percentile <= 100:
             raise UserError("percentile", self.percentile, "must be above 0 and at most 100")
         for name in ("ann_milestones", "milestones"):

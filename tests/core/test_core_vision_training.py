@@ -289,6 +289,7 @@ def test_every_recipe_can_be_built(recipe: str) -> None:
         ({"fold_first": True}, "firing_rate"),
         ({"milestones": (1.5,)}, "milestones"),
         ({"percentile": 0.0}, "percentile"),
+        ({"leak": 1.5}, "leak"),
         ({"firing_rate": 1.0}, "firing_rate"),
         ({"dropout": 1.0}, "dropout"),
         ({"learning_rate": math.nan}, "learning_rate"),
@@ -403,11 +404,18 @@ def test_spikes_start_from_the_spikes_of_another_run(whole: Trainer, tmp_path: P
     trainer.run()
     assert trainer.folder.checkpoint_timesteps() == [1, None], "the ReLU network is scored beside it"
     later = {**first, "timesteps": 2, "prune_to": 2, "encoding": "hybrid", "single_spike": True, "distill": 0.5}
-    higher = new_run(tmp_path / "higher", dataclasses.replace(config, **later))  # type: ignore[arg-type]
+    higher = new_run(tmp_path / "higher", dataclasses.replace(config, **later, leak=0.25))  # type: ignore[arg-type]
     assert higher.network.timesteps == 2
+    assert {float(n.leak.detach()) for n in higher.network.neurons if isinstance(n, LIF)} == {0.25}
     assert higher.teacher is not None
     higher.run()
     assert evaluate(higher.folder, higher.config, dataset(), 2, CPU)["top1"] > 60, "chance is 33"
+    leaks = [float(n.leak.detach()) for n in higher.network.neurons if isinstance(n, LIF)]
+    assert leaks != [0.25] * len(leaks), "they are trained"
+    third = dataclasses.replace(higher.config, start_from=str(higher.folder.checkpoint(2)), leak=None)
+    taken = new_run(tmp_path / "third", third).network
+    best = load_checkpoint(higher.folder.checkpoint(2)).tensors
+    assert all(torch.equal(tensor, best[name]) for name, tensor in taken.state_dict().items()), "leaks are taken over"
     # Once begun it needs its source no more.
     gone = dataclasses.replace(higher.config, start_from=str(tmp_path / "gone" / "checkpoints" / "T1"))
     again = Trainer(gone, higher.folder, dataset(), CPU)
