@@ -25,7 +25,7 @@ from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import add_results, earlier_rows
 from spiking_rl.scripts.speed.cases import CASES
 from spiking_rl.scripts.speed.figure import drawn_rows, speed_figure
-from spiking_rl.scripts.speed.half import half_rows
+from spiking_rl.scripts.speed.half import RATES, half_rows
 from spiking_rl.scripts.speed.latency import latency_rows
 from spiking_rl.scripts.speed.narrow import narrow_rows
 from spiking_rl.scripts.speed.peers import PEERS, is_installed
@@ -172,10 +172,15 @@ def _half(options: Options) -> list[dict[str, Any]]:
     if not has_bfloat16():
         print("half: left out, this processor has no instructions for bfloat16")
         return []
-    rows = half_rows(rounds=options.rounds, seconds=options.seconds)
+    rows = [
+        row for name in RATES for row in half_rows(name, rounds=options.rounds, seconds=options.seconds / len(RATES))
+    ]
     for row in rows:
         told = f"{row['ratio_to_float32']:.2f} x float32  {row['ratio_to_relu']:.2f} x ReLU"
-        print(f"{_name(row):5} {row['precision']:9} {row['ms']:9.2f} ms  {told}", flush=True)
+        rate = "" if row["rate"] is None else f"{row['rate']:.2f}"
+        print(
+            f"{row['network']:10} {_name(row):5} {rate:4} {row['precision']:9} {row['ms']:9.2f} ms  {told}", flush=True
+        )
     return rows
 
 

@@ -13,7 +13,8 @@ from spiking_rl.networks import LayeredNetwork, build_network
 
 LEAK = 0.5  # an exact power of two: every library's way to write the decay rounds alike, so spikes can be compared
 _CALIBRATED_ON = 8  # inputs
-_RATE = 0.2  # spikes per neuron and timestep
+RATE = 0.2
+"""Spikes per neuron and timestep, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def build_case(
     *,
     channels_last: bool = True,
     calibrated: bool = True,
-    rate: float = _RATE,
+    rate: float = RATE,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[LayeredNetwork, Tensor]:
