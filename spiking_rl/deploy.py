@@ -60,6 +60,16 @@ def check_plain(network: LayeredNetwork) -> None:
         raise UserError("kappa", network.spike_time.kappa, "outputs scored by spike times cannot be deployed; use 0")
 
 
+def check_waits(network: LayeredNetwork) -> None:
+    """Refuse decisions that may be made before all of several timesteps.
+
+    Raises:
+        UserError: an exit margin is set.
+    """
+    if network.exit_margin is not None:
+        raise UserError("exit_margin", network.exit_margin, "early decisions cannot be deployed; set it to None")
+
+
 def _check_spiking(network: LayeredNetwork) -> None:
     if not network.spiking:
         raise UserError("network", "relu", "has no spiking neurons; it is fast as it is")
@@ -368,8 +378,7 @@ def deploy(network: LayeredNetwork) -> DeployedNetwork:
     if network.timesteps == 1:
         return DeployedNetwork(_freeze(fold_thresholds(network)))
     folded = _fold_timesteps(network)
-    if network.exit_margin is not None:
-        raise UserError("exit_margin", network.exit_margin, "early decisions cannot be deployed; set it to None")
+    check_waits(network)
     return DeployedNetwork(_freeze(folded))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
-from spiking_rl.deploy import Step, check_plain, fold_thresholds
+from spiking_rl.deploy import Step, check_plain, check_waits, fold_thresholds
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import LayeredNetwork
@@ -58,10 +58,13 @@ def onnx_model(
         about: facts to store with the model.
 
     Raises:
-        UserError: onnx is not installed, or the network has a part that cannot be exported.
+        UserError: onnx is not installed, or the network has a part that cannot be exported or, stateless at more than
+            one timestep, an exit margin.
     """
     onnx = require("onnx")
     check_plain(network)
+    if network.timesteps > 1 and not stateful:
+        check_waits(network)
     plain = network.spiking and not stateful and network.timesteps == 1
     ready = fold_thresholds(network) if plain else fold_batch_norm(network).eval()
     observation = observation or Observation(network.input_shape)

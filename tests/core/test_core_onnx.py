@@ -154,6 +154,16 @@ def test_what_cannot_be_exported_is_named() -> None:
             onnx_model(build_network("mlp", (6,), 2, timesteps=3, **options))
 
 
+def test_early_decisions_are_refused_where_there_are_any() -> None:
+    network = build_network("mlp", (4,), 2, timesteps=2)
+    network.set_exit_margin(0.5)
+    with pytest.raises(UserError, match=r"exit_margin = 0.5: .*set it to None"):
+        onnx_model(network)
+    onnx_model(network, stateful=True)  # with membranes all timesteps are waited for
+    network.set_timesteps(1)
+    onnx_model(network)
+
+
 def test_a_missing_onnx_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     network: Any = built("mlp", 1)
