@@ -1,8 +1,9 @@
 """Layers whose inputs are mostly silent, in training and in use: zeros are left out of their sums, on a CPU.
 
 Of the three products of a convolution's training pass two have its inputs in them: the outputs, and the gradient of the
-weights. Both are summed up from the active inputs alone (``events.c``); nothing but the order of the sums changes. The
-third, the gradient of the inputs, is computed as ever.
+weights. Both are summed up from the active inputs alone (``events.c``); nothing but the order of the sums changes, and
+in bfloat16 (under autocast) that neither weights nor their gradients are rounded to it. The third, the gradient of the
+inputs, is computed as ever.
 
 How many inputs are active decides: where they are many the layer computes as it would have. For the gradient of 3x3
 convolutions that may be up to half of them, since torch takes up to twice the time of the outputs for it: there many
@@ -113,7 +114,8 @@ def _by_events(layer: nn.Module, x: Tensor, spikes: bool) -> Tensor | None:
     weighed = _most_weighed(sizes, x.dtype) if training else 0  # none without a gradient
     if not spikes and weighed < _RELU:
         return None
-    if _sampled(x) > _CLEARLY * max(sizes.most if spikes else 0, weighed):
+    allowed = max(sizes.most if spikes else 0, weighed)
+    if not allowed or _sampled(x) > _CLEARLY * allowed:
         return None
     if not training:
         return _convolved(sizes, x, weight, layer.bias)[0]

@@ -67,11 +67,13 @@ static int work(const Map *map, Unit *unit, const STORED *inputs, const float *w
   }
   free(events);
 #ifdef HALVES
-  const int64_t held = unit->samples * (unit->rows - unit->row) * map->columns * map->outputs;
-  STORED *to = outputs + unit->origin * map->outputs;
-  if (events && sums)
+  const int64_t held = sums && events ? unit->samples * (unit->rows - unit->row) * map->columns : 0;
+  for (int64_t place = 0; place < held; place++) { /* other channels are other units' */
+    const float *at = sums + place * map->outputs + unit->first;
+    STORED *to = outputs + (unit->origin + place) * map->outputs + unit->first;
 #pragma omp simd
-    for (int64_t i = 0; i < held; i++) to[i] = WRITE(sums[i]);
+    for (int64_t j = 0; j < unit->outputs; j++) to[j] = WRITE(at[j]);
+  }
   free(sums);
 #endif
   return events && sums;

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into
-from spiking_rl.conversion import calibrate_spike_time, calibrate_thresholds, take_weights
+from spiking_rl.conversion import calibrate_spike_time, calibrate_thresholds, linear_map, take_weights
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
@@ -158,9 +158,9 @@ def convert(relu: LayeredNetwork, config: ClassifyConfig, images: ImageFacts, in
 def origin_of(start_from: str) -> tuple[Path, Path | None]:
     """Return the run that ``start_from`` names and, where it names one of the run's checkpoints, that folder."""
     path = Path(start_from)
-    whole = path.absolute()
-    if whole.parent.name == "checkpoints" and not RunFolder(whole).config.is_file():
-        return whole.parent.parent, path
+    for whole in (path.absolute(), path.resolve()):
+        if whole.parent.name == "checkpoints" and not RunFolder(whole).config.is_file():
+            return whole.parent.parent, path
     return path, None
 
 
@@ -188,9 +188,10 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
     """Return the spiking network of a run that starts from the one in a checkpoint of another run.
 
     Weights, thresholds and, unless one is given, leaks are taken over; timesteps, encoding and the rest are as the
-    settings say. With ``fold_first`` a batch norm of the other network is folded into its weights. Outputs
-    are means over the timesteps: where neurons fire at most once, the readout's weights grow with T, so that outputs
-    keep their scale.
+    settings say. With ``fold_first`` a batch norm of the other network is folded into its weights. Outputs are means
+    over the timesteps: where neurons fire at most once in both networks (all do at T=1), the readout's weights grow
+    with T, so that outputs keep their scale. What else changes them, such as neurons that may fire again no more, is
+    left to training.
 
     Args:
         checkpoint: ``RUN/checkpoints/T1`` or the like.
@@ -207,26 +208,30 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
         if theirs.fold_first and not config.fold_first:
             raise UserError("fold_first", False, "is True there: that network's batch norm is folded; match it")
         tensors, about = load_checkpoint(checkpoint)
-        if about.get("timesteps") is None:
+        before = about.get("timesteps")
+        if before is None:
             raise UserError("checkpoint", str(checkpoint), "holds a ReLU network; name its run instead")
         source = build(theirs, images, spiking=True)
+        source.set_timesteps(before)
         load_into(source, tensors, checkpoint)
         if config.fold_first and not theirs.fold_first:
             source = fold_batch_norm(source)
         spiking = build(config, images, spiking=True)
-        taken = source.state_dict()
-        longer = config.timesteps / about["timesteps"] if config.single_spike else 1.0
-        for name in ("readout.weight", "readout.bias", _SPIKE_TIME):
-            if name in taken:
-                taken[name] = taken[name] * longer
-        own = spiking.state_dict()
+        own, taken = spiking.state_dict(), source.state_dict()
         if config.leak is not None:
             taken |= {name: leak for name, leak in own.items() if name.endswith(".leak")}
-        if _SPIKE_TIME not in own:
+        if spiking.spike_time is None:
             taken.pop(_SPIKE_TIME, None)
-        elif _SPIKE_TIME not in taken:
+        elif source.spike_time is None:
             taken[_SPIKE_TIME] = own[_SPIKE_TIME]
         load_into(spiking, taken, checkpoint)
+    longer = config.timesteps / before
+    once = (theirs.single_spike or before == 1) and (config.single_spike or config.timesteps == 1)
+    with torch.no_grad():
+        if once:
+            linear_map(spiking.readout).weight.mul_(longer)
+        if spiking.spike_time is not None and source.spike_time is not None:
+            spiking.spike_time.threshold.mul_(longer)  # of what outputs sum up over the timesteps
     if spiking.spike_time is not None and source.spike_time is None:
         calibrate_spike_time(spiking.to(inputs.device), inputs)
     return spiking

@@ -49,13 +49,13 @@ class SmallMapConv2d(nn.Conv2d):
 def gradients(
     layer: nn.Conv2d, gradient: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of a convolution's inputs, weights and bias, of 32-bit floats, narrow maps side by side.
+    """Return the gradients of a convolution's inputs, weights and bias, narrow maps side by side.
 
     Args:
         layer: without groups and dilation.
         gradient: of its outputs.
         input: what they were made of.
-        weight: of the layer.
+        weight: of the layer, of the same type as the others.
         wanted: which of the three.
     """
     together = layer._together(input, input.dtype) if isinstance(layer, SmallMapConv2d) else 1

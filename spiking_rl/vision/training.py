@@ -175,8 +175,11 @@ class Trainer:
         if checkpoint is None:
             relu, self._taken = load_relu(run, self.config, self.images)
             return convert(relu.to(self.device), self.config, self.images, self._some_inputs())
-        if self.config.distill or RunFolder(run).checkpoint(None).is_dir():
+        if RunFolder(run).checkpoint(None).is_dir():
             _, self._taken = load_relu(run, self.config, self.images)  # to learn from, and to be scored beside
+        elif self.config.distill:
+            remedy = f"needs a ReLU network to learn from, and {run} has none; 0 without one"
+            raise UserError("distill", self.config.distill, remedy)
         return load_spiking(checkpoint, self.config, self.images, self._some_inputs())
 
     # -- stages ----------------------------------------------------------------------------------
@@ -344,7 +347,7 @@ class Trainer:
 
     def _tell_progress(self, name: str, seconds: float) -> None:
         """Tell where no bar does that a long epoch goes on; a batch takes so many seconds."""
-        if self.shown:
+        if self.shown or not self.team.leads:
             return
         epoch, done = divmod(self.batches, self.batches_per_epoch)
         left = seconds * (self.batches_per_epoch - done) / 60

@@ -94,12 +94,19 @@ def test_a_convolution_and_its_gradients_are_torchs(
     layer, x = drawn
     if last:
         layer = layer.to(memory_format=torch.channels_last)
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_layers, "threads_of", lambda _: number)  # small layers are worth one
         assert_like_torch(layer, x.contiguous(memory_format=torch.channels_last), stored)
-    finally:
-        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("stored", event_layers._STORED)
+@pytest.mark.parametrize(("batch", "number"), [(1, 2), (1, 4), (3, 4)])
+def test_parts_of_one_pixels_outputs_are_computed_apart(
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, batch: int, number: int
+) -> None:
+    monkeypatch.setattr(event_layers, "threads_of", lambda _: number)
+    for _ in range(5):
+        assert_like_torch(exact(nn.Conv2d(16, 256, 3)), spikes(batch, 16, 3, 3, density=0.1), stored)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.9])
@@ -169,14 +176,16 @@ def test_weights_written_behind_autograds_back_are_seen() -> None:
             assert torch.equal(through_events(layer, x), 2 * before)
 
 
-def test_any_number_of_threads_gives_the_same_bits(threads: None) -> None:
+@pytest.mark.parametrize("stored", event_layers._STORED)
+def test_any_number_of_threads_gives_the_same_bits(threads: None, stored: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(40, 64, 3, padding=1), spikes(30, 40, 16, 16, density=0.1)
-    gradient = torch.randn(30, 64, 16, 16)
+    layer, x = nn.Conv2d(40, 64, 3, padding=1), spikes(30, 40, 16, 16, density=0.1).to(stored)
+    gradient = torch.randn(30, 64, 16, 16).to(stored)
     found = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        output = through_events(layer, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=stored is torch.bfloat16):
+            output = through_events(layer, x)
         assert is_by_events(output)
         found.append((output, *torch.autograd.grad(output, layer.weight, gradient)))
     assert all(torch.equal(a, b) for more in found[1:] for a, b in zip(found[0], more, strict=True))
@@ -267,6 +276,37 @@ def test_how_many_inputs_may_be_active(sixteen_lanes: bool, monkeypatch: pytest.
     assert most(128, 32, 64, 20, 4, 2) == ((70, 80) if sixteen_lanes else (120, 150))  # the Nature-CNN's
     assert most(128, 64, 64, 9) == ((90, 90) if sixteen_lanes else (150, 300))
     assert most(320, 512, 512, 2) == ((220, 400) if sixteen_lanes else (300, 500))  # VGG16's
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_in_bfloat16_fewer_inputs_may_be_active_and_none_where_whole_matrices_are_multiplied(
+    tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_layers, "_FAST_HALVES", True)
+    monkeypatch.setattr(event_layers, "_HAS_TILES", tiles)
+
+    def most(outputs: int, side: int, kernel: int = 3) -> set[int]:
+        padding = (kernel // 2, kernel // 2)
+        sizes = event_layers.sizes_of((64, 64, side, side), (outputs, 64, kernel, kernel), (1, 1), padding)
+        assert sizes is not None
+        return {event_layers._most_convolved(sizes, torch.bfloat16), event_layers._most_weighed(sizes, torch.bfloat16)}
+
+    expected = [0] * 5 if tiles else [70, 90, 140, 180, 0]
+    assert [most(64, 32), most(128, 16), most(256, 8), most(512, 4), most(64, 8, 5)] == [{n} for n in expected]
+    layer, x = exact(nn.Conv2d(64, 128, 3, padding=1)), spikes(8, 64, 8, 8, density=0.02).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_by_events(through_events(layer, x)) is not tiles
+
+
+def test_in_bfloat16_weights_are_not_rounded() -> None:
+    """Of three weights half a last place above 1 the sum is seen, of each alone nothing would be."""
+    layer, x = nn.Conv2d(1, 8, 3, bias=False), spikes(2, 1, 3, 3, density=0.0)
+    x[:, :, 1] = 1
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer.weight.fill_(1 + 2**-8)
+        found, rounded = through_events(layer, x.bfloat16()), layer(x.bfloat16())
+    assert torch.equal(found, torch.full_like(found, 3 + 2**-6))
+    assert torch.equal(rounded, torch.full_like(found, 3))
 
 
 STORED = [

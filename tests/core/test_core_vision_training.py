@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from spiking_rl import UserError, arithmetic, load_checkpoint
+from spiking_rl import UserError, arithmetic, load_checkpoint, save_checkpoint
+from spiking_rl.conversion import calibrate_spike_time
 from spiking_rl.energy import macs_per_layer
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
 from spiking_rl.stopping import Interrupted
 from spiking_rl.vision.building import build
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
-from spiking_rl.vision.data import Dataset
+from spiking_rl.vision.data import Dataset, normalise
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Batch
 from spiking_rl.vision.training import Trainer, predict, rate_factor
@@ -440,6 +442,91 @@ def test_a_checkpoint_that_cannot_be_started_from(
     config = dataclasses.replace(SMALL, start_from=source, **changes)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"start_from = .*{told}"):
         new_run(tmp_path / "run", config)
+
+
+def spiking_source(folder: Path, **changes: object) -> tuple[Path, LayeredNetwork]:
+    """Write a checkpoint of a network that nobody has trained, with outputs and thresholds of its own."""
+    config = dataclasses.replace(SMALL, ann_epochs=0, **changes)  # type: ignore[arg-type]
+    trainer = new_run(folder, config)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainer.network.readout.parameters():
+            parameter.normal_()
+    if trainer.network.spike_time is not None:
+        calibrate_spike_time(trainer.network, trainer._some_inputs())
+    trainer._keep(trainer.stage, 0.0)
+    return trainer.folder.checkpoint(config.timesteps), trainer.network
+
+
+def outputs_of(network: LayeredNetwork) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = network.eval()(normalise(dataset().test_images, (0.49,) * 3, (0.27,) * 3)[None])[0][0]
+    return found
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_outputs_keep_their_scale_at_other_timesteps(tmp_path: Path, kappa: float) -> None:
+    """Where neurons fire at most once, what the readout sums up is divided by T, and its bias is not."""
+    once = {"single_spike": True, "kappa": kappa, "firing_rate": 0.2, "batch_norm": False}
+    source, network = spiking_source(tmp_path / "source", timesteps=1, prune_to=1, **once)
+    wanted = outputs_of(network)
+    # With a leak of 0 currents are what they were, a neuron fires at the first timestep or never, and without biases
+    # nothing comes after it.
+    later = {"timesteps": 3, "prune_to": 3, "encoding": "direct", "leak": 0.0, "start_from": str(source), **once}
+    higher = new_run(tmp_path / "higher", dataclasses.replace(SMALL, **later)).network  # type: ignore[arg-type]
+    if not kappa:
+        torch.testing.assert_close(outputs_of(higher), wanted, rtol=1e-4, atol=1e-4)
+    weight, bias = network.readout.weight, network.readout.bias  # type: ignore[union-attr]
+    torch.testing.assert_close(higher.readout.weight, 3 * weight)  # type: ignore[union-attr]
+    torch.testing.assert_close(higher.readout.bias, bias)  # type: ignore[union-attr]
+    if kappa:
+        assert higher.spike_time is not None
+        assert network.spike_time is not None
+        torch.testing.assert_close(higher.spike_time.threshold, 3 * network.spike_time.threshold)
+
+
+def test_outputs_of_neurons_that_fire_again_are_means_and_keep_their_scale(tmp_path: Path) -> None:
+    source, network = spiking_source(tmp_path / "source", timesteps=2, prune_to=2)
+    for single in (False, True):
+        config = dataclasses.replace(SMALL, timesteps=4, prune_to=4, single_spike=single, start_from=str(source))
+        taken = new_run(tmp_path / f"taken-{single}", config).network
+        torch.testing.assert_close(taken.readout.weight, network.readout.weight)
+
+
+def test_outputs_get_a_threshold_where_they_had_none(whole: Trainer, tmp_path: Path) -> None:
+    later = {"timesteps": 2, "prune_to": 2, "kappa": 0.5, "start_from": str(whole.folder.checkpoint(1))}
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, **later))  # type: ignore[arg-type]
+    network = trainer.network
+    assert network.spike_time is not None
+    network.eval()
+    winners = network.currents(trainer._some_inputs()[None]).sum(0).amax(1).mean()
+    assert float(network.spike_time.threshold.detach()) == pytest.approx(float(winners.detach()) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("timesteps", [0, -1, "x", [1], True, 2.5])
+def test_absurd_timesteps_of_a_checkpoint_are_one_line(tmp_path: Path, timesteps: object) -> None:
+    source, _ = spiking_source(tmp_path / "source", timesteps=1, prune_to=1)
+    tensors, about = load_checkpoint(source)
+    save_checkpoint(source, tensors, {**about, "timesteps": timesteps})
+    with pytest.raises(UserError, match=r"start_from = .*timesteps = "):
+        new_run(tmp_path / "run", dataclasses.replace(SMALL, start_from=str(source), single_spike=True))
+
+
+def test_a_source_without_a_relu_network_teaches_nobody(tmp_path: Path) -> None:
+    source, _ = spiking_source(tmp_path / "source", timesteps=1, prune_to=1)
+    config = dataclasses.replace(SMALL, start_from=str(source), distill=0.5)
+    with pytest.raises(UserError, match=r"distill = 0.5: .*has none; 0 without one"):
+        new_run(tmp_path / "run", config)
+    new_run(tmp_path / "alone", dataclasses.replace(config, distill=0.0))
+
+
+def test_a_checkpoint_is_found_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = spiking_source(tmp_path / "source", timesteps=1, prune_to=1)
+    (tmp_path / "best").symlink_to(source)
+    (source.parent / "T5").mkdir()
+    monkeypatch.chdir(source)
+    for i, name in enumerate((str(source) + "/", str(tmp_path / "best"), str(source.parent / "T5/../T1"), ".")):
+        new_run(tmp_path / f"run-{i}", dataclasses.replace(SMALL, start_from=name))
 
 
 def test_a_folded_network_stays_folded(whole: Trainer, tmp_path: Path) -> None:
