@@ -90,7 +90,7 @@ def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("pair") / "run"
     done = together(command(data, run))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("T=1 epoch 2/2") == 1, "one process speaks"
+    assert done.stdout.count("T=1 epoch 2/2  accuracy") == 1, "one process speaks"
     return run
 
 
