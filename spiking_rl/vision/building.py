@@ -230,10 +230,10 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
     with torch.no_grad():
         if once:
             linear_map(spiking.readout).weight.mul_(longer)
-        if spiking.spike_time is not None and source.spike_time is not None:
+        if source.spike_time is not None and spiking.spike_time is not None:
             spiking.spike_time.threshold.mul_(longer)  # of what outputs sum up over the timesteps
-    if spiking.spike_time is not None and source.spike_time is None:
-        calibrate_spike_time(spiking.to(inputs.device), inputs)
+        elif spiking.spike_time is not None:
+            calibrate_spike_time(spiking.to(inputs.device), inputs)
     return spiking
 
 

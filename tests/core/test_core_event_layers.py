@@ -257,18 +257,27 @@ def test_the_pixels_looked_at_are_in_step_with_no_size(batch: int, side: int) ->
     assert event_layers._sampled(corner) <= 1000 / (side * side) + 50 or pixels <= 128
 
 
+def most(
+    frames: int,
+    channels: int,
+    outputs: int,
+    side: int,
+    kernel: int = 3,
+    stride: int = 1,
+    stored: torch.dtype = torch.float32,
+) -> tuple[int, int]:
+    """Return how many inputs in a thousand may be active for the outputs, and for the gradient of the weights."""
+    padding = (1, 1) if kernel == 3 else (0, 0)
+    shapes = (frames, channels, side, side), (outputs, channels, kernel, kernel)
+    sizes = event_layers.sizes_of(*shapes, (stride, stride), padding)
+    assert sizes is not None
+    return event_layers._most_convolved(sizes, stored), event_layers._most_weighed(sizes, stored)
+
+
 @pytest.mark.parametrize("sixteen_lanes", [False, True])
 def test_how_many_inputs_may_be_active(sixteen_lanes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 16 lanes fewer may; and always more where torch is slow: small maps, many outputs, gradients of weights."""
     monkeypatch.setattr(event_layers, "_SIXTEEN_LANES", sixteen_lanes)
-
-    def most(frames: int, channels: int, outputs: int, side: int, kernel: int = 3, stride: int = 1) -> tuple[int, int]:
-        padding = (1, 1) if kernel == 3 else (0, 0)
-        sizes = event_layers.sizes_of(
-            (frames, channels, side, side), (outputs, channels, kernel, kernel), (stride, stride), padding
-        )
-        assert sizes is not None
-        return event_layers._most_convolved(sizes), event_layers._most_weighed(sizes)
 
     large, small = most(64, 128, 128, 16), most(64, 512, 512, 4)
     assert large[0] < small[0]
@@ -285,14 +294,9 @@ def test_in_bfloat16_fewer_inputs_may_be_active_and_none_where_whole_matrices_ar
     monkeypatch.setattr(event_layers, "_FAST_HALVES", True)
     monkeypatch.setattr(event_layers, "_HAS_TILES", tiles)
 
-    def most(outputs: int, side: int, kernel: int = 3) -> set[int]:
-        padding = (kernel // 2, kernel // 2)
-        sizes = event_layers.sizes_of((64, 64, side, side), (outputs, 64, kernel, kernel), (1, 1), padding)
-        assert sizes is not None
-        return {event_layers._most_convolved(sizes, torch.bfloat16), event_layers._most_weighed(sizes, torch.bfloat16)}
-
-    expected = [0] * 5 if tiles else [70, 90, 140, 180, 0]
-    assert [most(64, 32), most(128, 16), most(256, 8), most(512, 4), most(64, 8, 5)] == [{n} for n in expected]
+    layers = [(64, 32, 3), (128, 16, 3), (256, 8, 3), (512, 4, 3), (64, 8, 5)]
+    found = [most(64, 64, outputs, side, kernel, stored=torch.bfloat16) for outputs, side, kernel in layers]
+    assert found == [(n, n) for n in ([0] * 5 if tiles else [70, 90, 140, 180, 0])]
     layer, x = exact(nn.Conv2d(64, 128, 3, padding=1)), spikes(8, 64, 8, 8, density=0.02).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert is_by_events(through_events(layer, x)) is not tiles
