@@ -20,7 +20,7 @@ from spiking_rl.scripts.main import Stopped
 from spiking_rl.scripts.options import first_argument, parse, refuse_changes
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
-from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
+from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.data import StreamedDataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Images
@@ -42,9 +42,27 @@ example:
 
 TRAIN = """Train a classifier: a ReLU network, its conversion to spikes, temporal pruning, the table.
 
+NETWORK is one that `spiking-rl list` names; DATASET is cifar10, cifar100, tiny-imagenet-32, imagenet (read from disk
+while it trains), or folder for images sorted into a folder per class.
+
 Recipes: {recipes}. Every flag overrides the recipe's value.
 
-Example: spiking-rl classify train vgg16 cifar10 --data ~/data --seed 1"""
+Example: spiking-rl classify train vgg16 cifar10 --data ~/data --seed 1
+
+`spiking-rl classify train NETWORK DATASET --help-all` shows every setting."""
+
+
+CONVERT = """Go on from a run's ReLU network with spikes.
+
+Example: spiking-rl classify convert runs/vgg16-cifar10-seed0 --data ~/data --epochs 20"""
+
+PRUNE = """Lower the timesteps of a finished run.
+
+Example: spiking-rl classify prune runs/vgg16-cifar10-seed0 --data ~/data --to 1"""
+
+EVALUATE = """Score a classifier on the test images.
+
+Example: spiking-rl classify evaluate runs/vgg16-cifar10-seed0 --data ~/data --timesteps 1"""
 
 
 @dataclass(kw_only=True)
@@ -60,8 +78,8 @@ class Where:
 
 
 @dataclass(kw_only=True)
-class TrainOptions(Where, ClassifyConfig):
-    """Options of ``classify train``."""
+class RunOptions(Where):
+    """Which recipe and which folder."""
 
     recipe: str = "fast"
     """Recipe whose values the flags override."""
@@ -69,6 +87,16 @@ class TrainOptions(Where, ClassifyConfig):
     """Run folder; default runs/NETWORK-DATASET-seedN."""
     resume: bool = False
     """Go on with the run in that folder."""
+
+
+@dataclass(kw_only=True)
+class MainOptions(RunOptions, MainSettings):
+    """What ``train --help`` shows; ``--help-all`` shows every setting."""
+
+
+@dataclass(kw_only=True)
+class TrainOptions(RunOptions, ClassifyConfig):
+    """Options of ``classify train``."""
 
 
 @dataclass(kw_only=True)
@@ -132,10 +160,12 @@ def _train(args: list[str]) -> dict[str, Any]:
     recipe = load_recipe(_recipe(rest))
     if network is not None and dataset is not None:
         recipe = dataclasses.replace(recipe, network=network, dataset=dataset)
-    text = TRAIN.format(recipes=", ".join(sorted(recipes())))
-    options = parse(
-        TrainOptions, "classify train NETWORK DATASET", rest, text, TrainOptions(**dataclasses.asdict(recipe))
-    )
+    usage, text = "classify train NETWORK DATASET", TRAIN.format(recipes=", ".join(sorted(recipes())))
+    if "--help" in rest or "-h" in rest:
+        shown = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(MainSettings)}
+        parse(MainOptions, usage, ["--help"], text, MainOptions(**shown))
+    rest = ["--help" if arg == "--help-all" else arg for arg in rest]
+    options = parse(TrainOptions, usage, rest, text, TrainOptions(**dataclasses.asdict(recipe)))
     config = ClassifyConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(ClassifyConfig)})
     folder = RunFolder(options.run or Path("runs") / f"{config.network}-{config.dataset}-seed{config.seed}")
     command = shlex.join(["spiking-rl", "classify", "train", *args])
@@ -195,7 +225,7 @@ def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig,
 
 def _convert(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
-    options = parse(ConvertOptions, "classify convert RUN", rest, "Go on from a run's ReLU network with spikes.")
+    options = parse(ConvertOptions, "classify convert RUN", rest, CONVERT)
     folder = RunFolder(Path(str(name)))
     folder.require()
     with _held(folder):
@@ -207,7 +237,7 @@ def _convert(args: list[str]) -> dict[str, Any]:
 
 def _prune(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
-    options = parse(PruneOptions, "classify prune RUN", rest, "Lower the timesteps of a finished run.")
+    options = parse(PruneOptions, "classify prune RUN", rest, PRUNE)
     folder = RunFolder(Path(str(name)))
     folder.require()
     with _held(folder):
@@ -219,7 +249,7 @@ def _prune(args: list[str]) -> dict[str, Any]:
 
 def _evaluate(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder or a file of predicted classes")
-    options = parse(EvaluateOptions, "classify evaluate RUN", rest, "Score a classifier on the test images.")
+    options = parse(EvaluateOptions, "classify evaluate RUN", rest, EVALUATE)
     path = Path(str(name))
     if path.suffix == ".json":
         images = _images(ClassifyConfig(dataset=options.dataset), options.data)

@@ -22,18 +22,9 @@ USUAL_RATES: dict[str, tuple[float, float]] = {"sgd": (2e-3, 1), "adam": (1e-6, 
 
 
 @dataclass(kw_only=True)
-class ClassifyConfig:
-    """Settings of a run: a ReLU network, its conversion, and stages from T = timesteps down to prune_to."""
+class MainSettings:
+    """The settings that one changes first."""
 
-    network: str = "vgg16"
-    """A registered network; `spiking-rl list` names them."""
-    dataset: str = "cifar10"
-    """cifar10, cifar100, tiny-imagenet-32, imagenet (read from disk while it trains), or folder for images sorted into
-    a folder per class."""
-    image_size: int = 0
-    """Side in pixels to which images of imagenet or a folder are brought; 0: 224, and 32 for a folder."""
-    workers: int = 2
-    """Processes that decode the images of imagenet; 0: this one."""
     width: float = 1.0
     """Multiplies the channels of the network."""
     timesteps: int = 5
@@ -48,11 +39,26 @@ class ClassifyConfig:
     """Epochs of the first spiking stage; 0: stop after the ReLU network."""
     prune_epochs: int = 8
     """Epochs of each later stage."""
-    last_epochs: int = 0
-    """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     start_from: str | None = None
     """Run whose ReLU network the spiking one starts from, instead of training one; or a checkpoint of a run
     (RUN/checkpoints/T1), to start from that spiking network, its thresholds and leaks."""
+
+
+@dataclass(kw_only=True)
+class ClassifyConfig(MainSettings):
+    """Settings of a run: a ReLU network, its conversion, and stages from T = timesteps down to prune_to."""
+
+    network: str = "vgg16"
+    """A registered network; `spiking-rl list` names them."""
+    dataset: str = "cifar10"
+    """cifar10, cifar100, tiny-imagenet-32, imagenet (read from disk while it trains), or folder for images sorted into
+    a folder per class."""
+    image_size: int = 0
+    """Side in pixels to which images of imagenet or a folder are brought; 0: 224, and 32 for a folder."""
+    workers: int = 2
+    """Processes that decode the images of imagenet; 0: this one."""
+    last_epochs: int = 0
+    """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     ann_optimizer: Optimizer = "sgd"
     """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's; muon orthogonalises the updates of convolutions,
     has Adam for the rest at a thirtieth of the learning rate, and likes large batches."""

@@ -180,6 +180,7 @@ class Trainer:
         elif self.config.distill:
             remedy = f"needs a ReLU network to learn from, and {run} has none; 0 without one"
             raise UserError("distill", self.config.distill, remedy)
+        self.note(f"thresholds are those of {start_from}: firing_rate and percentile set none")
         return load_spiking(checkpoint, self.config, self.images, self._some_inputs())
 
     # -- stages ----------------------------------------------------------------------------------

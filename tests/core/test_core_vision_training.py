@@ -426,6 +426,14 @@ def test_spikes_start_from_the_spikes_of_another_run(whole: Trainer, tmp_path: P
     assert again.teacher is not None
 
 
+def test_a_run_from_spikes_says_that_it_sets_no_thresholds(whole: Trainer, tmp_path: Path) -> None:
+    for source, silent in ((whole.folder.checkpoint(1), False), (whole.folder.path, True)):
+        said: list[str] = []
+        config = dataclasses.replace(SMALL, timesteps=1, prune_to=1, start_from=str(source))
+        Trainer(config, RunFolder(tmp_path / "run"), dataset(), CPU, note=said.append)
+        assert any("firing_rate" in line for line in said) is not silent
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "changes", "told"),
     [

@@ -447,12 +447,29 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(cli: Cli, t
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "prune", "evaluate", "render", "plot", "inspect"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train", "prune", "evaluate", "exit", "render", "export", "inspect", "plot", "report", "list"),
+        *(f"classify {part}" for part in ("train", "convert", "prune", "evaluate")),
+    ],
+)
 def test_help_fits_a_screen_and_has_an_example(cli: Cli, command: str) -> None:
-    done = cli(command, "--help")
+    done = cli(*command.split(), "--help")
     assert done.returncode == 0
     assert "Example: spiking-rl" in done.stdout
     assert len(done.stdout.splitlines()) <= 45
+
+
+@pytest.mark.parametrize("command", ["train cartpole", "classify train vgg6 cifar10"])
+def test_all_settings_are_told_where_they_are_asked_for(cli: Cli, command: str) -> None:
+    shown, everything = (cli(*command.split(), flag).stdout for flag in ("--help", "--help-all"))
+    assert "--help-all" in shown
+    assert "--learning-rate" not in shown
+    assert "--learning-rate" in everything
+    for option in ("--timesteps", "--seed", "--run", "--resume"):
+        assert option in shown
+        assert option in everything
 
 
 def test_overview_and_version(cli: Cli) -> None:
