@@ -109,7 +109,7 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
         return self.features_extractor.timesteps
 
     def set_timesteps(self, timesteps: int) -> None:
-        """Change T in the hidden layers, the critic's too where it has its own."""
+        """Change T in the hidden layers, the critic's too; ``model.save`` takes it from ``model.policy_kwargs``."""
         for extractor in {self.pi_features_extractor, self.vf_features_extractor}:
             assert isinstance(extractor, SpikingFeaturesExtractor)
             extractor.set_timesteps(timesteps)

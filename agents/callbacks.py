@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any, Protocol, cast
 
@@ -44,9 +45,10 @@ class TemporalPruningCallback(BaseCallback):
     own learners. Weights are scored between rollouts; the best of a stage are kept in memory. The
     next stage starts from them, in the target network too, with T lowered in the networks and in
     ``model.policy_kwargs`` and with a fresh optimiser; a replay buffer stays. After the last stage
-    the best weights are loaded and training stops: give ``learn`` at least
-    ``pruning.remaining`` agent steps. If ``learn`` ends earlier the model keeps its latest weights,
-    and another ``learn`` with the same callback goes on with the stage.
+    the best weights are loaded and training stops: give ``learn`` at least ``pruning.remaining`` agent
+    steps and, as stages end with a rollout and a finished episode, a rollout and an episode more for each.
+    If ``learn`` ends earlier the model keeps its latest weights, a warning says so, and another ``learn``
+    with the same callback goes on with the stage.
 
     Args:
         pruning: decides; its budgets are in agent steps, its ``start`` is the policy's T.
@@ -119,11 +121,21 @@ class TemporalPruningCallback(BaseCallback):
         self._report_if_due()
 
     def _on_training_end(self) -> None:
-        self._report_if_due()
+        self._count()
+        if self.pruning.timesteps == self.pruning.stop:
+            self._report_if_due()  # an earlier stage waits: the next one would begin with nobody to train it
+        if not self.pruning.finished:
+            left = max(0, self.pruning.remaining - self._spent)
+            at = f"the model is at T={self._policy.timesteps} of {self.pruning.stop}"
+            remedy = f"call learn again: {left:.0f} agent steps are left, and a rollout per stage"
+            warnings.warn(f"temporal pruning is not finished: {at}; {remedy}", stacklevel=2)
 
-    def _report_if_due(self) -> None:
+    def _count(self) -> None:
         self._spent += self.model.num_timesteps - self._seen
         self._seen = self.model.num_timesteps
+
+    def _report_if_due(self) -> None:
+        self._count()
         over = self._spent >= self.pruning.budget
         if self.pruning.finished or (self._spent - self._reported < self.report_every and not over):
             return

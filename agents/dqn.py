@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pathlib
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +13,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_pkl
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from torch.nn import functional as F
 
@@ -124,8 +127,48 @@ class SpikingDQN(StagedAlgorithm, DQN):
         )
 
     def _setup_model(self) -> None:
+        wanted = self.buffer_size
+        if self.plays_only:
+            self.buffer_size = 1
+        try:
+            self._setup_with_replay()
+        finally:
+            self.buffer_size = wanted
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in Stable-Baselines3; an agent that was loaded to play gets its replay buffer, and can learn on."""
+        super().set_env(env, force_reset)
+        if self.plays_only:
+            self.plays_only = False
+            learned = self.policy.state_dict()
+            self.replay_buffer = None
+            self._setup_model()
+            self.policy.load_state_dict(learned)
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """Load what ``save_replay_buffer`` wrote, of our own buffers too; as all of SB3's it unpickles.
+
+        Raises:
+            UserError: a buffer of another kind, or of another number of environments.
+        """
+        found = load_from_pkl(path, self.verbose)
+        kind = (SequenceReplay, FrameReplayBuffer) if self.replay_buffer is None else type(self.replay_buffer)
+        if not isinstance(found, kind):
+            wanted = type(self.replay_buffer).__name__
+            raise UserError("replay_buffer", type(found).__name__, f"is no {wanted}, which this agent learns from")
+        if found.n_envs != self.n_envs:
+            remedy = f"is of {found.n_envs} environments; give the agent as many, not {self.n_envs}"
+            raise UserError("replay_buffer", str(path), remedy)
+        found.device = self.device
+        self.replay_buffer = found  # type: ignore[assignment]
+
+    def _setup_with_replay(self) -> None:
         self.episode_starts = np.ones(self.n_envs, dtype=bool)
         if self.policy_kwargs["stateful"]:
+            given: type[Any] | None = self.replay_buffer_class
+            if given is not None and given is not SequenceReplay:
+                remedy = "a stateful agent replays sequences (SequenceReplay); leave it out"
+                raise UserError("replay_buffer_class", given.__name__, remedy)
             span = self.burn_in + self.sequence_length + self.n_steps
             if self.env is not None and self.buffer_size // self.n_envs < span:
                 raise UserError(

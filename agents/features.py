@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 
 from spiking_rl.agents.policies import check_observation_space, observation_scaling
 from spiking_rl.networks import build_network
+from spiking_rl.neurons import LIF
 
 
 class SpikingFeaturesExtractor(BaseFeaturesExtractor):
     """Hidden layers of spiking neurons; the features are each last-layer neuron's mean spikes over T.
 
     Use it as ``features_extractor_class``, with ``net_arch=[]`` where the heads shall read the spikes
-    directly. Thresholds and leaks leave their range if nobody clamps them: the policies of this
-    package do, elsewhere call :func:`spiking_rl.clamp_after_step` on each optimiser.
+    directly. Thresholds and leaks that an optimiser has moved out of their range are put back before the next
+    pass in training.
 
     Args:
         observation_space: a Box or Discrete space.
@@ -51,10 +53,19 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations: Tensor) -> Tensor:
         """Return features ``(B, N)`` of preprocessed observations ``(B, *obs)``: mean spikes, in [0, 1]."""
+        if self.training:
+            self._clamp()
         inputs = observations if self.norm is None else self.norm(observations.flatten(1))
         spikes, _ = self.network(inputs.unsqueeze(0))
         features: Tensor = spikes.squeeze(0)
         return features
+
+    @torch.no_grad()
+    def _clamp(self) -> None:
+        """Put parameters back into their range; those within are not touched, for a backward pass may need them."""
+        for neuron in self.network.neurons:
+            if isinstance(neuron, LIF) and not neuron.is_in_range():
+                neuron.clamp_()
 
     @property
     def timesteps(self) -> int:

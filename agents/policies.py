@@ -357,7 +357,7 @@ class SpikingMlpPolicy(DQNPolicy):
         return (actions if vectorised else actions.squeeze(0)), as_arrays(after)
 
     def set_timesteps(self, timesteps: int) -> None:
-        """Change T in the Q-network and its target."""
+        """Change T in the Q-network and its target; ``model.save`` takes it from ``model.policy_kwargs``."""
         self.q_net.network.set_timesteps(timesteps)
         if self.has_target:
             self.q_net_target.network.set_timesteps(timesteps)

@@ -198,6 +198,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         callback.on_training_start(locals(), globals())
         assert self.env is not None
         if not self.calibrated and not self._calibrate_on_random_policy(callback):
+            callback.on_training_end()
             return self
         iteration = 0
         while self.num_timesteps < total_timesteps:

@@ -85,6 +85,7 @@ class StagedAlgorithm(BaseAlgorithm):
         teacher: whose Q-values are learned in the first part of every stage.
         imitation: that part, from 0 to 1.
         rescale_leak: a stateful agent's leaks follow T, so that its memory lasts as many decisions.
+        plays_only: loaded to predict, without room for what is replayed; an environment changes that.
         membranes: of the training environments after their latest decision; None before the first
             or when stateless.
         episode_starts: which of them open an episode with their next decision, ``(n_envs,)``.
@@ -99,6 +100,7 @@ class StagedAlgorithm(BaseAlgorithm):
     explorer: EpsilonGreedy
     last_loss: float | None = None
     calibrated = False
+    plays_only = False
     stage = 0
     stage_start = 0
     prune_lr_factor = 1.0
@@ -437,8 +439,7 @@ class StagedAlgorithm(BaseAlgorithm):
             model.observation_space, model.action_space = observation_space, action_space
             if env is None:
                 model.n_envs = 1
-                if hasattr(model, "buffer_size"):
-                    model.buffer_size = 1  # an agent that only predicts replays nothing
+                model.plays_only = True
             model._setup_model()
             if model.policy.q_net.network.spiking and model.policy.timesteps != config["timesteps"]:
                 raise ValueError(f"timesteps {config['timesteps']} and {model.policy.timesteps} contradict")

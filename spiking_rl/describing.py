@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.energy import macs_per_layer
+from spiking_rl.group_norm import GroupNorm
 from spiking_rl.networks import LayeredNetwork, evaluating
 from spiking_rl.neurons import LIF
 
@@ -17,6 +18,7 @@ _NAMES: dict[type[nn.Module], str] = {
     nn.MaxPool2d: "max pool",
     nn.LayerNorm: "layer norm",
     nn.GroupNorm: "group norm",
+    GroupNorm: "group norm",
     nn.BatchNorm1d: "batch norm",
     nn.BatchNorm2d: "batch norm",
 }

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spiking_rl.compiling import built_loops, built_op
 from spiking_rl.holders import held_alone
@@ -316,18 +315,19 @@ class FusedScan(torch.autograd.Function):
         loops: Loops = COMPILED,
     ) -> Found:
         """Run :func:`fused_scan`, and keep what the backward pass computes potentials from."""
-        current, before = options.plan.dense(current, current.dtype), options.plan.dense_step(membrane)
-        ctx.save_for_backward(current, before, leak, threshold, keep)
+        ctx.save_for_backward(current, membrane, leak, threshold, keep)
         ctx.options = options, loops, current.dtype
         ctx.set_materialize_grads(False)
-        return fused_scan(current, before, leak, threshold, keep, options, loops)
+        return fused_scan(current, membrane, leak, threshold, keep, options, loops)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of current, membrane, leak and threshold."""
         current, before, leak, threshold, keep = ctx.saved_tensors
         options, loops, stored = ctx.options
+        if torch.is_grad_enabled():
+            told = options.gamma, options.repeat, options.once
+            return *_differentiable(current, before, leak, threshold, keep, *told, grads), None, None, None
         plan = options.plan
         # Hooks may have brought back what was saved in another layout or type.
         current, before = plan.dense(current, stored), plan.dense_step(before)
@@ -343,6 +343,60 @@ class FusedScan(torch.autograd.Function):
         job = Job(options, len(current) * options.repeat, leak, threshold, keep, current, before)
         sums = loops.backward(job, arriving, (of_current, of_before))
         return of_current, of_before, *sums, None, None, None
+
+
+def _differentiable(
+    current: Tensor,
+    membrane: Tensor | None,
+    leak: Tensor,
+    threshold: Tensor,
+    keep: Tensor | None,
+    gamma: float,
+    repeat: int,
+    once: bool,
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of current, membrane, leak and threshold, themselves differentiable.
+
+    The loops give numbers without a graph: taken for constants, they would make second derivatives wrong. So the plain
+    scan is differentiated, which takes its time.
+    """
+    from spiking_rl.neurons import LIFState, lif_scan_reference  # which is built on this
+
+    given = (current, membrane, leak, threshold)
+    state = None if membrane is None else LIFState(membrane.float())
+    starts = None if keep is None else keep == 0
+    values = current.float(), state, leak.float(), threshold.float(), starts
+    scan = lif_scan_reference(*values, gamma=gamma, repeat=repeat, trace=True, single_spike=once)
+    assert scan.state is not None
+    outputs = zip((scan.spikes, scan.state.membrane, scan.potential), grads, strict=False)
+    reached, arriving = zip(*((out, grad.float()) for out, grad in outputs if grad is not None), strict=True)
+    asked = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
+    found = iter(torch.autograd.grad(reached, asked, arriving, create_graph=True, allow_unused=True))
+    return tuple(None if tensor is None or not tensor.requires_grad else next(found) for tensor in given)
+
+
+def differentiable_fresh(
+    current: Tensor, leak: Tensor | None, threshold: Tensor, gamma: float, timesteps: int, repeat: int, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of :func:`fused_fresh`'s current, leak and threshold, themselves differentiable.
+
+    Args:
+        current: as there; so are the others.
+        leak: None where there is one timestep.
+        threshold: one, or one per entry of the first neuron axis.
+        gamma: height of the surrogate gradient.
+        timesteps: T.
+        repeat: timesteps that each current lasts.
+        grad: of the spikes, ``(T*B, *N)``.
+    """
+    with torch.enable_grad():
+        steps = current.reshape(timesteps // repeat, len(grad) // timesteps, *current.shape[1:])
+        kept = threshold.detach() if leak is None else leak  # of one timestep nothing is kept
+        arriving = grad.reshape(timesteps, *steps.shape[1:])
+        found = _differentiable(steps, None, kept, threshold, None, gamma, repeat, False, (arriving,))
+    of_steps, _, of_leak, of_threshold = found
+    return None if of_steps is None else of_steps.reshape(current.shape), of_leak, of_threshold
 
 
 class Compiled(Protocol):
@@ -372,7 +426,7 @@ class Fresh(NamedTuple):
         stored: type of the current and of the spikes.
         sizes: address of what the loops need to know of shapes.
         fits: the current lies as the spikes do.
-        alone: there is one timestep, so nothing ever leaks.
+        timesteps: T.
         lasts: each current lasts several timesteps.
         forward: the loops.
         backward: likewise.
@@ -385,11 +439,16 @@ class Fresh(NamedTuple):
     stored: torch.dtype
     sizes: int
     fits: bool
-    alone: bool
+    timesteps: int
     lasts: bool
     forward: Callable[..., int]
     backward: Callable[..., int]
     compiled: Compiled | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one timestep, so that nothing ever leaks."""
+        return self.timesteps == 1
 
     def given(self, leak: Tensor | None, threshold: Tensor) -> Tensor:
         """Return what the loops are given for a leak: of one timestep, which reads none, the threshold."""
@@ -430,7 +489,7 @@ def _fresh(
         loops = (ctypes.cast(loop, ctypes.c_void_p).value for loop in both)  # type: ignore[arg-type]
         told = (*map(tuple, layouts), stored is torch.bfloat16, timesteps, repeat, threads)
         compiled = op.Way(*told, ctypes.string_at(sizes, ctypes.sizeof(_Shape)), *loops)
-    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps == 1, repeat > 1, *both, compiled)
+    return Fresh(found, frames, found.strides, stored, sizes, fits, timesteps, repeat > 1, *both, compiled)
 
 
 class Ways:
@@ -562,16 +621,18 @@ class _FusedFresh(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, current: Tensor, leak: Tensor | None, threshold: Tensor, gamma: float, way: Fresh) -> Tensor:
-        if not way.fits:
-            current = way.dense(current)
         ctx.save_for_backward(current, leak, threshold)
         ctx.options = gamma, way
-        return _fresh_spikes(current, leak, threshold, way)
+        return _fresh_spikes(current if way.fits else way.dense(current), leak, threshold, way)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # somebody may be going to ask for second derivatives
-            return _refuse_second(ctx, *grads)
+            gamma, way = ctx.options
+            repeat = way.timesteps if way.lasts else 1
+            current, leak, threshold = ctx.saved_tensors
+            found = differentiable_fresh(current, leak, threshold, gamma, way.timesteps, repeat, grads[0])
+            return *found, None, None
         return _fresh_backward(ctx, grads)
 
 
@@ -591,11 +652,6 @@ def _fresh_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None,
     results = of_current.data_ptr(), None, _address(of_leak), of_threshold.data_ptr()
     _run(way.backward, way.sizes, way.given(leak, threshold), threshold, None, gamma, *addresses, *results)
     return of_current, of_leak, of_threshold, None, None
-
-
-@once_differentiable
-def _refuse_second(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _fresh_backward(ctx, grads)
 
 
 # Function.apply spends most of its time on functorch's transforms, of which there are none in training.

@@ -15,8 +15,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 namespace {
 
@@ -90,13 +90,25 @@ Tensor laid(const Tensor &parameter, const std::vector<int64_t> &sizes) {
   return parameter.to(at::kFloat).resolve_neg().contiguous();
 }
 
-/* Results of which no derivative may be taken: asking for one raises, with the words of Python's. */
-variable_list refuse_second(variable_list found) {
-  for (Tensor &grad : found)
-    if (grad.defined()) grad = grad.detach().requires_grad_();
-  const char *told = "trying to differentiate twice a function that was marked with @once_differentiable";
-  torch::autograd::DelayedError error(told, int64_t(found.size()));
-  return error.apply(std::move(found));
+/* The gradients of current, leak and threshold, themselves differentiable, which fused.py knows. */
+variable_list differentiable(const Tensor &current, const Tensor &leak, const Tensor &threshold, double gamma,
+                             const Way &way, const Tensor &grad) {
+  const auto wrapped = [](const Tensor &tensor) { return THPObjectPtr(THPVariable_Wrap(tensor)); };
+  const pybind11::gil_scoped_acquire python;
+  THPObjectPtr module(PyImport_ImportModule("spiking_rl.fused"));
+  if (!module) throw python_error();
+  THPObjectPtr of(wrapped(current)), leaking(wrapped(leak)), limits(wrapped(threshold)), arriving(wrapped(grad));
+  THPObjectPtr found(PyObject_CallMethod(module.get(), "differentiable_fresh", "OOOdLLO", of.get(), leaking.get(),
+                                               limits.get(), gamma, (long long)way.timesteps, (long long)way.repeat,
+                                               arriving.get()));
+  if (!found) throw python_error();
+  variable_list grads(5); /* gamma and the way have none */
+  for (int i = 0; i < 3; i++) {
+    PyObject *part = PyTuple_GetItem(found.get(), i);
+    if (!part) throw python_error();
+    if (part != Py_None) grads[i] = THPVariable_Unpack(part);
+  }
+  return grads;
 }
 
 struct Scan : torch::autograd::Function<Scan> {
@@ -114,10 +126,12 @@ struct Scan : torch::autograd::Function<Scan> {
     const auto held = ctx->saved_data["way"].toCapsule();
     const Way &way = static_cast<const Way &>(*held);
     const auto saved = ctx->get_saved_variables();
+    require(grads[0], way.frames);
+    if (at::GradMode::is_enabled()) /* somebody may be going to ask for second derivatives */
+      return differentiable(saved[0], saved[1], saved[2], ctx->saved_data["gamma"].toDouble(), way, grads[0]);
     const Tensor current = laid(saved[0], way.sizes, way.strides, way.stored);
     const Tensor threshold = laid(saved[2], way.threshold);
     const Tensor leak = saved[1].defined() ? laid(saved[1], way.leak) : Tensor();
-    const bool asked = at::GradMode::is_enabled() && grads[0].requires_grad();
     bool inside = held_alone(grads[0]);
     const Tensor given = std::move(grads[0]), arriving = laid(given, way.frames, way.packed, way.stored);
     inside = inside || !arriving.is_same(given);
@@ -130,10 +144,7 @@ struct Scan : torch::autograd::Function<Scan> {
                        arriving.const_data_ptr(), nullptr, nullptr, of_current.mutable_data_ptr(), nullptr,
                        of_leak.defined() ? of_leak.mutable_data_ptr<float>() : nullptr,
                        of_threshold.mutable_data_ptr<float>()));
-    variable_list found{of_current, of_leak, of_threshold};
-    if (asked) found = refuse_second(found);
-    found.resize(5); /* gamma and the way have none */
-    return found;
+    return {of_current, of_leak, of_threshold, Tensor(), Tensor()}; /* gamma and the way have none */
   }
 };
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spiking_rl.encoding import Encoder, build_encoder, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.event_layers import is_plain, through_events
+from spiking_rl.group_norm import GroupNorm
 from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
 from spiking_rl.surrogate import DEFAULT_GAMMA
@@ -34,7 +35,7 @@ several timesteps they are a tensor more per layer.
 
 
 _GLOBAL_HOOKS = nn.modules.module._global_forward_hooks  # of all modules
-_MAKERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
+_MAKERS = (nn.Conv2d, nn.Linear, nn.GroupNorm, GroupNorm, nn.LayerNorm)
 
 
 def _is_new(layer: nn.Module) -> bool:

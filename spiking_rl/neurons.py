@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
 from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, Plan, Ways, fused_fresh, fused_scan, plan
-from spiking_rl.surrogate import DEFAULT_GAMMA, fire, surrogate_derivative
+from spiking_rl.surrogate import DEFAULT_GAMMA, fire, fire_reference, surrogate_derivative
 
 MIN_THRESHOLD = 1e-3
 """Floor of a trained threshold; at 0 the surrogate gradient is undefined."""
@@ -118,7 +118,7 @@ def lif_scan_reference(
             membrane = membrane * keep[t]
             fired = fired * keep[t]
         potential = leak * membrane + current[t]
-        spike = fire(potential, threshold, gamma)
+        spike = fire_reference(potential, threshold, gamma)
         if single_spike:
             spike = spike * (1 - fired)
             fired = fired + spike.detach()
@@ -194,6 +194,7 @@ class _LoopedScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_spikes, grad_after, grad_trace, _ = grads
         potentials, spikes, membrane, leak, threshold, keep, may_fire = ctx.saved_tensors
+        spikes = spikes.detach()  # no gradient passes through the step function of a reset, nor does a second one
         # Through firing, all timesteps at once ...
         if grad_spikes is None:
             through_fire = torch.zeros_like(potentials)
@@ -205,17 +206,22 @@ class _LoopedScan(torch.autograd.Function):
         # All at once, too: summing channels-last tensors over time and batch alone is 20 times slower.
         shared = torch.broadcast_shapes(leak.shape, threshold.shape)  # type: ignore[no-untyped-call]
         grad_threshold = -(through_fire * potentials).sum_to_size(shared) / threshold
-        grad_potential = through_fire if grad_trace is None else through_fire.add_(grad_trace)
+        differentiable = torch.is_grad_enabled()  # what is written over cannot be differentiated once more
+        grad_potential = through_fire
+        if grad_trace is not None:
+            grad_potential = through_fire + grad_trace if differentiable else through_fire.add_(grad_trace)
         # ... and backwards through the membrane, the only recurrence.
         carried = grad_after
         if grad_after is not None:
             grad_threshold = grad_threshold - (grad_after * spikes[-1]).sum_to_size(shared)
         retained = None if keep is None else (keep * leak).unbind()
-        steps = grad_potential.unbind()
+        steps = list(grad_potential.unbind())
         for t in range(len(steps) - 1, -1, -1):
             if carried is not None:
-                steps[t].add_(carried)
+                steps[t] = steps[t] + carried if differentiable else steps[t].add_(carried)
             carried = steps[t] * (leak if retained is None else retained[t])
+        if differentiable:
+            grad_potential = torch.stack(steps)
         # u[t] = leak * (u[t-1] - threshold * s[t-1]) + I[t]
         later = grad_potential[1:] if keep is None else grad_potential[1:] * keep[1:]
         by_spike = (later * spikes[:-1]).sum_to_size(shared)
@@ -411,6 +417,12 @@ class LIF(nn.Module):
             scan = lif_scan(steps, None, leak, threshold, gamma=self.gamma, repeat=repeat, carry=False)
             spikes = scan.spikes.flatten(0, 1)
         return spikes
+
+    @torch.no_grad()
+    def is_in_range(self) -> bool:
+        """Tell whether :meth:`clamp_` would change nothing; a parameter that is no number is out of range."""
+        leak, threshold = self.leak, self.threshold
+        return bool((leak >= 0).all() & (leak <= 1).all() & (threshold >= MIN_THRESHOLD).all())
 
     @torch.no_grad()
     def clamp_(self) -> None:

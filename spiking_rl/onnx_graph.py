@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
+from spiking_rl.group_norm import GroupNorm
 from spiking_rl.vision.resnet import Head
 from spiking_rl.vision.small_maps import SmallMapConv2d
 
@@ -121,7 +122,7 @@ class MapWriter:
             return graph.op("AveragePool", x, **sides, **pads)
         if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
             return self._normalise(module, x, module.normalized_shape, axis=-1)
-        if type(module) is nn.GroupNorm and module.num_groups == 1:
+        if isinstance(module, nn.GroupNorm) and type(module) in (nn.GroupNorm, GroupNorm) and module.num_groups == 1:
             return self._normalise(module, x, (module.num_channels, *[1] * (len(self.shape) - 1)), axis=1)
         if type(module) is Head:
             mean = graph.op("ReduceMean", x, axes=[2, 3], keepdims=0) if module.mean else graph.op("Flatten", x, axis=1)

@@ -33,6 +33,8 @@ def surrogate_derivative(potential: Tensor, threshold: Tensor, gamma: float) -> 
 
 
 class _Fire(torch.autograd.Function):
+    """Made of torch's operations, there and back, so that it can be differentiated twice."""
+
     @staticmethod
     def forward(ctx: Any, potential: Tensor, threshold: Tensor, gamma: float) -> Tensor:
         ctx.save_for_backward(potential, threshold)
@@ -73,7 +75,9 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         from spiking_rl.gpu import triton_fire  # what CPUs need not load
 
         spikes = triton_fire(potential, threshold, gamma)
-    if spikes is None:
-        spikes = _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call]
-    result: Tensor = spikes
-    return result
+    return fire_reference(potential, threshold, gamma) if spikes is None else spikes
+
+
+def fire_reference(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> Tensor:
+    """Return what :func:`fire` does, in torch's own operations."""
+    return _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call, no-any-return]

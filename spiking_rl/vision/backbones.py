@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spiking_rl.errors import UserError
+from spiking_rl.group_norm import GroupNorm
 from spiking_rl.networks import (
     LayeredNetwork,
     check_time_constants,
@@ -88,7 +89,7 @@ def nature_cnn(
     for (before, after), (_, kernel, stride) in zip(pairwise(channels), _NATURE_CONVOLUTIONS, strict=True):
         # The shift of the normalisation does what a bias would.
         convolution = unit_gain(nn.Conv2d(before, after, kernel, stride, bias=not layer_norm))
-        maps.append(nn.Sequential(convolution, nn.GroupNorm(1, after)) if layer_norm else convolution)
+        maps.append(nn.Sequential(convolution, GroupNorm(1, after)) if layer_norm else convolution)
     dense = unit_gain(nn.Linear(channels[-1] * places, features, bias=not layer_norm))
     maps.append(nn.Sequential(nn.Flatten(), dense, *([nn.LayerNorm(features)] if layer_norm else [])))
     neurons: list[nn.Module] = [

@@ -241,20 +241,6 @@ def test_starts_may_lie_in_memory_as_they_like() -> None:
 
 
 @needs_compiler
-def test_second_derivatives_are_refused() -> None:
-    """The loops give numbers without a graph: taken for constants, they would make a gradient penalty wrong."""
-    lif, weights = LIF(), torch.ones(4, requires_grad=True)
-    for scan in (
-        lambda x: lif.fresh(x, 2),
-        lambda x: lif_scan(x.unflatten(0, (2, 3)), None, lif.leak, lif.threshold)[0],
-    ):
-        current = torch.full((6, 4), 0.5).requires_grad_()
-        (gradient,) = torch.autograd.grad((scan(current) * weights).sum(), current, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            gradient.sum().backward()
-
-
-@needs_compiler
 def test_threads_that_plan_together_keep_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each takes an address along, which is kept for as long as the plan: it must not be that of a loser."""
     both = threading.Barrier(2, timeout=10)

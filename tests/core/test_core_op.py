@@ -196,14 +196,6 @@ def test_parameters_that_somebody_computes_get_their_gradient() -> None:
 
 
 @pytest.mark.usefixtures("operation")
-def test_a_second_derivative_is_refused() -> None:
-    current = torch.randn(8, 6, requires_grad=True)
-    (grad,) = torch.autograd.grad(LIF().fresh(current, 2).square().sum(), current, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
-@pytest.mark.usefixtures("operation")
 def test_a_current_that_was_changed_is_noticed() -> None:
     current = torch.randn(8, 6, requires_grad=True) * 1
     spikes = LIF().fresh(current, 2)

@@ -1,0 +1,125 @@
+"""What users of Stable-Baselines3 do with agents beside training and playing them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+
+from spiking_rl import LIF, TemporalPruning
+from spiking_rl.agents import (
+    SpikingActorCriticPolicy,
+    SpikingDQN,
+    SpikingFeaturesExtractor,
+    SpikingMlpPolicy,
+    SpikingPQN,
+    TemporalPruningCallback,
+    load_agent,
+)
+from spiking_rl.errors import UserError
+
+SMALL = {"timesteps": 1, "network_kwargs": {"hidden": [8]}}
+
+
+def test_an_agent_loaded_to_play_learns_on_in_an_environment(tmp_path: Path) -> None:
+    model = SpikingDQN(
+        "MlpPolicy", "CartPole-v1", learning_rate=1e-3, learning_starts=50, buffer_size=500, policy_kwargs=SMALL
+    )
+    model.learn(100)
+    model.save_checkpoint(tmp_path / "agent", environment="CartPole-v1")
+    loaded = load_agent(tmp_path / "agent").model
+    assert isinstance(loaded, SpikingDQN)
+    loaded.save_checkpoint(tmp_path / "again", environment="CartPole-v1")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "agent" / "config.json").read_text()
+    observations = torch.randn(5, 4).numpy()
+    before = loaded.predict(observations, deterministic=True)[0]
+    loaded.set_env(gym.make("CartPole-v1"))
+    assert (loaded.predict(observations, deterministic=True)[0] == before).all()
+    weights = [p.clone() for p in loaded.q_net.parameters()]
+    loaded.learn(200)
+    assert loaded.buffer_size == 500
+    assert loaded._n_updates > 0
+    assert not all(torch.equal(a, b) for a, b in zip(weights, loaded.q_net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_replay_buffers_are_saved_and_loaded(tmp_path: Path, stateful: bool) -> None:
+    options = {"buffer_size": 1000, "learning_starts": 50, "policy_kwargs": SMALL}
+    model = SpikingDQN("MlpPolicy", "CartPole-v1", stateful=stateful, **options)  # type: ignore[arg-type]
+    model.learn(100)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "replay")
+    again = SpikingDQN.load(tmp_path / "model", env=gym.make("CartPole-v1"))
+    again.load_replay_buffer(tmp_path / "replay")
+    assert again.replay_buffer is not None
+    assert again.replay_buffer.size() == model.replay_buffer.size() > 0  # type: ignore[union-attr]
+    again.learn(50, reset_num_timesteps=False)
+    other = SpikingDQN("MlpPolicy", "CartPole-v1", stateful=not stateful, **options)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"replay_buffer = .*which this agent learns from"):
+        other.load_replay_buffer(tmp_path / "replay")
+
+
+def test_a_stateful_agent_takes_no_other_replay() -> None:
+    with pytest.raises(UserError, match="replay_buffer_class = 'ReplayBuffer'"):
+        SpikingDQN("MlpPolicy", "CartPole-v1", stateful=True, replay_buffer_class=ReplayBuffer, policy_kwargs=SMALL)
+
+
+def test_no_stage_begins_that_nobody_trains() -> None:
+    pruning = TemporalPruning(3, 1, 600, 300)
+    callback = TemporalPruningCallback(pruning)
+    model = PPO(SpikingActorCriticPolicy, "CartPole-v1", n_steps=512, policy_kwargs={**SMALL, "timesteps": 3}, seed=0)
+    with pytest.warns(UserWarning, match="not finished: the model is at T=2 of 1"):
+        model.learn(int(pruning.remaining), callback=callback)
+    assert model.policy.timesteps == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(2000, callback=callback)
+    assert pruning.finished
+    assert model.policy.timesteps == 1
+    assert [stage.reports > 0 for stage in pruning.stages] == [True] * 3
+
+
+def test_an_extractor_keeps_its_parameters_in_range_after_loading(tmp_path: Path) -> None:
+    options = {
+        "features_extractor_class": SpikingFeaturesExtractor,
+        "net_arch": [],
+        "features_extractor_kwargs": {"timesteps": 2, "network_kwargs": {"hidden": [8]}},
+    }
+    A2C("MlpPolicy", "CartPole-v1", policy_kwargs=options, learning_rate=0.3, seed=0).save(tmp_path / "model")
+    model = A2C.load(tmp_path / "model", env=gym.make("CartPole-v1"))
+    model.learn(200)
+    model.policy.set_training_mode(True)
+    model.policy.extract_features(torch.zeros(1, 4))  # type: ignore[arg-type]
+    for layer in (m for m in model.policy.modules() if isinstance(m, LIF)):
+        assert layer.is_in_range()
+
+
+class Stop(BaseCallback):
+    ended = 0
+
+    def _on_step(self) -> bool:
+        return self.n_calls < 5
+
+    def _on_training_end(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("kind", [SpikingPQN, SpikingDQN])
+def test_a_callback_that_stops_training_is_told_of_its_end(kind: type[SpikingPQN] | type[SpikingDQN]) -> None:
+    stop = Stop()
+    kind("MlpPolicy", "CartPole-v1", policy_kwargs=SMALL).learn(1000, callback=stop)
+    assert stop.ended == 1
+
+
+def test_timesteps_in_policy_kwargs_are_saved(tmp_path: Path) -> None:
+    model = DQN(SpikingMlpPolicy, "CartPole-v1", buffer_size=100, policy_kwargs={**SMALL, "timesteps": 4})
+    model.policy.set_timesteps(1)  # type: ignore[operator]
+    model.policy_kwargs["timesteps"] = 1
+    model.save(tmp_path / "model")
+    assert DQN.load(tmp_path / "model").policy.timesteps == 1
