@@ -78,6 +78,8 @@ class TemporalPruningCallback(BaseCallback):
         for field, value in (("eval_episodes", eval_episodes), ("report_every", report_every)):
             if value < 1:
                 raise UserError(field, value, "must be at least 1")
+        if isinstance(eval_env, str):
+            raise UserError("eval_env", eval_env, f"must be an environment: gymnasium.make({eval_env!r})")
         self.pruning = pruning
         self.eval_env = DummyVecEnv([lambda: Monitor(eval_env)]) if isinstance(eval_env, gym.Env) else eval_env
         self.eval_episodes = eval_episodes

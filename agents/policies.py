@@ -209,9 +209,10 @@ class SpikingMlpPolicy(DQNPolicy):
         optimizer_class: torch optimiser.
         optimizer_kwargs: its options besides the learning rate.
         normalize_images: divide image observations by 255.
+        foreign: options of SB3's own policies, such as ``net_arch``, which are refused by name.
 
     Raises:
-        UserError: a space that a spiking Q-network cannot serve, or a state that nobody carries.
+        UserError: a space that a spiking Q-network cannot serve, a state that nobody carries, or a foreign option.
     """
 
     q_net: SpikingQNetwork  # type: ignore[assignment]
@@ -236,7 +237,10 @@ class SpikingMlpPolicy(DQNPolicy):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
+        **foreign: Any,
     ) -> None:
+        for name, value in foreign.items():
+            raise UserError(name, value, "is no option of spiking policies; network_kwargs describes their layers")
         network = network or self.default_network
         self._own_optimizer = optimizer_kwargs is not None or optimizer_class not in _OPTIMIZERS
         check_spaces(observation_space, action_space, network, normalize_images)

@@ -66,15 +66,21 @@ Example: spiking-rl classify evaluate runs/vgg16-cifar10-seed0 --data ~/data --t
 
 
 @dataclass(kw_only=True)
-class Where:
-    """Where and how to run; nothing here changes what is learned."""
+class Place:
+    """Where the images are, and where to compute; nothing here changes what is learned."""
 
     data: Path | None = None
     """Folder of the images; none: the environment variable SPIKING_RL_DATA."""
-    hours: float | None = None
-    """Save and stop after so many hours."""
     device: str = "auto"
     """auto, cpu or cuda."""
+
+
+@dataclass(kw_only=True)
+class Where(Place):
+    """Where and how to train."""
+
+    hours: float | None = None
+    """Save and stop after so many hours."""
 
 
 @dataclass(kw_only=True)
@@ -105,10 +111,10 @@ class ConvertOptions(Where):
 
     epochs: int = 12
     """Epochs of the first spiking stage."""
-    timesteps: int = 5
-    """Its timesteps."""
-    prune_to: int = 5
-    """Timesteps to end with."""
+    timesteps: int | None = None
+    """Its timesteps; none: as the run has it."""
+    prune_to: int | None = None
+    """Timesteps to end with; none: those it begins with."""
 
 
 @dataclass(kw_only=True)
@@ -122,7 +128,7 @@ class PruneOptions(Where):
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(Where):
+class EvaluateOptions(Place):
     """What to measure."""
 
     timesteps: int | None = None
@@ -185,7 +191,7 @@ def _train(args: list[str]) -> dict[str, Any]:
             folder.require_free()  # once more: another process may have begun in it at this moment
             save_config(folder.config, config, provenance())
     with _held(folder):
-        return _finish(trainer, command)
+        return _finish(trainer, command, options)
 
 
 def _images(config: ClassifyConfig, data: Path | None) -> Images:
@@ -220,7 +226,7 @@ def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig,
     folder.require()
     refuse_changes(folder, load_config(folder.config), asked, args, ("network", "dataset"))
     with _held(folder):
-        return _finish(_open(folder, where), command)
+        return _finish(_open(folder, where), command, where)
 
 
 def _convert(args: list[str]) -> dict[str, Any]:
@@ -230,9 +236,10 @@ def _convert(args: list[str]) -> dict[str, Any]:
     folder.require()
     with _held(folder):
         trainer = _open(folder, options)
-        trainer.convert(options.timesteps, options.prune_to, options.epochs)
+        timesteps = trainer.config.timesteps if options.timesteps is None else options.timesteps
+        trainer.convert(timesteps, timesteps if options.prune_to is None else options.prune_to, options.epochs)
         save_config(folder.config, trainer.config, provenance())
-        return _finish(trainer, shlex.join(["spiking-rl", "classify", "convert", *args]))
+        return _finish(trainer, shlex.join(["spiking-rl", "classify", "convert", *args]), options)
 
 
 def _prune(args: list[str]) -> dict[str, Any]:
@@ -244,7 +251,7 @@ def _prune(args: list[str]) -> dict[str, Any]:
         trainer = _open(folder, options)
         trainer.extend(options.to, options.epochs)
         save_config(folder.config, trainer.config, provenance())
-        return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]))
+        return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]), options)
 
 
 def _evaluate(args: list[str]) -> dict[str, Any]:
@@ -294,15 +301,17 @@ def _held(folder: RunFolder) -> AbstractContextManager[None]:
     return folder.locked() if join().leads else nullcontext()
 
 
-def _finish(trainer: Trainer, command: str) -> dict[str, Any]:
+def _finish(trainer: Trainer, command: str, where: Where) -> dict[str, Any]:
     """Train to the end, then score every T on the test images."""
     folder, config = trainer.folder, trainer.config
     trainer.note(f"run folder: {folder.path}")
     try:
         trainer.run()
     except Interrupted as stop:
-        again = f"spiking-rl classify train {config.network} {config.dataset} --run {shlex.quote(str(folder.path))}"
-        text = f"stopped, everything is saved.\nGo on with: {again} --resume"
+        again = ["spiking-rl", "classify", "train", config.network, config.dataset, "--run", str(folder.path)]
+        again += [] if where.data is None else ["--data", str(where.data)]
+        again += [] if where.device == Where.device else ["--device", where.device]
+        text = f"stopped, everything is saved.\nGo on with: {shlex.join([*again, '--resume'])}"
         raise Stopped(text, 130 if stop.reason == "interrupt" else 0) from None
     if not trainer.team.leads:
         return {}

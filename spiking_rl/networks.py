@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -126,11 +127,11 @@ class LayeredNetwork(nn.Module):
         Raises:
             UserError: timesteps is not a whole number from 1 to :data:`spiking_rl.pruning.MAX_TIMESTEPS`.
         """
-        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or timesteps < 1:
             raise UserError("timesteps", timesteps, "must be a whole number of at least 1")
         if timesteps > MAX_TIMESTEPS:
             raise UserError("timesteps", timesteps, f"must be at most {MAX_TIMESTEPS}")
-        self._timesteps = timesteps
+        self._timesteps = int(timesteps)
 
     def set_coding(
         self,
@@ -623,8 +624,9 @@ def mlp(
         per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
-    if not hidden or any(not isinstance(h, int) or h < 1 for h in hidden):
+    if not isinstance(hidden, Sequence) or not hidden or any(not isinstance(h, Integral) or h < 1 for h in hidden):
         raise UserError("hidden", hidden, "must list at least one layer width, each at least 1")
+    hidden = [int(width) for width in hidden]
     sizes = [math.prod(input_shape), *hidden]
     maps: list[nn.Module] = [unit_gain(nn.Linear(a, b)) for a, b in pairwise(sizes)]
     if layer_norm:

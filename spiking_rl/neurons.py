@@ -10,6 +10,7 @@ Nothing here remembers anything between calls: the membrane is passed in and ret
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -337,7 +338,7 @@ class LIF(nn.Module):
         gamma: height of the surrogate gradient.
 
     Raises:
-        UserError: threshold or leak out of range.
+        UserError: threshold, leak or gamma out of range.
     """
 
     def __init__(
@@ -354,6 +355,8 @@ class LIF(nn.Module):
             raise UserError("threshold", threshold, f"must be at least {MIN_THRESHOLD}")
         if not 0 <= leak <= 1:
             raise UserError("leak", leak, "must lie in [0, 1]")
+        if not 0 < gamma < math.inf:
+            raise UserError("gamma", gamma, "must be positive and finite")
         shape = () if channels is None else (channels, *([1] * spatial_dims))
         self.threshold = nn.Parameter(torch.full(shape, float(threshold)))
         self.leak = nn.Parameter(torch.full(shape, float(leak)))

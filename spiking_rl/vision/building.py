@@ -19,11 +19,11 @@ from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
 from spiking_rl.runs import RunFolder
-from spiking_rl.vision.config import ClassifyConfig, load_config
+from spiking_rl.vision.config import LARGEST_IMAGE, ClassifyConfig, load_config
 
 _LARGEST = 1e30  # mean or deviation of a channel
 _SPIKE_TIME = "spike_time.threshold"
-_LARGEST_IMAGE = 1024  # pixels a side: a forward pass on more would take all memory
+_CLOSE = 1e-4  # in which means of the same images agree, on the scale 0 to 1
 
 
 class ImageFacts(Protocol):
@@ -71,8 +71,8 @@ def facts_of(config: ClassifyConfig, checkpoint: dict[str, Any], origin: Path) -
     size = config.image_size or sizes.get(config.dataset)
     if size is None:
         raise UserError("dataset", config.dataset, f"the size of its images is not known; {origin} cannot be rebuilt")
-    if size > _LARGEST_IMAGE:
-        raise UserError("image_size", size, f"must be at most {_LARGEST_IMAGE}")
+    if size > LARGEST_IMAGE:
+        raise UserError("image_size", size, f"must be at most {LARGEST_IMAGE}")
     classes = checkpoint.get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError("checkpoint", str(origin), "names no classes in its config.json; no classifier of ours")
@@ -285,12 +285,33 @@ def load_classifier(folder: Path, config: ClassifyConfig, images: ImageFacts) ->
     """Return the network of a checkpoint of a run.
 
     Raises:
-        UserError: missing, damaged, or of another network.
+        UserError: missing, damaged, of another network, or trained on other images.
     """
     checkpoint = load_checkpoint(folder)
+    require_same_images(checkpoint.config, images, folder)
     timesteps = checkpoint.config.get("timesteps")
     network = build(config, images, spiking=timesteps is not None)
     if timesteps is not None:
         network.set_timesteps(timesteps)
     load_into(network, checkpoint.tensors, folder)
     return network.eval()
+
+
+def require_same_images(about: dict[str, Any], images: ImageFacts, origin: Path) -> None:
+    """Refuse images of other classes, or on another scale, than a network was trained on.
+
+    Args:
+        about: what is known of its images: ``classes``, ``mean`` and ``std``, each where it was written down.
+        images: the others.
+        origin: of the network, for messages.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    remedy = f"are not those that {origin} was trained on; name its own folder"
+    if "classes" in about and about["classes"] != list(images.classes):
+        raise UserError("data", images.classes[:5], f"as first classes {remedy}")
+    for name in ("mean", "std"):
+        known, given = about.get(name), getattr(images, name)
+        if known is not None and any(abs(a - b) > _CLOSE for a, b in zip(known, given, strict=True)):
+            raise UserError("data", [round(value, 4) for value in given], f"as {name} of the channels {remedy}")

@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 from spiking_rl.encoding import ENCODINGS
 from spiking_rl.errors import UserError
-from spiking_rl.pruning import check_pruning
+from spiking_rl.pruning import MAX_TIMESTEPS, check_pruning
 from spiking_rl.settings import load_settings, recipes_of, save_settings, settings_from_dict
 
 Optimizer = Literal["adam", "sgd", "muon"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Encoding = Literal["direct", "hybrid", "poisson"]
 
+
+LARGEST_IMAGE = 1024
+"""Pixels a side: a forward pass on more would take all memory."""
 
 USUAL_RATES: dict[str, tuple[float, float]] = {"sgd": (2e-3, 1), "adam": (1e-6, 0.01), "muon": (3e-3, 0.3)}
 """Learning rates that networks are trained with, by optimiser."""
@@ -106,11 +109,11 @@ class ClassifyConfig(MainSettings):
     firing_rate: float | None = None
     """Spikes per neuron and timestep that the thresholds are set for; none: by the percentile, as the papers do."""
     percentile: float = 90.0
-    """Of a layer's current over a batch of images: its threshold."""
+    """Of a layer's current over a batch of images, directly encoded: its threshold, where there is no firing rate."""
     threshold_scale: float = 1.0
-    """Multiplies the thresholds that were set so."""
+    """Multiplies the thresholds that a percentile set."""
     calibration_timesteps: int = 100
-    """Timesteps over which they are set."""
+    """Timesteps over which it sets them."""
     leak: float | None = None
     """Part of the membrane potential that neurons keep from one timestep to the next, before it is trained; none: 1, or
     what those have that a run starts from."""
@@ -160,6 +163,13 @@ class ClassifyConfig(MainSettings):
                 raise UserError(name, getattr(self, name), "must be at least 1")
         epochs = ("ann_epochs", "epochs", "last_epochs")
         others = ("seed", "crop", "cutout", "threads", "image_size", "workers", "ann_weight_decay", "weight_decay")
+        for name in ("ann_batch_size", "batch_size"):
+            if self.accumulate > getattr(self, name):
+                raise UserError("accumulate", self.accumulate, f"must be at most {name}, {getattr(self, name)}")
+        if self.calibration_timesteps > MAX_TIMESTEPS:
+            raise UserError("calibration_timesteps", self.calibration_timesteps, f"must be at most {MAX_TIMESTEPS}")
+        if self.image_size > LARGEST_IMAGE:
+            raise UserError("image_size", self.image_size, f"must be at most {LARGEST_IMAGE}")
         for name in (*epochs, *others):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be 0 or positive, and finite")
@@ -219,6 +229,9 @@ class ClassifyConfig(MainSettings):
             if not lowest <= rate <= highest:
                 text = f"{field} is {rate:g}; for {optimizer} it is usually between {lowest:g} and {highest:g}"
                 found.append(f"warning: {text}, see --{field.replace('_', '-')}")
+        if self.firing_rate is None and (self.encoding != "direct" or self.single_spike or self.kappa):
+            text = "a percentile sets thresholds as for direct encoding and neurons that fire again"
+            found.append(f"warning: {text}; see --firing-rate, which sets them as they will be used")
         return found
 
 
@@ -262,4 +275,6 @@ def load_config(path: Path) -> ClassifyConfig:
     values = load_settings(path)
     if values.pop("kind", None) != "classify":
         raise UserError("run", str(path.parent), "holds an agent, no classifier; use train, prune and evaluate for it")
-    return settings_from_dict(ClassifyConfig, values, str(path))
+    config = settings_from_dict(ClassifyConfig, values, str(path))
+    config.check()
+    return config

@@ -44,7 +44,15 @@ from spiking_rl.state import (
 )
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
 from spiking_rl.tracking import exploded_thresholds, layer_columns, spoiled_layer
-from spiking_rl.vision.building import build, convert, load_relu, load_spiking, origin_of, set_thresholds
+from spiking_rl.vision.building import (
+    build,
+    convert,
+    load_relu,
+    load_spiking,
+    origin_of,
+    require_same_images,
+    set_thresholds,
+)
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
@@ -160,6 +168,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.feed = feed_of(images, config, device, team)
         self.mean, self.std = images.mean, images.std
+        if team.leads:
+            recover_folder(folder.resume)
+        team.told(None)
         begun = (folder.resume / "state.json").is_file()  # then the network is that of the saved state
         self._taken: Checkpoint | None = None  # the ReLU network of another run
         if config.start_from is not None and not begun:
@@ -195,6 +206,8 @@ class Trainer:
             if isinstance(neuron, LIF):
                 neuron.threshold.requires_grad_(config.train_threshold)
                 neuron.leak.requires_grad_(config.train_leak)
+        if network.spike_time is not None:
+            network.spike_time.threshold.requires_grad_(config.train_threshold)
         self.optimizer = self._optimiser()
         clamp_after_step(self.optimizer, network)
         self.batches = 0
@@ -324,6 +337,9 @@ class Trainer:
                 if self.batches < ending and self._save_where_due():  # an epoch is over with its score
                     self._tell_progress(name, (time.monotonic() - begun) / trained)
         trained += first
+        if not trained:
+            remedy = "no process has a batch for every other; use fewer processes or workers, or smaller batches"
+            raise WorkError("batch_size", self.batch_size, f"leaves no update in an epoch: {remedy}")
         self.batches = ending  # workers may leave out a batch
         self.team.average_statistics(self.network)
         score, rates = self._score() if self.team.leads else (None, {})
@@ -463,6 +479,8 @@ class Trainer:
         torch.manual_seed(seed + self.team.rank)  # dropout draws from it
         total = torch.zeros((), device=self.device)
         for images, labels in batch.parts(config.accumulate, generator) if batch else ():
+            if not len(labels):
+                continue  # of a small part not every process has a share
             with _autocast(self.device, config.precision):
                 logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0), observer=self.cost)
                 loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
@@ -613,6 +631,7 @@ class Trainer:
             state = {
                 "pruning": self.pruning.state_dict(),
                 "spiking": self.spiking,
+                "images": {name: list(getattr(self.images, name)) for name in ("classes", "mean", "std")},
                 "batches": self.batches,
                 "best": self.best,
                 "loss_sum": float(self.loss_sum),
@@ -640,6 +659,7 @@ class Trainer:
         state = read_json(folder / "state.json", "resume")
         try:
             verify(folder, state["sha256"])
+            require_same_images(state.get("images") or {}, self.images, self.folder.path)
             tensors = read_tensors(folder / "tensors.safetensors")
             self.pruning = TemporalPruning.from_state_dict(state["pruning"])
             if state["spiking"] and not self.spiking:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from stable_baselines3 import A2C, DQN, PPO
@@ -123,3 +124,31 @@ def test_timesteps_in_policy_kwargs_are_saved(tmp_path: Path) -> None:
     model.policy_kwargs["timesteps"] = 1
     model.save(tmp_path / "model")
     assert DQN.load(tmp_path / "model").policy.timesteps == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"net_arch": [64]}, r"net_arch = \[64\]: is no option of spiking policies"),
+        ({"network_kwargs": {"hidden": 64}}, "hidden = 64: must list"),
+        ({"network_kwargs": {"gamma": -1.0}}, "gamma = -1.0: must be positive"),
+        ({"network_kwargs": {"gamma": float("nan")}}, "gamma = nan: must be positive"),
+        ({"timesteps": 0}, "timesteps = 0: must be a whole number"),
+    ],
+)
+def test_what_spiking_policies_do_not_take_is_told(options: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        DQN(SpikingMlpPolicy, "CartPole-v1", buffer_size=100, policy_kwargs=options)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    options = {"timesteps": np.int64(2), "network_kwargs": {"hidden": [np.int64(8)]}}
+    model = DQN(SpikingMlpPolicy, "CartPole-v1", buffer_size=100, policy_kwargs=options)
+    assert model.policy.timesteps == 2
+    model.save(tmp_path / "model")
+    assert DQN.load(tmp_path / "model").policy.timesteps == 2
+
+
+def test_an_environment_to_evaluate_in_is_no_name() -> None:
+    with pytest.raises(UserError, match=r"eval_env = 'CartPole-v1': .*gymnasium.make"):
+        TemporalPruningCallback(TemporalPruning(2, 1, 10, 10), eval_env="CartPole-v1")  # type: ignore[arg-type]

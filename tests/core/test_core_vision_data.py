@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -19,9 +20,11 @@ from image_files import (
     write_folders,
     write_parquet,
 )
+from PIL import Image
 
 from spiking_rl import UserError
 from spiking_rl.vision.data import DATASETS, Dataset, channel_statistics, load_dataset
+from spiking_rl.vision.data.decode import decode
 
 TRAIN, TEST = 5_020, 7  # so that 20 images are left for training
 POOL = 20  # different images; the others repeat them
@@ -340,3 +343,13 @@ def test_real_data_have_the_published_statistics(
     assert published == (pytest.approx(mean, abs=6e-5), pytest.approx(std, abs=6e-5))
     assert loaded.mean == pytest.approx(mean, abs=1e-3)
     assert loaded.std == pytest.approx(std, abs=1e-3)
+
+
+def test_shades_of_sixteen_bits_stay_shades() -> None:
+    """Pillow alone makes all but the darkest of them white."""
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    raw = io.BytesIO()
+    Image.fromarray(ramp).save(raw, format="PNG")
+    shades = np.asarray(decode(raw.getvalue(), "ramp"))
+    assert shades.shape == (16, 16, 3)
+    assert (shades == np.arange(256).reshape(16, 16, 1)).all()

@@ -16,6 +16,7 @@ import torch
 from spiking_rl import UserError, arithmetic, load_checkpoint, save_checkpoint
 from spiking_rl.conversion import calibrate_spike_time
 from spiking_rl.energy import macs_per_layer
+from spiking_rl.errors import WorkError
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
@@ -424,6 +425,53 @@ def test_spikes_start_from_the_spikes_of_another_run(whole: Trainer, tmp_path: P
     again.restore()
     assert again.finished
     assert again.teacher is not None
+
+
+def test_a_run_goes_on_without_the_one_it_started_from(whole: Trainer, tmp_path: Path) -> None:
+    """Though it died between the two steps in which its state takes the place of the one before."""
+    source = shutil.copytree(whole.folder.path, tmp_path / "source")
+    config = dataclasses.replace(SMALL, start_from=str(source), epochs=1, timesteps=1, prune_to=1)
+    trainer = new_run(tmp_path / "run", config)
+    trainer._take_relu()
+    trainer.save()
+    shutil.rmtree(source)
+    trainer.folder.resume.rename(trainer.folder.resume.with_name(".resume.ready"))
+    again = Trainer(config, trainer.folder, dataset(), CPU)
+    again.restore()
+    again.run()
+    assert again.finished
+
+
+def test_an_epoch_without_an_update_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it ends where some process or worker has no images at all: nobody may train without it."""
+    trainer = new_run(tmp_path / "run")
+    monkeypatch.setattr(trainer.feed, "batches", lambda *_: iter(()))
+    with pytest.raises(WorkError, match="batch_size = 32: leaves no update in an epoch"):
+        trainer.run()
+
+
+def test_what_a_hand_has_spoiled_is_told(whole: Trainer, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(whole.folder.config.read_text().replace("\nbatch_size: 32", "\nbatch_size: 0"))
+    with pytest.raises(UserError, match="batch_size = 0: must be at least 1"):
+        load_config(path)
+
+
+def test_percentiles_that_set_thresholds_for_another_code_are_told() -> None:
+    plain = dataclasses.replace(SMALL, firing_rate=None)
+    assert not plain.unusual()
+    for change in ({"encoding": "hybrid"}, {"single_spike": True}, {"kappa": 0.5}):
+        other = dataclasses.replace(plain, **change)  # type: ignore[arg-type]
+        assert any("--firing-rate" in line for line in other.unusual())
+        assert not dataclasses.replace(other, firing_rate=0.1).unusual()
+
+
+def test_the_outputs_threshold_is_trained_with_the_others(tmp_path: Path) -> None:
+    for train in (True, False):
+        config = dataclasses.replace(SMALL, ann_epochs=0, kappa=0.5, train_threshold=train, distill=0.0)
+        network = new_run(tmp_path / f"run{train}", config).network
+        assert network.spike_time is not None
+        assert network.spike_time.threshold.requires_grad is train
 
 
 def test_a_run_from_spikes_says_that_it_sets_no_thresholds(whole: Trainer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path)
     flags = as_flags({**SMALL, "epochs": 0, "ann_epochs": 1})
     assert cli("classify", "train", "vgg6", "folder", "--data", data, *flags, "--run", run).returncode == 0
     assert cli("classify", "prune", run, *where).returncode == 2
-    spikes = ("--timesteps", 2, "--prune-to", 2, "--epochs", 1)
+    spikes = ("--epochs", 1)  # T as the run was begun with, and no pruning
     assert cli("classify", "convert", run, *where, *spikes).returncode == 0
     done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1)
     assert done.returncode == 0, done.stderr
@@ -160,7 +161,8 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     own = ("classify", "train", "vgg6", "folder", "--data", data, *as_flags(SMALL), "--run", run)
     stopped = cli(*own, "--hours", 1e-9)
     assert stopped.returncode == 0
-    assert f"--run {run} --resume" in stopped.stderr
+    told = stopped.stderr.partition("Go on with: spiking-rl ")[2]
+    assert shlex.split(told)[-1] == "--resume"
     assert not (run / "results.json").exists()
     again = cli(*own)
     assert again.returncode == 2
@@ -171,7 +173,7 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     changed = cli(*own, "--resume", "--weight-decay", 0.1)
     assert changed.returncode == 2
     assert "weight_decay = 0.1" in changed.stderr
-    assert cli(*own, "--resume").returncode == 0
+    assert cli(*shlex.split(told)).returncode == 0, "the command that was told is one that works"
     assert (run / "results.json").is_file()
 
 
@@ -186,6 +188,10 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
         (("train", "vgg6", "folder", "--crop", "32"), "crop = 32"),
         (("train", "vgg6", "folder", "--hours", "0"), "hours = 0.0"),
         (("train", "vgg6", "folder", "--fold-first"), "firing_rate = 0.15"),
+        (("train", "vgg6", "folder", "--accumulate", "10" * 20), "must be at most ann_batch_size, 128"),
+        (("train", "vgg6", "folder", "--image-size", "10" * 20), "must be at most 1024"),
+        (("train", "vgg6", "folder", "--calibration-timesteps", "10" * 20), "must be at most 10000"),
+        (("evaluate", "nowhere", "--hours", "1"), "--hours"),
         (("prune", "nowhere"), "holds no run"),
         (("learn",), "choose one of train, convert, prune, evaluate"),
         (("evaluate", "nowhere"), "holds no run"),
@@ -200,6 +206,25 @@ def test_a_mistake_is_told_in_one_line(
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_is_scored_on_images_like_those_it_knows(
+    finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
+) -> None:
+    """Neither other classes nor other shades, for which inputs would be scaled otherwise."""
+    run, _ = finished
+    others = write_shades(tmp_path / "others", {"train": 20, "test": 4}, classes=("night", "noon"))
+    shades = write_shades(tmp_path / "shades", {"train": 20, "test": 4})
+    shutil.rmtree(shades / "train" / "light")
+    shutil.copytree(shades / "train" / "dark", shades / "train" / "light")
+    for data, words in ((others, "as first classes are not those"), (shades, "as mean of the channels are not those")):
+        done = cli("classify", "evaluate", run, "--data", data)
+        assert done.returncode == 2
+        assert words in done.stderr
+    copy = copy_run(run, tmp_path / "copy")
+    done = cli("classify", "prune", copy, "--data", others)
+    assert done.returncode == 2
+    assert "as first classes are not those" in done.stderr
 
 
 def test_missing_images_are_told_with_what_is_understood(cli: Cli, tmp_path: Path) -> None:

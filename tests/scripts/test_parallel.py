@@ -147,6 +147,13 @@ def test_what_one_process_refuses_all_refuse_and_one_tells(quickly: Quickly, pai
     assert errors.count("is in use already") == 1
 
 
+def test_parts_may_be_smaller_than_the_number_of_processes(quickly: Quickly, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    codes, errors = quickly(command(data, run, ann_epochs=1, epochs=0, accumulate=16))
+    assert codes == [0, 0], errors
+    assert all(0 < float(row["loss"]) < 10 for row in RunFolder(run).read_progress())
+
+
 def test_images_from_disk_are_shared_out(quickly: Quickly, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

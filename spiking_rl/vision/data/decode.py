@@ -35,10 +35,18 @@ def decode(raw: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(raw), formats=_FORMATS) as image:
             if math.prod(image.size) > _MOST_PIXELS:
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are more than {_MOST_PIXELS:,}")
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
     except Exception as error:  # damaged bytes raise many types: OSError, SyntaxError, ValueError, struct.error ...
         reason = "no PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
         raise UserError("data", name, f"cannot be decoded ({reason}); replace or remove it") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return shades of 16 bits in 8, which Pillow would cut off at white."""
+    if not image.mode.startswith("I"):
+        return image
+    shades = np.asarray(image).astype(np.int64)
+    return Image.fromarray((shades.clip(0, 65535) // 257).astype(np.uint8))
 
 
 def pixels(image: Image.Image) -> NDArray[np.uint8]:
