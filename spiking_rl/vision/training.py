@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ from spiking_rl.vision.feeding import Batch, Images, feed_of
 from spiking_rl.vision.muon import Muon
 from spiking_rl.vision.parallel import Team
 
-_EVALUATED = 500  # images per forward pass
+_EVALUATED = 500  # images per forward pass, at most
+_PIXELS = _EVALUATED * 5 * 32 * 32  # of all its images and timesteps: of large images fewer fit into memory
 _WATCHED = 4  # images, at least, of each batch that is scored: their spikes are counted
-_BALANCED = 512  # that set the thresholds: the papers' number
+_BALANCED = 512  # that set the thresholds: the papers' number; for firing rates as many as four passes take
 _ALONE = Team()
 _MOST_EPOCHS = 2**20  # of a stage
 _WARM_UP = 0.25  # part of one cycle in which the learning rate rises
@@ -79,6 +81,16 @@ def rate_factor(progress: float, milestones: tuple[float, ...]) -> float:
     if progress < _WARM_UP:
         return _FIRST_RATE + (1 - _FIRST_RATE) * progress / _WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
+
+
+def images_per_pass(network: LayeredNetwork, side: Sequence[int]) -> int:
+    """Return how many images to score at once: 500 of CIFAR's at five timesteps.
+
+    Args:
+        network: says how many timesteps.
+        side: height and width of an image, in pixels.
+    """
+    return max(1, min(_EVALUATED, _PIXELS // (network.timesteps * math.prod(side))))
 
 
 @torch.no_grad()
@@ -103,7 +115,7 @@ def predict(
     device = next(network.parameters()).device
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a Poisson code is drawn: the same one whenever the same images are scored
-        for part in torch.split(images, _EVALUATED):
+        for part in torch.split(images, images_per_pass(network, images.shape[2:])):
             inputs = normalise(part.to(device), mean, std).unsqueeze(0)
             logits, _ = network(inputs, observer=observer)
             found.append(logits[0].argmax(1).cpu())
@@ -449,7 +461,10 @@ class Trainer:
 
     def _some_inputs(self) -> Tensor:
         """Return the inputs on which thresholds are set."""
-        return normalise(self.feed.some(_BALANCED, self._generator(-1)), self.mean, self.std)
+        count = _BALANCED
+        if self.config.firing_rate is not None:  # currents of all timesteps are held; percentiles see one by one
+            count = min(count, 4 * _PIXELS // (self.config.timesteps * math.prod(self.images.input_shape[1:])))
+        return normalise(self.feed.some(max(2, count), self._generator(-1)), self.mean, self.std)
 
     def _generator(self, *path: int) -> torch.Generator:
         """Return the random generator of a place in the run, the same whenever it is reached."""

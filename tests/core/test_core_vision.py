@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spiking_rl import LIF, UserError, build_network, energy_ratio, macs_per_layer
+from spiking_rl.group_norm import GroupNorm
 
 
 def test_it_has_the_layers_of_the_nature_paper() -> None:
@@ -62,7 +63,7 @@ def test_currents_are_normalised_over_the_whole_sample_whatever_the_contrast() -
     kinds = [
         [type(m) for m in layer.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))] for layer in network.maps
     ]
-    assert kinds == [[nn.GroupNorm]] * 3 + [[nn.LayerNorm]]
+    assert kinds == [[GroupNorm]] * 3 + [[nn.LayerNorm]]
 
 
 def test_without_normalisation_inputs_of_unit_variance_give_currents_of_unit_variance() -> None:

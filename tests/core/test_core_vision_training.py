@@ -21,12 +21,13 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
 from spiking_rl.stopping import Interrupted
+from spiking_rl.vision import training
 from spiking_rl.vision.building import build
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.data import Dataset, normalise
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Batch
-from spiking_rl.vision.training import Trainer, predict, rate_factor
+from spiking_rl.vision.training import Trainer, images_per_pass, predict, rate_factor
 
 SMALL = ClassifyConfig(
     network="vgg6",
@@ -440,6 +441,22 @@ def test_a_run_goes_on_without_the_one_it_started_from(whole: Trainer, tmp_path:
     again.restore()
     again.run()
     assert again.finished
+
+
+def test_of_large_images_fewer_are_scored_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build(dataclasses.replace(SMALL, timesteps=5), dataset(), spiking=True)
+    assert images_per_pass(network, (32, 32)) == 500
+    assert images_per_pass(network, (224, 224)) == 10
+    assert images_per_pass(network, (5000, 5000)) == 1
+    sizes = []
+    whole = type(network).forward
+    monkeypatch.setattr(
+        type(network), "forward", lambda self, x, **options: sizes.append(x.shape[1]) or whole(self, x, **options)
+    )
+    monkeypatch.setattr(training, "_PIXELS", 5 * 32 * 32 * 50)
+    found = predict(network, dataset().test_images, (0.49,) * 3, (0.27,) * 3)
+    assert len(found) == 128
+    assert sizes == [50, 50, 28]
 
 
 def test_an_epoch_without_an_update_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

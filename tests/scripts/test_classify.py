@@ -221,7 +221,7 @@ def test_a_classifier_is_scored_on_images_like_those_it_knows(
         done = cli("classify", "evaluate", run, "--data", data)
         assert done.returncode == 2
         assert words in done.stderr
-    copy = copy_run(run, tmp_path / "copy")
+    copy = shutil.copytree(run, tmp_path / "copy")
     done = cli("classify", "prune", copy, "--data", others)
     assert done.returncode == 2
     assert "as first classes are not those" in done.stderr
