@@ -47,7 +47,8 @@ def test_convolutions_of_any_shape(drawn: tuple[nn.Conv2d, Tensor], threads: int
     if last:
         layer, x = layer.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     found = on_threads(threads, lambda: EventMap(layer, layer.forward)(x))
-    assert torch.equal(found, layer(x))
+    # In 64 bits: torch's own kernels were seen to give -0.0071 for silent inputs, strides and one column of outputs.
+    assert torch.equal(found, copy.deepcopy(layer).double()(x.double()).float())
 
 
 def on_threads(number: int, do: Callable[[], Tensor]) -> Tensor:
