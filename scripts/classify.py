@@ -17,7 +17,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import first_argument, parse, refuse_changes
+from spiking_rl.scripts.options import first_argument, parse, parse_settings, refuse_changes
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
@@ -167,11 +167,7 @@ def _train(args: list[str]) -> dict[str, Any]:
     if network is not None and dataset is not None:
         recipe = dataclasses.replace(recipe, network=network, dataset=dataset)
     usage, text = "classify train NETWORK DATASET", TRAIN.format(recipes=", ".join(sorted(recipes())))
-    if "--help" in rest or "-h" in rest:
-        shown = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(MainSettings)}
-        parse(MainOptions, usage, ["--help"], text, MainOptions(**shown))
-    rest = ["--help" if arg == "--help-all" else arg for arg in rest]
-    options = parse(TrainOptions, usage, rest, text, TrainOptions(**dataclasses.asdict(recipe)))
+    options = parse_settings(TrainOptions, MainOptions, recipe, usage, rest, text)
     config = ClassifyConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(ClassifyConfig)})
     folder = RunFolder(options.run or Path("runs") / f"{config.network}-{config.dataset}-seed{config.seed}")
     command = shlex.join(["spiking-rl", "classify", "train", *args])

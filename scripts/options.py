@@ -40,6 +40,25 @@ def parse(kind: type[T], command: str, args: list[str], description: str, defaul
         raise UserError("arguments", " ".join(args), f"{_first_sentence(said.getvalue())}; see --help") from None
 
 
+def parse_settings(kind: type[T], main: type[Any], recipe: Any, command: str, args: list[str], description: str) -> T:
+    """Parse arguments over a recipe's values; ``--help`` shows the main settings, ``--help-all`` every one.
+
+    Args:
+        kind: all options, a dataclass with the recipe's fields among them.
+        main: those that the short help shows.
+        recipe: the values where nothing is given, a dataclass.
+        command: as for :func:`parse`.
+        args: likewise.
+        description: likewise.
+    """
+    if "--help" in args or "-h" in args:
+        own = {field.name for field in dataclasses.fields(recipe)}
+        shown = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(main) if f.name in own}
+        parse(main, command, ["--help"], description, main(**shown))
+    everything = ["--help" if arg == "--help-all" else arg for arg in args]
+    return parse(kind, command, everything, description, kind(**dataclasses.asdict(recipe)))
+
+
 def _first_sentence(box: str) -> str:
     """Return the message out of the frame that the parser draws around it."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]

@@ -26,7 +26,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import peak_rss_mb
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import first_argument, parse, refuse_changes
+from spiking_rl.scripts.options import first_argument, parse_settings, refuse_changes
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted
 
@@ -81,12 +81,7 @@ def run(args: list[str]) -> dict[str, Any]:
     short, recipe = load_recipe(name or "cartpole", algo)
     kind = OPTIONS[recipe.algo]
     usage = f"train {name or 'ENV'} [--algo pqn|dqn]"
-    if "--help" in rest or "-h" in rest:
-        shown = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(MainSettings)}
-        parse(MainOptions, usage, ["--help"], DESCRIPTION, MainOptions(**shown))
-    rest = ["--help" if arg == "--help-all" else arg for arg in rest]
-    default = kind(**dataclasses.asdict(recipe))
-    options = parse(kind, usage, rest, DESCRIPTION, default)
+    options = parse_settings(kind, MainOptions, recipe, usage, rest, DESCRIPTION)
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(type(recipe))}
     config = type(recipe)(**values)
     folder = RunFolder(options.run or Path("runs") / _default_name(short, config, recipe))

@@ -48,7 +48,7 @@ _EVERYBODYS = (  # hooks of all modules
     modules._global_backward_hooks,
     modules._global_backward_pre_hooks,
 )
-_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 # Of gradients, which torch.autograd.grad takes with is_grads_batched.
 _is_batch = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda _: False)
 
@@ -129,7 +129,7 @@ def _may(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
     stored = x.dtype
     if not _is_ordinary(weight) or _arithmetic() is not stored or built_events(stored) is None:
         return False
-    return takes(x, stored) and not _transforming() and forward_ad._current_level < 0
+    return takes(x, stored) and not is_transforming() and forward_ad._current_level < 0
 
 
 def _arithmetic() -> torch.dtype:
@@ -218,7 +218,7 @@ class _Convolution(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         kernel = weight.to(x.dtype)  # what torch multiplies by, too
         # Torch's own operations have second derivatives, and can be vectorised.
-        if torch.is_grad_enabled() or _transforming() or _is_batch(gradient) or not ctx.few:
+        if torch.is_grad_enabled() or is_transforming() or _is_batch(gradient) or not ctx.few:
             found = gradients(ctx.layer, gradient, x, kernel, (of_x, of_weight, of_bias))
             asked = zip(found, ctx.needs_input_grad[:3], (x.dtype, *[weight.dtype] * 2), strict=True)
             return *(g.to(dtype) if g is not None and needed else None for g, needed, dtype in asked), *_REST

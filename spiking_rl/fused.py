@@ -390,11 +390,10 @@ def differentiable_fresh(
         repeat: timesteps that each current lasts.
         grad: of the spikes, ``(T*B, *N)``.
     """
-    with torch.enable_grad():
-        steps = current.reshape(timesteps // repeat, len(grad) // timesteps, *current.shape[1:])
-        kept = threshold.detach() if leak is None else leak  # of one timestep nothing is kept
-        arriving = grad.reshape(timesteps, *steps.shape[1:])
-        found = _differentiable(steps, None, kept, threshold, None, gamma, repeat, False, (arriving,))
+    steps = current.reshape(timesteps // repeat, len(grad) // timesteps, *current.shape[1:])
+    kept = threshold.detach() if leak is None else leak  # of one timestep nothing is kept
+    arriving = grad.reshape(timesteps, *steps.shape[1:])
+    found = _differentiable(steps, None, kept, threshold, None, gamma, repeat, False, (arriving,))
     of_steps, _, of_leak, of_threshold = found
     return None if of_steps is None else of_steps.reshape(current.shape), of_leak, of_threshold
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spiking_rl.event_layers import is_transforming
+
 
 class _Together(torch.autograd.Function):
     """The inputs as they are, to which the parameters' gradients lead as well."""
@@ -31,11 +33,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``(B, C, *N)`` normalised."""
-        if torch.is_grad_enabled() and input.is_cpu and not torch.compiler.is_compiling() and not _transforming():
+        if torch.is_grad_enabled() and input.is_cpu and not torch.compiler.is_compiling() and not is_transforming():
             parameters = [p for p in (self.weight, self.bias) if p is not None and p.requires_grad]
             if parameters:
                 input = _Together.apply(input, *parameters)  # type: ignore[no-untyped-call]
         return super().forward(input)
-
-
-_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -665,10 +665,7 @@ class Trainer:
         Raises:
             UserError: the state is damaged, or of another network.
         """
-        folder = self.folder.resume
-        if self.team.leads:
-            recover_folder(folder)
-        self.team.told(None)
+        folder = self.folder.resume  # whole again since this trainer was made
         if not (folder / "state.json").is_file():
             return
         state = read_json(folder / "state.json", "resume")
