@@ -125,6 +125,8 @@ class PruneOptions(Where):
     """Timesteps to end with."""
     epochs: int | None = None
     """Epochs of each stage; none: as it was trained."""
+    rescale_thresholds: bool | None = None
+    """Begin stages with thresholds at which each layer goes on firing; none: as the run has it."""
 
 
 @dataclass(kw_only=True)
@@ -245,7 +247,7 @@ def _prune(args: list[str]) -> dict[str, Any]:
     folder.require()
     with _held(folder):
         trainer = _open(folder, options)
-        trainer.extend(options.to, options.epochs)
+        trainer.extend(options.to, options.epochs, options.rescale_thresholds)
         save_config(folder.config, trainer.config, provenance())
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]), options)
 

@@ -22,6 +22,7 @@ from spiking_rl.energy import (
 )
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
+from spiking_rl.lowering import lower_timesteps
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
 from spiking_rl.neurons import LIF, LIFScan, LIFState, clamp_after_step, lif_scan, lif_scan_reference
 from spiking_rl.pruning import Done, Next, Stay, TemporalPruning
@@ -58,6 +59,7 @@ __all__ = [
     "lif_scan",
     "lif_scan_reference",
     "load_checkpoint",
+    "lower_timesteps",
     "macs_per_layer",
     "membrane_traffic",
     "normalisation_macs",

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into
 from spiking_rl.conversion import calibrate_spike_time, calibrate_thresholds, linear_map, take_weights
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
+from spiking_rl.lowering import lower_timesteps, measuring_norms
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.config import LARGEST_IMAGE, ClassifyConfig, load_config
@@ -225,6 +226,11 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
         elif source.spike_time is None:
             taken[_SPIKE_TIME] = own[_SPIKE_TIME]
         load_into(spiking, taken, checkpoint)
+    alike = all(getattr(theirs, name) == getattr(config, name) for name in ("encoding", "single_spike", "kappa"))
+    if config.rescale_thresholds and config.timesteps < before and alike:
+        spiking.set_timesteps(before)
+        lower_timesteps(spiking.to(inputs.device), config.timesteps, inputs)
+        return spiking
     longer = config.timesteps / before
     once = (theirs.single_spike or before == 1) and (config.single_spike or config.timesteps == 1)
     with torch.no_grad():
@@ -268,17 +274,8 @@ def set_thresholds(network: LayeredNetwork, config: ClassifyConfig, inputs: Tens
         )
         return
     # Spikes have other means and variances than the ReLU's outputs: both are measured anew on the way.
-    norms = [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean of what is seen
-    with evaluating(network):
-        for norm in norms:
-            norm.train()
+    with evaluating(network), measuring_norms(network):
         calibrate_thresholds(network, inputs, config.firing_rate)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def load_classifier(folder: Path, config: ClassifyConfig, images: ImageFacts) -> LayeredNetwork:

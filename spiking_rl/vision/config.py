@@ -121,6 +121,8 @@ class ClassifyConfig(MainSettings):
     """Train the thresholds."""
     train_leak: bool = True
     """Train the leaks."""
+    rescale_thresholds: bool = False
+    """Begin a stage of fewer timesteps with thresholds at which each layer goes on firing, instead of those it had."""
     encoding: Encoding = "direct"
     """direct: the analog image at every timestep; hybrid: at the first, then one spike per pixel and channel, the
     brighter the earlier; poisson: random spikes, as many as pixels are far from the mean."""
@@ -217,7 +219,7 @@ class ClassifyConfig(MainSettings):
             raise UserError("fold_first", True, "has nothing to fold without batch_norm and a trained ReLU network")
 
     def unusual(self) -> list[str]:
-        """Return a line of warning for each learning rate that is another optimiser's: given without the other flag."""
+        """Return a line of warning for each learning rate of another optimiser, and each setting that means nothing."""
         rates = []
         if self.trains_ann:
             rates.append(("ann_learning_rate", self.ann_optimizer, self.ann_learning_rate))
@@ -229,6 +231,9 @@ class ClassifyConfig(MainSettings):
             if not lowest <= rate <= highest:
                 text = f"{field} is {rate:g}; for {optimizer} it is usually between {lowest:g} and {highest:g}"
                 found.append(f"warning: {text}, see --{field.replace('_', '-')}")
+        if self.dataset == "imagenet" and (self.crop != ClassifyConfig.crop or not self.flip or self.cutout):
+            text = "crop, flip and cutout mean nothing for imagenet, which is cropped and mirrored as it is decoded"
+            found.append(f"warning: {text}")
         if self.firing_rate is None and (self.encoding != "direct" or self.single_spike or self.kappa):
             text = "a percentile sets thresholds as for direct encoding and neurons that fire again"
             found.append(f"warning: {text}; see --firing-rate, which sets them as they will be used")

@@ -28,6 +28,7 @@ from spiking_rl.energy import SpikeCost, SpikeCounter, odd_layers
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
+from spiking_rl.lowering import lower_timesteps
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, clamp_after_step
 from spiking_rl.provenance import memory_columns
@@ -429,12 +430,13 @@ class Trainer:
         self._convert()
         self.save()
 
-    def extend(self, to: int, epochs: int | None) -> None:
+    def extend(self, to: int, epochs: int | None, rescale_thresholds: bool | None = None) -> None:
         """Lower T further in a finished run.
 
         Args:
             to: timesteps to end with.
             epochs: of each stage; None: as the run has it.
+            rescale_thresholds: change whether thresholds follow T; None: as the run has it.
 
         Raises:
             UserError: the run is not finished, has no spikes, or is at ``to`` already.
@@ -447,6 +449,8 @@ class Trainer:
             if epochs < 1:
                 raise UserError("epochs", epochs, "must be at least 1")
             self.config.prune_epochs, self.config.last_epochs = epochs, 0
+        if rescale_thresholds is not None:
+            self.config.rescale_thresholds = rescale_thresholds
         self._next(self.pruning.extend(to, epochs))
         self.config.prune_to = to
         self.save()
@@ -456,6 +460,9 @@ class Trainer:
         folder = self.folder.checkpoints / decision.checkpoint
         self.team.told(None)  # the first process has written it
         load_into(self.network, load_checkpoint(folder).tensors, folder)
+        if self.config.rescale_thresholds:
+            lower_timesteps(self.network, decision.timesteps, self._some_inputs())
+            self.team.alike(self.network)
         self.network.set_timesteps(decision.timesteps)
         self._begin(self.network)
 

@@ -79,9 +79,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 @pytest.fixture(scope="module")
 def with_muon(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    """The same with Muon in both stages."""
+    """The same with Muon in both stages, and thresholds that follow T."""
     rates = {"ann_learning_rate": 0.2, "learning_rate": 0.1, "ann_weight_decay": 0.01, "weight_decay": 0.01}
-    config = dataclasses.replace(SMALL, ann_optimizer="muon", optimizer="muon", **rates)
+    config = dataclasses.replace(SMALL, ann_optimizer="muon", optimizer="muon", rescale_thresholds=True, **rates)
     trainer = new_run(tmp_path_factory.mktemp("runs") / "muon", config)
     trainer.run()
     return trainer
@@ -180,6 +180,24 @@ def test_thresholds_and_leaks_stay_where_they_are_not_trained(tmp_path: Path) ->
     assert all(torch.equal(old, n.threshold) for old, n in zip(before, neurons, strict=True))
     assert all(bool((n.leak == 1).all()) for n in neurons)
     assert not torch.equal(weight, next(p for p in trainer.network.parameters() if p.dim() == 4))
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_thresholds_follow_t_where_they_are_told_to(whole: Trainer, tmp_path: Path, follow: bool) -> None:
+    """From stage to stage, and from a checkpoint of another run at more timesteps."""
+    plain = dataclasses.replace(SMALL, ann_epochs=0, epochs=1, train_threshold=False, rescale_thresholds=follow)
+    trainer = new_run(tmp_path / "stages", plain)
+    trainer.run()
+    first, second = (load_checkpoint(trainer.folder.checkpoint(t)).tensors for t in (2, 1))
+    names = [name for name in first if name.endswith("threshold")]
+    changed = [float(second[name] / first[name]) for name in names]
+    assert all(0.5 <= factor < 1 for factor in changed) if follow else set(changed) == {1.0}
+    config = dataclasses.replace(plain, timesteps=1, start_from=str(whole.folder.checkpoint(2)))
+    started = new_run(tmp_path / "started", config).network
+    theirs = load_checkpoint(whole.folder.checkpoint(2)).tensors
+    taken = [float(started.state_dict()[name] / theirs[name]) for name in names]
+    assert started.timesteps == 1
+    assert all(0.5 <= factor < 1.2 for factor in taken) and min(taken) < 0.9 if follow else set(taken) == {1.0}
 
 
 def test_parts_of_a_batch_add_up_to_it(tmp_path: Path) -> None:
@@ -345,15 +363,23 @@ def test_an_arithmetic_that_is_emulated_is_told_of(
             ["ann_learning_rate is 0.05; for adam", "learning_rate is 0.001"],
         ),
         ({"optimizer": "muon", "epochs": 0}, []),
+        *(
+            ({"dataset": "imagenet", name: value}, ["mean nothing"])
+            for name, value in (("crop", 0), ("cutout", 8), ("flip", False))
+        ),
+        ({"dataset": "imagenet"}, []),
+        ({"cutout": 8}, []),
         *(({"recipe": name}, []) for name in sorted(recipes())),
     ],
 )
-def test_a_learning_rate_of_another_optimiser_is_told_of(changes: dict[str, object], told: list[str]) -> None:
+def test_settings_that_do_not_go_together_are_told_of(changes: dict[str, object], told: list[str]) -> None:
     changes = dict(changes)
     config = load_recipe(str(changes.pop("recipe", "fast")))
     found = dataclasses.replace(config, **changes).unusual()  # type: ignore[arg-type]
     assert len(found) == len(told)
-    assert all(words in line and "see --" in line for words, line in zip(told, found, strict=True))
+    assert all(
+        words in line and ("see --" in line or "imagenet" in line) for words, line in zip(told, found, strict=True)
+    )
 
 
 def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:

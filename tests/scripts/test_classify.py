@@ -151,8 +151,12 @@ def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path)
     assert cli("classify", "prune", run, *where).returncode == 2
     spikes = ("--epochs", 1)  # T as the run was begun with, and no pruning
     assert cli("classify", "convert", run, *where, *spikes).returncode == 0
-    done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1)
+    done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, "--rescale-thresholds", True)
     assert done.returncode == 0, done.stderr
+    assert load_config(run / "config.yaml").rescale_thresholds
+    first, second = (load_checkpoint(run / "checkpoints" / name).tensors for name in ("T2", "T1"))
+    changed = [float(second[name] / first[name]) for name in first if name.endswith("threshold")]
+    assert min(changed) < 0.95, "by more than an epoch of training does"
     assert [r["timesteps"] for r in json.loads((run / "results.json").read_text())["rows"]] == [2, 1, None]
 
 

@@ -1,0 +1,134 @@
+"""T lowered so that a network goes on firing: its thresholds follow, layer by layer on data.
+
+A threshold that is right for five timesteps is too high for one, where nothing adds up any more. Left to training, as
+in temporal pruning (Chowdhury, Rathi, Roy 2022), deep layers fall silent first and learn nothing until those before
+them have recovered. Here every layer gets a threshold with which it fires about as many spikes per decision as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from spiking_rl.conversion import linear_map
+from spiking_rl.encoding import direct
+from spiking_rl.energy import SpikeCounter
+from spiking_rl.errors import UserError
+from spiking_rl.networks import LayeredNetwork, evaluating
+from spiking_rl.neurons import LIF, lif_scan
+
+_POWERS = (0.0, 0.5, 1.0)
+_HIGHEST = 2.0  # times its threshold: a layer whose inputs have grown may need more than it had
+_BISECTIONS = 16
+_LOOKED_AT = 2**21  # neurons of a layer, in all samples, whose spikes are counted: of images a few are enough
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_NORMS = (*_BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
+
+
+@torch.no_grad()
+def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> list[float]:
+    """Set a trained network's T to a lower one and its thresholds so that it answers as before, as far as it can.
+
+    Layer by layer the threshold is multiplied by a number between ``timesteps / T`` and 2 with which the layer fires
+    ``(T / timesteps)**p`` times as often per timestep as before: with ``p = 1`` as many spikes per decision, with
+    ``p = 0`` as many per timestep. Of a few ``p`` the one is taken whose outputs are closest to those before, by
+    the mean square. Weights behind a layer that fires more often are as much smaller, where nothing normalises what
+    they give, and the statistics of batch norm are measured anew. Leaks stay.
+
+    Args:
+        network: a spiking network with fresh membranes at every decision; changed in place.
+        timesteps: the new T, below the network's.
+        inputs: at least 2 inputs as in training, ``(B, *input_shape)``; some hundred images are enough.
+
+    Returns:
+        What each layer's threshold was multiplied by, the mean of its channels.
+
+    Raises:
+        UserError: timesteps is not below the network's, inputs too few or not finite. Nothing has changed then.
+    """
+    before = network.timesteps
+    if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or not 1 <= timesteps < before:
+        raise UserError(
+            "timesteps", timesteps, f"must be a whole number of at least 1 and below the network's, {before}"
+        )
+    if len(inputs) < 2 or not bool(torch.isfinite(inputs).all()):
+        raise UserError("inputs", len(inputs), "must be at least 2, and finite")
+    with evaluating(network):
+        counter = SpikeCounter()
+        wanted, _ = network(inputs.unsqueeze(0), observer=counter)
+        rates = list(counter.rates.values())
+        kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        network.set_timesteps(timesteps)
+        errors = {}
+        for power in _POWERS:
+            network.load_state_dict(kept)
+            _lower(network, before, power, rates, inputs)
+            errors[power] = float((network(inputs.unsqueeze(0))[0] - wanted).square().mean())
+        network.load_state_dict(kept)
+        return _lower(network, before, min(errors, key=lambda power: errors[power]), rates, inputs)
+
+
+def _lower(network: LayeredNetwork, before: int, power: float, rates: list[float], inputs: Tensor) -> list[float]:
+    """Do it with one power; ``rates`` are spikes per neuron and timestep at T = ``before``."""
+    now, ratio = network.timesteps, network.timesteps / before
+    x = inputs if network.encoder is None else network.encoder(inputs, now).flatten(0, 1)
+    held: dict[int, Tensor] = {}
+    factors = []
+    with measuring_norms(network):
+        for i, neuron in enumerate(network.neurons):
+            assert isinstance(neuron, LIF)
+            current = network.current(i, x, held)
+            if i == 0 and network.encoder is None:
+                steps = direct(current.unsqueeze(0), now)
+            else:
+                steps = current.reshape(now, len(inputs), *current.shape[1:])
+            some = steps[:, : max(2, _LOOKED_AT // steps[0, 0].numel())]
+            low, high = ratio, _HIGHEST
+            for _ in range(_BISECTIONS):
+                middle = (low + high) / 2
+                fired = lif_scan(some, None, neuron.leak, neuron.threshold * middle, single_spike=network.single_spike)
+                if float(fired.spikes.mean()) > rates[i] / ratio**power:
+                    low = middle
+                else:
+                    high = middle
+            neuron.threshold.mul_(high)
+            neuron.clamp_()
+            factors.append(high)
+            spikes = lif_scan(steps, None, neuron.leak, neuron.threshold, single_spike=network.single_spike).spikes
+            behind = network.maps[i + 1] if i + 1 < len(network.maps) else network.readout
+            _weigh(behind, rates[i] / max(float(spikes.mean()), 1e-9))
+            x = spikes.flatten(0, 1)
+            if i in network.sources.values():
+                held[i] = x
+    return factors
+
+
+def _weigh(layer: nn.Module, factor: float) -> None:
+    """Multiply a map's weights, where nothing normalises what they give and they are one matrix."""
+    if factor > 1 or any(isinstance(module, _NORMS) for module in layer.modules()):
+        return
+    try:
+        linear_map(layer).weight.mul_(factor)
+    except UserError:
+        return  # somebody's own layer: its threshold alone has to do
+
+
+@contextmanager
+def measuring_norms(network: nn.Module) -> Iterator[None]:
+    """Forget the statistics of batch norm, and measure them on what the network sees meanwhile."""
+    norms = [module for module in network.modules() if isinstance(module, _BATCH_NORMS)]
+    told = [(norm.momentum, norm.training) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean of what is seen
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, (momentum, training) in zip(norms, told, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
