@@ -71,8 +71,6 @@ class TrainConfig(MainSettings):
     """Shortest and longest membrane time constant of a stateful agent, in agent steps; none: leak."""
     rescale_leak: bool = True
     """Let a stateful agent's leaks follow T, so that its memory lasts as long."""
-    rescale_thresholds: bool = False
-    """Begin a stateless agent's stages of fewer timesteps with thresholds at which each layer goes on firing."""
     imitation: float = 0.0
     """Part of every stage, from its beginning, in which a teacher's Q-values are learned instead of returns."""
     teacher: str | None = None

@@ -19,7 +19,7 @@ from spiking_rl.agents.optimisation import learning_rate
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.progress import Progress
 from spiking_rl.agents.resume import has_training_state, load_training_state, save_training_state
-from spiking_rl.agents.starting import imitate, lower, start_from
+from spiking_rl.agents.starting import imitate, start_from
 from spiking_rl.agents.tensorboard import ResumableTensorBoard
 from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.energy import odd_layers
@@ -225,8 +225,6 @@ class TrainingSession:
         """Start a stage from the best checkpoint of the stage above."""
         folder = self.folder.checkpoints / decision.checkpoint
         load_into(self.model.policy.q_net, load_checkpoint(folder).tensors, folder)
-        if self.config.rescale_thresholds and not self.model.stateful:
-            lower(self.model, decision.timesteps, self.config.env, self.config.seed)
         self.model.begin_stage(decision.timesteps)
         self.next_eval = self.model.num_timesteps + self.config.eval_every
 

@@ -17,7 +17,6 @@ from spiking_rl.conversion import convert
 from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.errors import UserError
-from spiking_rl.lowering import lower_timesteps
 from spiking_rl.networks import rescale_leaks
 
 _ENVIRONMENTS = 16
@@ -85,20 +84,6 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(ours.state_dict())
     model.calibrated = True
-
-
-def lower(model: SpikingPQN | SpikingDQN, timesteps: int, env: str, seed: int) -> None:
-    """Lower a stateless agent's T with thresholds that follow (:func:`spiking_rl.lowering.lower_timesteps`).
-
-    Args:
-        model: the learner; its next stage is still to begin.
-        timesteps: the new T.
-        env: environment id to play in, for the observations on which thresholds are set.
-        seed: of that play.
-    """
-    seen, _ = _played(model, env, seed, range(0, _STEPS, _STEPS * _ENVIRONMENTS // _INPUTS))
-    with torch.no_grad():
-        lower_timesteps(model.policy.q_net.network, timesteps, model.policy.q_net.features(seen.flatten(0, 1)))
 
 
 def imitate(model: SpikingPQN | SpikingDQN, agent: str, part: float) -> None:

@@ -134,11 +134,7 @@ def _new_model(config: TrainConfig, device: str) -> SpikingPQN | SpikingDQN:
 
 
 def extend_run(
-    session: TrainingSession,
-    to: int,
-    agent_steps: int | None = None,
-    rescale_leak: bool | None = None,
-    rescale_thresholds: bool | None = None,
+    session: TrainingSession, to: int, agent_steps: int | None = None, rescale_leak: bool | None = None
 ) -> None:
     """Lower T further in a finished run: ``session.run()`` then trains the new stages.
 
@@ -147,7 +143,6 @@ def extend_run(
         to: timesteps to end with.
         agent_steps: of each stage; None: as the run has it.
         rescale_leak: change whether a stateful agent's leaks follow T; None: as the run has it.
-        rescale_thresholds: change whether a stateless agent's thresholds do; None: as the run has it.
 
     Raises:
         UserError: the run is not finished, is no spiking run, or is at ``to`` already.
@@ -163,8 +158,6 @@ def extend_run(
         session.config.prune_steps, session.config.last_steps = agent_steps, 0
     if rescale_leak is not None:
         session.config.rescale_leak = session.model.rescale_leak = rescale_leak
-    if rescale_thresholds is not None:
-        session.config.rescale_thresholds = rescale_thresholds
     session.begin(session.pruning.extend(to, agent_steps))
     session.config.prune_to = to
     session.save()  # first the state, then the settings: a run killed between them goes on as extended

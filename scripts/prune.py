@@ -27,8 +27,6 @@ class Options:
     """Agent steps of each stage; none: as it was trained."""
     rescale_leak: bool | None = None
     """Let a stateful agent's leaks follow T; none: as it was trained."""
-    rescale_thresholds: bool | None = None
-    """Begin a stateless agent's stages with thresholds at which each layer goes on firing; none: as it was trained."""
     env: str | None = None
     """The run's environment once more, where it is one of your own (module:EnvId): a file alone imports no module."""
     hours: float | None = None
@@ -46,5 +44,5 @@ def run(args: list[str]) -> dict[str, Any]:
     folder.require()
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True, named=options.env)
-        extend_run(session, options.to, options.agent_steps, options.rescale_leak, options.rescale_thresholds)
+        extend_run(session, options.to, options.agent_steps, options.rescale_leak)
         return finish(session, shlex.join(["spiking-rl", "prune", *args]))

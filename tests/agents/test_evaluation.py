@@ -161,19 +161,6 @@ def test_prune_leaves_leaks_alone_where_it_is_told_to(follows: bool) -> None:
     assert (after - expected).abs().mean() < 0.3 * (after - other).abs().mean()
 
 
-@pytest.mark.parametrize("follows", [True, False])
-def test_thresholds_of_a_stateless_agent_follow_where_they_are_told_to(small_run: Path, follows: bool) -> None:
-    venv = make_vectorised("CartPole-v1", 2, 0)
-    model = load_agent(small_run / "checkpoints" / "T3").model
-    model = type(model).load_checkpoint(small_run / "checkpoints" / "T3", env=venv)
-    before = [float(neuron.threshold.detach().mean()) for neuron in model.policy.q_net.network.neurons]
-    settings = {"eval_every": 10_000, "eval_episodes": 1, "last_steps": 0, "rescale_thresholds": follows}
-    prune(model, "CartPole-v1", to=2, agent_steps=32, **settings)
-    after = [float(neuron.threshold.detach().mean()) for neuron in model.policy.q_net.network.neurons]
-    ratios = [a / b for a, b in zip(after, before, strict=True)]
-    assert all(0.6 < ratio < 0.97 for ratio in ratios) if follows else ratios == pytest.approx([1, 1], abs=0.02)
-
-
 class Endless(gym.Env[np.ndarray, int]):
     """Never ends an episode."""
 

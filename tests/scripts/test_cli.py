@@ -318,20 +318,6 @@ def test_prune_says_whether_leaks_follow_the_timesteps(follows: bool, cli: Cli, 
     assert (below - expected).abs().mean() < 0.3 * (below - other).abs().mean()
 
 
-def test_prune_lets_thresholds_follow_where_it_is_told_to(
-    whole_job: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole_job[0], run)
-    done = cli("prune", run, "--to", 1, "--rescale-thresholds", True)
-    assert done.returncode == 0, done.stderr
-    assert yaml.safe_load((run / "config.yaml").read_text())["rescale_thresholds"] is True
-    above, below = (load_checkpoint(run / "checkpoints" / name).tensors for name in ("T2", "T1"))
-    ratios = [float(below[name].mean() / above[name].mean()) for name in above if name.endswith("threshold")]
-    assert len(ratios) == 2
-    assert all(0.45 < ratio < 0.97 for ratio in ratios)
-
-
 def test_the_relu_control_runs_the_same_way(cli: Cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = cli("train", "cartpole", *as_flags(SMALL), "--neuron", "relu", "--run", run, "--json")
