@@ -37,7 +37,8 @@ def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> 
     ``(T / timesteps)**p`` times as often per timestep as before: with ``p = 1`` as many spikes per decision, with
     ``p = 0`` as many per timestep. Of a few ``p`` the one is taken whose outputs are closest to those before, by
     the mean square. Weights behind a layer that fires more often are as much smaller, where nothing normalises what
-    they give, and the statistics of batch norm are measured anew. Leaks stay.
+    they give, the statistics of batch norm are measured anew, and the threshold of outputs' spike times falls with T.
+    Leaks stay.
 
     Args:
         network: a spiking network with fresh membranes at every decision; changed in place.
@@ -104,6 +105,9 @@ def _lower(network: LayeredNetwork, before: int, power: float, rates: list[float
             x = spikes.flatten(0, 1)
             if i in network.sources.values():
                 held[i] = x
+    if network.spike_time is not None:
+        network.spike_time.threshold.mul_(ratio)  # of what outputs sum up over the timesteps
+        network.spike_time.clamp_()
     return factors
 
 

@@ -89,6 +89,20 @@ def test_a_current_that_lasts_needs_a_threshold_as_much_lower() -> None:
     assert (outputs - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
+def test_outputs_with_spike_times_fire_as_early_in_a_decision() -> None:
+    options = {"encoding": "hybrid", "input_zero": -4.0, "input_span": 8.0, "kappa": 0.5}
+    network = network_of("mlp", (8,), 6, hidden=(64, 64), **options)
+    inputs = inputs_of(network, 400).unsqueeze(0)
+    threshold = network.spike_time.threshold.detach().clone()
+    with torch.no_grad():
+        before = network.spike_times(inputs).float().mean() / 7
+        lower_timesteps(network, 3, inputs[0])
+        after = network.spike_times(inputs).float().mean() / 4
+    torch.testing.assert_close(network.spike_time.threshold.detach(), threshold / 2)
+    assert 0.3 < float(before) < 0.95
+    assert abs(float(after - before)) < 0.1
+
+
 def test_thresholds_of_channels_keep_their_proportions() -> None:
     network = network_of("mlp", (8,), 3, hidden=(16,), per_channel=True)
     with torch.no_grad():
