@@ -7,6 +7,7 @@ them have recovered. Here every layer gets a threshold with which it fires about
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -25,6 +26,7 @@ _POWERS = (0.0, 0.5, 1.0)
 _HIGHEST = 2.0  # times its threshold: a layer whose inputs have grown may need more than it had
 _BISECTIONS = 16
 _LOOKED_AT = 2**21  # neurons of a layer, in all samples, whose spikes are counted: of images a few are enough
+_HELD = 2**28  # values of a layer at all timesteps and for all inputs, at most: a gigabyte
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _NORMS = (*_BATCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 
@@ -36,20 +38,22 @@ def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> 
     Layer by layer the threshold is multiplied by a number between ``timesteps / T`` and 2 with which the layer fires
     ``(T / timesteps)**p`` times as often per timestep as before: with ``p = 1`` as many spikes per decision, with
     ``p = 0`` as many per timestep. Of a few ``p`` the one is taken whose outputs are closest to those before, by
-    the mean square. Weights behind a layer that fires more often are as much smaller, where nothing normalises what
-    they give, the statistics of batch norm are measured anew, and the threshold of outputs' spike times falls with T.
-    Leaks stay.
+    the mean square. Weights behind a layer that fires more often are as much smaller, but for shortcuts' and where
+    something normalises what they give; the statistics of batch norm are measured anew; the threshold of outputs' spike
+    times falls with T. Leaks stay.
 
     Args:
         network: a spiking network with fresh membranes at every decision; changed in place.
         timesteps: the new T, below the network's.
-        inputs: at least 2 inputs as in training, ``(B, *input_shape)``; some hundred images are enough.
+        inputs: at least 2 inputs as in training, ``(B, *input_shape)``; some hundred images are enough, and
+            of large ones not all are looked at.
 
     Returns:
-        What each layer's threshold was multiplied by, the mean of its channels.
+        What each layer's thresholds were multiplied by.
 
     Raises:
-        UserError: timesteps is not below the network's, inputs too few or not finite. Nothing has changed then.
+        UserError: timesteps is not below the network's, inputs too few or not finite. Nothing has changed then, nor
+            after any other error.
     """
     before = network.timesteps
     if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or not 1 <= timesteps < before:
@@ -58,19 +62,30 @@ def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> 
         )
     if len(inputs) < 2 or not bool(torch.isfinite(inputs).all()):
         raise UserError("inputs", len(inputs), "must be at least 2, and finite")
-    with evaluating(network):
-        counter = SpikeCounter()
-        wanted, _ = network(inputs.unsqueeze(0), observer=counter)
-        rates = list(counter.rates.values())
-        kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        network.set_timesteps(timesteps)
-        errors = {}
-        for power in _POWERS:
+    largest = before * max(math.prod(shape) for shape in network.neuron_shapes())
+    inputs = inputs[: max(2, _HELD // largest)]
+    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    margin = network.exit_margin
+    network.set_exit_margin(None)  # all timesteps count
+    try:
+        with evaluating(network):
+            counter = SpikeCounter()
+            wanted, _ = network(inputs.unsqueeze(0), observer=counter)
+            rates = list(counter.rates.values())
+            network.set_timesteps(timesteps)
+            errors = {}
+            for power in _POWERS:
+                network.load_state_dict(kept)
+                _lower(network, before, power, rates, inputs)
+                errors[power] = float((network(inputs.unsqueeze(0))[0] - wanted).square().mean())
             network.load_state_dict(kept)
-            _lower(network, before, power, rates, inputs)
-            errors[power] = float((network(inputs.unsqueeze(0))[0] - wanted).square().mean())
+            return _lower(network, before, min(errors, key=lambda power: errors[power]), rates, inputs)
+    except BaseException:
         network.load_state_dict(kept)
-        return _lower(network, before, min(errors, key=lambda power: errors[power]), rates, inputs)
+        network.set_timesteps(before)
+        raise
+    finally:
+        network.set_exit_margin(margin)
 
 
 def _lower(network: LayeredNetwork, before: int, power: float, rates: list[float], inputs: Tensor) -> list[float]:
@@ -112,8 +127,8 @@ def _lower(network: LayeredNetwork, before: int, power: float, rates: list[float
 
 
 def _weigh(layer: nn.Module, factor: float) -> None:
-    """Multiply a map's weights, where nothing normalises what they give and they are one matrix."""
-    if factor > 1 or any(isinstance(module, _NORMS) for module in layer.modules()):
+    """Multiply a map's weights by less than 1, where nothing normalises what they give and they are one matrix."""
+    if not 0 < factor < 1 or any(isinstance(module, _NORMS) for module in layer.modules()):
         return
     try:
         linear_map(layer).weight.mul_(factor)

@@ -189,17 +189,18 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
     """Return the spiking network of a run that starts from the one in a checkpoint of another run.
 
     Weights, thresholds and, unless one is given, leaks are taken over; timesteps, encoding and the rest are as the
-    settings say. With ``fold_first`` a batch norm of the other network is folded into its weights. Outputs are means
-    over the timesteps: where neurons fire at most once in both networks (all do at T=1), the readout's weights grow
-    with T, so that outputs keep their scale. What else changes them, such as neurons that may fire again no more, is
-    left to training.
+    settings say. With ``rescale_thresholds`` thresholds follow T where it is lower
+    (:func:`spiking_rl.lowering.lower_timesteps`). With ``fold_first`` a batch norm of the other network is folded into
+    its weights. Outputs are means over the timesteps: where neurons fire at most once in both networks (all do at T=1),
+    the readout's weights grow with T, so that outputs keep their scale. What else changes them, such as neurons that
+    may fire again no more, is left to training.
 
     Args:
         checkpoint: ``RUN/checkpoints/T1`` or the like.
         config: settings of the run that starts from it.
         images: its data set, with as many classes.
-        inputs: a batch ``(B, C, H, W)`` as in training, to set the outputs' threshold on where the other network
-            has none.
+        inputs: a batch ``(B, C, H, W)`` as in training, to set thresholds on: those that follow T, and the outputs'
+            where the other network has none.
 
     Raises:
         UserError: no such checkpoint, or it holds no spiking network, or another one.
@@ -227,7 +228,10 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
             taken[_SPIKE_TIME] = own[_SPIKE_TIME]
         load_into(spiking, taken, checkpoint)
     alike = all(getattr(theirs, name) == getattr(config, name) for name in ("encoding", "single_spike", "kappa"))
-    if config.rescale_thresholds and config.timesteps < before and alike:
+    if config.rescale_thresholds and config.timesteps < before:
+        if not alike:
+            remedy = f"needs the encoding, single_spike and kappa of {checkpoint}; match them, or do without"
+            raise UserError("rescale_thresholds", True, remedy)
         spiking.set_timesteps(before)
         lower_timesteps(spiking.to(inputs.device), config.timesteps, inputs)
         return spiking

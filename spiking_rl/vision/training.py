@@ -204,7 +204,8 @@ class Trainer:
         elif self.config.distill:
             remedy = f"needs a ReLU network to learn from, and {run} has none; 0 without one"
             raise UserError("distill", self.config.distill, remedy)
-        self.note(f"thresholds are those of {start_from}: firing_rate and percentile set none")
+        follow = " and follow T where it is lower" if self.config.rescale_thresholds else ""
+        self.note(f"thresholds are those of {start_from}{follow}: firing_rate and percentile set none")
         return load_spiking(checkpoint, self.config, self.images, self._some_inputs())
 
     # -- stages ----------------------------------------------------------------------------------

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from spiking_rl import LIF, LayeredNetwork, SpikeCounter, UserError, build_network, calibrate_thresholds
+from spiking_rl import (
+    LIF,
+    LayeredNetwork,
+    SpikeCounter,
+    UserError,
+    build_network,
+    calibrate_thresholds,
+    lif_scan,
+    lowering,
+)
 from spiking_rl.lowering import lower_timesteps, measuring_norms
 
 
@@ -166,4 +175,39 @@ def test_a_layer_that_cannot_fire_does_not_stop_it() -> None:
         network.maps[1].bias.fill_(-100)
     lower_timesteps(network, 1, inputs_of(network))
     assert all(bool(torch.isfinite(p).all()) for p in network.parameters())
+    assert all(bool(layer.weight.any()) for layer in (*network.maps, network.readout)), "it can still learn"
     assert all(isinstance(neuron, LIF) and neuron.threshold.item() > 0 for neuron in network.neurons)
+
+
+def test_decisions_that_may_exit_early_are_watched_to_their_end() -> None:
+    plain, early = (network_of("mlp", (8,), 5, hidden=(64, 64)) for _ in range(2))
+    early.set_exit_margin(0.05)
+    assert lower_timesteps(early, 2, inputs_of(early)) == lower_timesteps(plain, 2, inputs_of(plain))
+    assert early.exit_margin == 0.05
+
+
+def test_an_error_on_the_way_leaves_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of("vgg6", (3, 32, 32), 3, width=1 / 16, batch_norm=True)
+    network.train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    calls = 0
+
+    def failing(*given: object, **options: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 40:
+            raise MemoryError
+        return lif_scan(*given, **options)  # type: ignore[arg-type,return-value]
+
+    monkeypatch.setattr(lowering, "lif_scan", failing)
+    with pytest.raises(MemoryError):
+        lower_timesteps(network, 1, inputs_of(network))
+    assert network.timesteps == 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(module.training for module in network.modules())
+
+
+def test_of_large_inputs_fewer_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, same = (network_of("mlp", (8,), 4, hidden=(64, 32)) for _ in range(2))
+    monkeypatch.setattr(lowering, "_HELD", 64 * 4 * 10)
+    assert lower_timesteps(network, 1, inputs_of(network)) == lower_timesteps(same, 1, inputs_of(same)[:10])
