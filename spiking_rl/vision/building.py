@@ -227,9 +227,8 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
         elif source.spike_time is None:
             taken[_SPIKE_TIME] = own[_SPIKE_TIME]
         load_into(spiking, taken, checkpoint)
-    alike = all(getattr(theirs, name) == getattr(config, name) for name in ("encoding", "single_spike", "kappa"))
     if config.rescale_thresholds and config.timesteps < before:
-        if not alike:
+        if any(getattr(theirs, name) != getattr(config, name) for name in ("encoding", "single_spike", "kappa")):
             remedy = f"needs the encoding, single_spike and kappa of {checkpoint}; match them, or do without"
             raise UserError("rescale_thresholds", True, remedy)
         spiking.set_timesteps(before)

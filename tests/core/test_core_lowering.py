@@ -68,9 +68,8 @@ def test_every_layer_goes_on_firing_and_one_timestep_answers_as_before(case: str
     factors = lower_timesteps(network, timesteps, inputs_of(network))
     outputs, after = answers(network)
     assert network.timesteps == timesteps
-    if timesteps == 1 and not case.startswith(
-        "resnet"
-    ):  # of an untrained deep network all that is changed changes much
+    # Of an untrained deep network all that is changed changes much.
+    if timesteps == 1 and not case.startswith("resnet"):
         assert (outputs - wanted).square().mean() < (left - wanted).square().mean()
     for now, were, had in zip(after, before, starved, strict=True):
         assert 0.9 * were * timesteps / 5 < now < 1.15 * were, "between as many per timestep and as many per decision"
