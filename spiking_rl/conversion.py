@@ -7,15 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.encoding import direct, scan_starts
+from spiking_rl.encoding import scan_starts
 from spiking_rl.errors import UserError
+from spiking_rl.layerwise import bisect, fire, layer_by_layer
 from spiking_rl.networks import LayeredNetwork, evaluating, scale_channels
-from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore, lif_scan
+from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore
 
 _RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
 """Firing rates that a conversion tries."""
 _LEAST_GAIN = 0.01  # of a membrane that hardly leaks
-_BISECTIONS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
+_HALVINGS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
 
 
 @torch.no_grad()
@@ -190,24 +191,23 @@ def _calibrate(
 ) -> list[float]:
     """Calibrate every layer; ``calibrated(i)`` is called when layer i is, before the next one runs."""
     _check(inputs, rate, starts)
-    batch = inputs.unsqueeze(0) if starts is None else inputs  # (L, B, ...)
     opens = scan_starts(starts, network.timesteps)
     reached = []
-    spikes = batch if network.encoder is None else network.encoder(inputs, network.timesteps)
-    held: dict[int, Tensor] = {}
-    for i, neuron in enumerate(network.neurons):
-        assert isinstance(neuron, LIF)
-        current = network.current(i, spikes.flatten(0, 1), held)
-        current = current.reshape(*spikes.shape[:2], *current.shape[1:])
-        if i == 0 and network.encoder is None:
-            current = direct(current, network.timesteps)
-        _calibrate_layer(neuron, current, rate, opens, network.single_spike)
-        spikes = _spikes(neuron, current, opens, network.single_spike)
-        if i in network.sources.values():
-            held[i] = spikes.flatten(0, 1)
-        reached.append(float(spikes.mean()))
+
+    def balance(_: int, neuron: LIF, current: Tensor) -> None:
+        def too_low(threshold: float) -> bool:
+            neuron.threshold.fill_(max(threshold, MIN_THRESHOLD))
+            return float(fire(neuron, current, neuron.threshold, opens, network.single_spike).mean()) > rate
+
+        highest = max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
+        neuron.threshold.fill_(max(bisect(too_low, 0.0, highest, _HALVINGS), MIN_THRESHOLD))
+
+    def done(layer: int, rate_reached: float) -> None:
+        reached.append(rate_reached)
         if calibrated is not None:
-            calibrated(i)
+            calibrated(layer)
+
+    spikes = layer_by_layer(network, inputs, balance, done=done, starts=starts)
     if network.spike_time is not None:
         _set_spike_time(network.spike_time, network.readout(spikes.flatten(0, 1)).reshape(*spikes.shape[:2], -1))
     return reached
@@ -239,21 +239,3 @@ def _check(inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:
         raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")
     if not bool(torch.isfinite(inputs).all()):
         raise UserError("inputs", "NaN or infinity", "calibration needs finite inputs")
-
-
-def _spikes(neuron: LIF, current: Tensor, starts: Tensor | None, once: bool) -> Tensor:
-    # A missing state is one at rest.
-    return lif_scan(current, None, neuron.leak, neuron.threshold, starts, single_spike=once).spikes
-
-
-def _calibrate_layer(neuron: LIF, current: Tensor, rate: float, starts: Tensor | None, once: bool) -> None:
-    """Set one layer's threshold by bisection on its firing rate for a current ``(S, B, *N)``."""
-    low, high = 0.0, max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        neuron.threshold.fill_(max(middle, MIN_THRESHOLD))
-        if float(_spikes(neuron, current, starts, once).mean()) > rate:
-            low = middle
-        else:
-            high = middle
-    neuron.threshold.fill_(max(high, MIN_THRESHOLD))

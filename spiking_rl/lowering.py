@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.conversion import linear_map
-from spiking_rl.encoding import direct
 from spiking_rl.energy import SpikeCounter
 from spiking_rl.errors import UserError
+from spiking_rl.layerwise import bisect, fire, layer_by_layer
 from spiking_rl.networks import LayeredNetwork, evaluating
-from spiking_rl.neurons import LIF, lif_scan
+from spiking_rl.neurons import LIF
 
 _POWERS = (0.0, 0.5, 1.0)
 _HIGHEST = 2.0  # times its threshold: a layer whose inputs have grown may need more than it had
-_BISECTIONS = 16
+_HALVINGS = 16
 _LOOKED_AT = 2**21  # neurons of a layer, in all samples, whose spikes are counted: of images a few are enough
 _HELD = 2**28  # values of a layer at all timesteps and for all inputs, at most: a gigabyte
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -90,36 +90,26 @@ def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> 
 
 def _lower(network: LayeredNetwork, before: int, power: float, rates: list[float], inputs: Tensor) -> list[float]:
     """Do it with one power; ``rates`` are spikes per neuron and timestep at T = ``before``."""
-    now, ratio = network.timesteps, network.timesteps / before
-    x = inputs if network.encoder is None else network.encoder(inputs, now).flatten(0, 1)
-    held: dict[int, Tensor] = {}
+    ratio = network.timesteps / before
     factors = []
+
+    def follow(layer: int, neuron: LIF, current: Tensor) -> None:
+        some = current[:, : max(2, _LOOKED_AT // current[0, 0].numel())]
+
+        def too_low(factor: float) -> bool:
+            spikes = fire(neuron, some, neuron.threshold * factor, None, network.single_spike)
+            return float(spikes.mean()) > rates[layer] / math.pow(ratio, power)
+
+        factors.append(bisect(too_low, ratio, _HIGHEST, _HALVINGS))
+        neuron.threshold.mul_(factors[-1])
+        neuron.clamp_()
+
+    def done(layer: int, rate: float) -> None:
+        behind = network.maps[layer + 1] if layer + 1 < len(network.maps) else network.readout
+        _weigh(behind, rates[layer] / max(rate, 1e-9))
+
     with measuring_norms(network):
-        for i, neuron in enumerate(network.neurons):
-            assert isinstance(neuron, LIF)
-            current = network.current(i, x, held)
-            if i == 0 and network.encoder is None:
-                steps = direct(current.unsqueeze(0), now)
-            else:
-                steps = current.reshape(now, len(inputs), *current.shape[1:])
-            some = steps[:, : max(2, _LOOKED_AT // steps[0, 0].numel())]
-            low, high = ratio, _HIGHEST
-            for _ in range(_BISECTIONS):
-                middle = (low + high) / 2
-                fired = lif_scan(some, None, neuron.leak, neuron.threshold * middle, single_spike=network.single_spike)
-                if float(fired.spikes.mean()) > rates[i] / ratio**power:
-                    low = middle
-                else:
-                    high = middle
-            neuron.threshold.mul_(high)
-            neuron.clamp_()
-            factors.append(high)
-            spikes = lif_scan(steps, None, neuron.leak, neuron.threshold, single_spike=network.single_spike).spikes
-            behind = network.maps[i + 1] if i + 1 < len(network.maps) else network.readout
-            _weigh(behind, rates[i] / max(float(spikes.mean()), 1e-9))
-            x = spikes.flatten(0, 1)
-            if i in network.sources.values():
-                held[i] = x
+        layer_by_layer(network, inputs, follow, done=done)
     if network.spike_time is not None:
         network.spike_time.threshold.mul_(ratio)  # of what outputs sum up over the timesteps
         network.spike_time.clamp_()
