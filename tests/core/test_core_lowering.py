@@ -15,6 +15,7 @@ from spiking_rl import (
     UserError,
     build_network,
     calibrate_thresholds,
+    layerwise,
     lif_scan,
     lowering,
 )
@@ -198,7 +199,7 @@ def test_an_error_on_the_way_leaves_the_network_as_it_was(monkeypatch: pytest.Mo
             raise MemoryError
         return lif_scan(*given, **options)  # type: ignore[arg-type,return-value]
 
-    monkeypatch.setattr(lowering, "lif_scan", failing)
+    monkeypatch.setattr(layerwise, "lif_scan", failing)
     with pytest.raises(MemoryError):
         lower_timesteps(network, 1, inputs_of(network))
     assert network.timesteps == 3
