@@ -29,8 +29,20 @@ def test_singular_values_come_out_near_one(rows: int, columns: int, scale: float
     torch.testing.assert_close(found, torch.diag(found.diagonal()), atol=1e-3, rtol=0)  # singular vectors stay
 
 
-def test_zero_stays_zero() -> None:
-    assert not orthogonalise(torch.zeros(3, 5)).any()
+@pytest.mark.parametrize(("rows", "columns"), [(16, 144), (16, 16), (50, 10)])
+@pytest.mark.parametrize("least", [-2, -7])
+def test_the_iterations_on_the_gram_matrix_are_the_plain_ones(rows: int, columns: int, least: int) -> None:
+    torch.manual_seed(0)
+    rank = min(rows, columns)
+    left, right = (torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64))[0] for n in (rows, columns))
+    matrix = left @ torch.diag(torch.logspace(0, least, rank, dtype=torch.float64)) @ right.T
+    plain = orthogonalise(matrix)  # float64 iterates on the matrix itself
+    torch.testing.assert_close(orthogonalise(matrix.float()).double(), plain, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_stays_zero(dtype: torch.dtype) -> None:
+    assert not orthogonalise(torch.zeros(3, 5, dtype=dtype)).any()
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
