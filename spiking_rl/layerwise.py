@@ -53,7 +53,7 @@ def layer_by_layer(
 
 
 def fire(neuron: LIF, current: Tensor, threshold: Tensor, starts: Tensor | None, single_spike: bool) -> Tensor:
-    """Return the spikes of a neuron at rest for a current ``(S, B, *N)``, with another threshold than its own."""
+    """Return the spikes ``(S, B, *N)`` that a neuron at rest gives for a current, with its leak and that threshold."""
     return lif_scan(current, None, neuron.leak, threshold, starts, single_spike=single_spike).spikes
 
 
