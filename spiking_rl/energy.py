@@ -292,17 +292,23 @@ class SpikeCounter:
     """Observer that accumulates spike rates over any number of forward passes.
 
     Pass the instance as ``observer``; read :attr:`rates`.
+
+    Args:
+        graded: add up what outputs are instead of counting those that are not zero: of a network on rates
+            (:meth:`spiking_rl.networks.LayeredNetwork.set_rates`).
     """
 
     potentials = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, graded: bool = False) -> None:
+        self._graded = graded
         self._spikes: dict[str, float] = {}
         self._places: dict[str, int] = {}
 
     def __call__(self, layer: str, output: Tensor, potential: Tensor) -> None:
         """Count non-zero outputs of one layer."""
-        self._spikes[layer] = self._spikes.get(layer, 0.0) + float(torch.count_nonzero(output))
+        spikes = output.float().sum() if self._graded else torch.count_nonzero(output)
+        self._spikes[layer] = self._spikes.get(layer, 0.0) + float(spikes)
         self._places[layer] = self._places.get(layer, 0) + output.numel()
 
     @property

@@ -19,6 +19,7 @@ from spiking_rl.event_layers import is_plain, through_events
 from spiking_rl.group_norm import GroupNorm
 from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
 from spiking_rl.pruning import MAX_TIMESTEPS
+from spiking_rl.rates import firing_rate
 from spiking_rl.surrogate import DEFAULT_GAMMA
 
 NetworkState = tuple[LIFState, ...]
@@ -112,6 +113,7 @@ class LayeredNetwork(nn.Module):
         self.single_spike = False
         self.spike_time: SpikeTimeScore | None = None
         self.exit_margin: float | None = None
+        self.on_rates = False
         self._shapes: list[tuple[int, ...]] | None = None
         self._timesteps = 1
         self.set_timesteps(timesteps)
@@ -181,6 +183,21 @@ class LayeredNetwork(nn.Module):
             raise UserError("margin", margin, "must be 0 or positive")
         self.exit_margin = margin
 
+    def set_rates(self, on: bool) -> None:
+        """Let hidden neurons give firing rates in one pass, instead of spikes at every timestep, or spikes again.
+
+        A way to train at a ReLU network's cost (:mod:`spiking_rl.rates`): neurons answer the mean of their current
+        with ``k / T``, as if leaks were 1. Observers see rates as one timestep. Batch norm then learns the statistics
+        of mean currents; those of spikes vary more and are measured anew by
+        :func:`spiking_rl.lowering.measuring_norms`. A ReLU network is left as it is.
+
+        Raises:
+            UserError: inputs are coded, neurons fire once, or spike times score: rates know no time.
+        """
+        if on and not self._plain():
+            raise UserError("rates", on, "need direct encoding, neurons that may fire again and kappa 0; see set_coding")
+        self.on_rates = on and self.spiking
+
     @property
     def layer_names(self) -> list[str]:
         """Names of the hidden layers, as observers and tables use them."""
@@ -230,8 +247,10 @@ class LayeredNetwork(nn.Module):
         """
         length = inputs.shape[0]  # asked with len, tensors take as long as a small layer
         flat = inputs.squeeze(0) if _is_one(length) else inputs.flatten(0, 1)
-        if state is not None and not self._plain():
-            raise ValueError("a state is carried under direct encoding only, by neurons that may fire again")
+        if state is not None and (self.on_rates or not self._plain()):
+            raise ValueError("a state is carried by spikes under direct encoding only, by neurons that may fire again")
+        if self.on_rates:
+            return self._flat(flat, length, observer), None
         if self.timesteps == 1 and (state is None or not self.spiking):
             return self._flat(flat, length, observer), state
         if state is None and self.exit_margin is not None and not self.training:
@@ -250,7 +269,11 @@ class LayeredNetwork(nn.Module):
 
     def _has_events(self) -> bool:
         """Tell whether few outputs of hidden layers are active: spikes, and in training, where more may be, ReLU's."""
-        return not torch.compiler.is_compiling() and (self.spiking or torch.is_grad_enabled())
+        return not torch.compiler.is_compiling() and (self._fires() or torch.is_grad_enabled())
+
+    def _fires(self) -> bool:
+        """Tell whether hidden layers give spikes, and no graded outputs."""
+        return self.spiking and not self.on_rates
 
     def current(self, layer: int, x: Tensor, held: dict[int, Tensor]) -> Tensor:
         """Return the current of one hidden layer: its map's, and its shortcut's where it has one.
@@ -266,7 +289,7 @@ class LayeredNetwork(nn.Module):
         """
         through = self.maps[layer]
         has_events = layer and self._has_events()
-        current: Tensor = through_events(through, x, spikes=self.spiking) if has_events else through(x)
+        current: Tensor = through_events(through, x, spikes=self._fires()) if has_events else through(x)
         if layer in self.sources:
             current = current + self.shortcuts[str(layer)](held.pop(self.sources[layer]))
         return current
@@ -293,7 +316,9 @@ class LayeredNetwork(nn.Module):
         repeat = timesteps  # direct encoding: the first current lasts
         if self.encoder is not None:
             x = self._encode(x, observer)[0]
-        if observer is None and not self.sources and not (self.training and any(self.dropout)):
+        if self.on_rates:
+            x, timesteps = self._flat_layers(x, length, observer), 1
+        elif observer is None and not self.sources and not (self.training and any(self.dropout)):
             # Acting with a batch of one is all overhead: a plain chain of layers is asked nothing on the way, and is
             # looked up where modules keep it.
             acting = spiking and not torch.is_grad_enabled()
@@ -318,12 +343,17 @@ class LayeredNetwork(nn.Module):
         return _unfold(out, length)
 
     def _flat_layers(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
-        """Run the hidden layers of :meth:`_flat` with shortcuts, dropout, and an observer."""
-        timesteps = repeat = self.timesteps
+        """Run the hidden layers of :meth:`_flat` with shortcuts, dropout, rates, and an observer."""
+        timesteps = repeat = 1 if self.on_rates else self.timesteps
         held: dict[int, Tensor] = {}
         for i, neuron in enumerate(self.neurons):
             current = self.current(i, x, held)
-            x = neuron.fresh(current, timesteps, repeat) if isinstance(neuron, LIF) else neuron(current)
+            if not isinstance(neuron, LIF):
+                x = neuron(current)
+            elif self.on_rates:
+                x = firing_rate(current, neuron.threshold, self._timesteps)
+            else:
+                x = neuron.fresh(current, timesteps, repeat)
             repeat = 1
             if observer is not None:
                 # Timesteps of all decisions for spikes, one step per decision for ReLU.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 _BLUE, _ORANGE, _GREEN, _GREY, _RED = "#2b6cb0", "#dd6b20", "#2f855a", "#a0aec0", "#c53030"
+_RELU = "ReLU"
 _CURVES = (_BLUE, _ORANGE, _GREEN, "#805ad5", _RED)
 _STYLES = ("-", "--", ":", "-.")  # for more groups than colours
 _LONG_NAME = 24  # characters, beyond which a legend needs a place of its own
@@ -138,7 +139,7 @@ def learning_curve(rows: Sequence[Row], title: str = "") -> Figure:
     if trained:
         ax.plot(*zip(*trained, strict=True), color=_ORANGE, alpha=0.8, label="training episodes")
     if rows:
-        _mark_stages(ax, steps, [r["timesteps"] for r in rows])
+        _mark_stages(ax, steps, [_stage_of(r) for r in rows])
     ax.set_xlim(left=0)
     ax.set_xlabel("agent steps")
     ax.set_ylabel("return per episode")
@@ -158,14 +159,15 @@ def accuracy_curve(rows: Sequence[Row], title: str = "") -> Figure:
     """Draw a classifier's validation accuracy against its epochs, with the stages marked.
 
     Args:
-        rows: rows of ``progress.csv``; keys ``timesteps`` (None: the ReLU network) and ``score``, in percent.
+        rows: rows of ``progress.csv``; keys ``timesteps`` (None: the ReLU network), ``on_rates`` where a network
+            learned on firing rates first, and ``score``, in percent.
         title: drawn above.
     """
     figure, (ax,) = _figure(1, 8, 4)
     epochs = list(range(1, 1 + len(rows)))
     ax.plot(epochs, [r["score"] for r in rows], color=_BLUE, marker="o", markersize=3)
     if rows:
-        _mark_stages(ax, epochs, [r["timesteps"] for r in rows])
+        _mark_stages(ax, epochs, [_stage_of(r) for r in rows])
     ax.set_xlim(left=0)
     ax.set_xlabel("epochs")
     ax.set_ylabel("validation accuracy (%)")
@@ -174,24 +176,31 @@ def accuracy_curve(rows: Sequence[Row], title: str = "") -> Figure:
     return figure
 
 
-def _mark_stages(ax: Axes, places: Sequence[float], timesteps: Sequence[int | None]) -> None:
-    """Draw a line where T changes and write T above each stage.
+def _stage_of(row: Row) -> str:
+    """Return what is written above the stage of a row of ``progress.csv``."""
+    if row["timesteps"] is None:
+        return _RELU
+    return "rates" if row.get("on_rates") else f"T={row['timesteps']}"
+
+
+def _mark_stages(ax: Axes, places: Sequence[float], names: Sequence[str]) -> None:
+    """Draw a line where the stage changes and write its name above each.
 
     Args:
         ax: to draw on.
         places: of the measurements on the horizontal axis.
-        timesteps: T of each measurement; None: the ReLU network.
+        names: of each measurement's stage.
     """
-    edges = [0.0] + [place for place, (a, b) in zip(places, pairwise(timesteps), strict=False) if a != b]
-    stages = list(dict.fromkeys(timesteps))
-    if stages == [None]:
+    edges = [0.0] + [place for place, (a, b) in zip(places, pairwise(names), strict=False) if a != b]
+    stages = list(dict.fromkeys(names))
+    if stages == [_RELU]:
         return
     ends = [*edges[1:], places[-1]]
     for edge in edges[1:]:
         ax.axvline(edge, color=_GREY, linestyle="--", linewidth=0.8)
     for left, right, stage in zip(edges, ends, stages, strict=False):
         ax.annotate(
-            "ReLU" if stage is None else f"T={stage}",
+            stage,
             ((left + right) / 2, 1.01),
             xycoords=("data", "axes fraction"),
             ha="center",

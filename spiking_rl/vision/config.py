@@ -38,6 +38,9 @@ class MainSettings:
     """Seed of every random generator."""
     ann_epochs: int = 40
     """Epochs of the ReLU network that the spiking one starts from; 0: spikes from the start (with distill 0)."""
+    rate_epochs: int = 0
+    """Epochs on firing rates in one pass, before the first spiking stage, at the ReLU network's cost and with its
+    optimiser, learning rate and batches: they do for low T what many epochs on spikes would."""
     epochs: int = 15
     """Epochs of the first spiking stage; 0: stop after the ReLU network."""
     prune_epochs: int = 8
@@ -163,7 +166,7 @@ class ClassifyConfig(MainSettings):
         for name in ("prune_epochs", "ann_batch_size", "batch_size", "accumulate", "calibration_timesteps"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        epochs = ("ann_epochs", "epochs", "last_epochs")
+        epochs = ("ann_epochs", "rate_epochs", "epochs", "last_epochs")
         others = ("seed", "crop", "cutout", "threads", "image_size", "workers", "ann_weight_decay", "weight_decay")
         for name in ("ann_batch_size", "batch_size"):
             if self.accumulate > getattr(self, name):
@@ -196,6 +199,8 @@ class ClassifyConfig(MainSettings):
         if self.distill and not (self.trains_ann or self.start_from):
             remedy = "needs a ReLU network to learn from; 0 without one (see ann_epochs, start_from)"
             raise UserError("distill", self.distill, remedy)
+        if self.rate_epochs:
+            self._check_rates()
         if self.firing_rate is not None and not 0 < self.firing_rate < 1:
             raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if self.leak is not None and not 0 <= self.leak <= 1:
@@ -217,6 +222,18 @@ class ClassifyConfig(MainSettings):
             raise UserError("firing_rate", self.firing_rate, "sets no thresholds with fold_first; use the percentile")
         if self.fold_first and not (self.batch_norm and (self.trains_ann or self.start_from)):
             raise UserError("fold_first", True, "has nothing to fold without batch_norm and a trained ReLU network")
+
+    def _check_rates(self) -> None:
+        if not self.epochs:
+            raise UserError("rate_epochs", self.rate_epochs, "needs epochs on spikes behind them; see epochs")
+        if self.timesteps < 2:
+            raise UserError("rate_epochs", self.rate_epochs, "needs at least 2 timesteps; of one, spikes are rates")
+        if self.encoding != "direct" or self.single_spike or self.kappa:
+            remedy = "needs direct encoding, without single_spike and kappa: rates know no time"
+            raise UserError("rate_epochs", self.rate_epochs, remedy)
+        if self.fold_first or not self.batch_norm:
+            remedy = "needs batch_norm, whose statistics take rates to spikes, and no fold_first"
+            raise UserError("rate_epochs", self.rate_epochs, remedy)
 
     def unusual(self) -> list[str]:
         """Return a line of warning for each learning rate of another optimiser, and each setting that means nothing."""

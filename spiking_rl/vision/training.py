@@ -28,11 +28,11 @@ from spiking_rl.energy import SpikeCost, SpikeCounter, odd_layers
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
-from spiking_rl.lowering import lower_timesteps
-from spiking_rl.networks import LayeredNetwork
+from spiking_rl.lowering import lower_timesteps, measuring_norms
+from spiking_rl.networks import LayeredNetwork, evaluating
 from spiking_rl.neurons import LIF, clamp_after_step
 from spiking_rl.provenance import memory_columns
-from spiking_rl.pruning import Next, Stay, TemporalPruning
+from spiking_rl.pruning import MAX_TIMESTEPS, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import (
     REMEDY,
@@ -169,9 +169,10 @@ class Trainer:
         self.note = note if note and team.leads else (lambda text: None)
         self.pruning = self._new_pruning()
         self.spiking = not config.trains_ann
+        self.on_rates = self.spiking and config.rate_epochs > 0
         self.batches = 0  # of this stage
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the epoch under way
-        self.best: float | None = None  # of the ReLU network
+        self.best: float | None = None  # of the ReLU network, or on rates
         self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._started = time.monotonic()
@@ -214,6 +215,7 @@ class Trainer:
         """Take a network for the stage that begins, with a fresh optimiser."""
         config = self.config
         self.network = network.to(self.device)
+        self.network.set_rates(self.on_rates)
         self.teacher = self._teacher() if self.spiking and config.distill else None
         self.cost = SpikeCost(self.network) if self.spiking and config.spike_penalty else None
         for neuron in network.neurons:
@@ -233,7 +235,7 @@ class Trainer:
         decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
         name, rate, decay = (
             (config.optimizer, config.learning_rate, config.weight_decay)
-            if self.spiking
+            if self.on_spikes
             else (config.ann_optimizer, config.ann_learning_rate, config.ann_weight_decay)
         )
         self.highest_rate = rate
@@ -268,9 +270,27 @@ class Trainer:
         self._taken = None
 
     @property
+    def on_spikes(self) -> bool:
+        """Whether spikes train, timestep by timestep, and neither ReLU nor firing rates."""
+        return self.spiking and not self.on_rates
+
+    @property
     def stage(self) -> str:
-        """Name of the stage and of its best checkpoint: ``relu``, or ``T5``."""
+        """Name of the stage and of its best checkpoint: ``relu``, ``rates``, or ``T5``."""
+        if self.on_rates:
+            return "rates"
         return self.pruning.checkpoint if self.spiking else "relu"
+
+    @property
+    def _label(self) -> str:
+        return {"relu": "ReLU"}.get(self.stage, self.stage) if not self.on_spikes else f"T={self.pruning.timesteps}"
+
+    @property
+    def _stage_number(self) -> int:
+        """A number of the stage's own: from each another order of the images is drawn."""
+        if self.on_rates:
+            return MAX_TIMESTEPS + 1
+        return self.pruning.timesteps if self.spiking else 0
 
     @property
     def finished(self) -> bool:
@@ -282,12 +302,14 @@ class Trainer:
     @property
     def epochs(self) -> int:
         """Epochs of the stage under way."""
+        if self.on_rates:
+            return self.config.rate_epochs
         return int(self.pruning.budget) if self.spiking else self.config.ann_epochs
 
     @property
     def batch_size(self) -> int:
         """Images per update in the stage under way."""
-        return self.config.batch_size if self.spiking else self.config.ann_batch_size
+        return self.config.batch_size if self.on_spikes else self.config.ann_batch_size
 
     @property
     def batches_per_epoch(self) -> int:
@@ -330,9 +352,8 @@ class Trainer:
         epoch = self.batches // self.batches_per_epoch
         first, trained = self.batches % self.batches_per_epoch, 0
         ending = (epoch + 1) * self.batches_per_epoch
-        stage = self.pruning.timesteps if self.spiking else 0
-        number = stage * _MOST_EPOCHS + epoch  # a stream draws another order from every number
-        name = f"T={self.pruning.timesteps}" if self.spiking else "ReLU"
+        number = self._stage_number * _MOST_EPOCHS + epoch  # a stream draws another order from every number
+        name = self._label
         bar = tqdm(
             desc=f"{name} epoch {epoch + 1}/{self.epochs}",
             total=self.batches_per_epoch,
@@ -362,15 +383,18 @@ class Trainer:
         self.loss_sum = torch.zeros_like(self.loss_sum)
         self._require_number(mean_loss)
         self._write(epoch + 1, score, mean_loss, rates)
-        if self.spiking:
+        if self.on_spikes:
             self._report(score, epoch + 1)
         else:
+            name = self.stage
             if self.best is None or score >= self.best:
                 self.best = score
-                self._keep("relu", score)
+                self._keep(name, score)
             if epoch + 1 == self.epochs:
-                self._keep("relu-end", score)
-                if self.config.epochs:
+                self._keep(f"{name}-end", score)
+                if self.on_rates:
+                    self._leave_rates()
+                elif self.config.epochs:
                     self._convert()
         self.save()
         if not self.finished:
@@ -402,8 +426,22 @@ class Trainer:
         self.team.told(None)  # the first process has written it
         load_into(self.network, load_checkpoint(folder).tensors, folder)
         inputs = self._some_inputs()
-        self.spiking = True
+        self.spiking, self.best = True, None
+        self.on_rates = self.config.rate_epochs > 0
         self._begin(convert(self.network, self.config, self.images, inputs))
+        self.team.alike(self.network)
+
+    def _leave_rates(self) -> None:
+        """Go on with spikes, from the best weights on rates."""
+        folder = self.folder.checkpoints / "rates"
+        self.team.told(None)  # the first process has written it
+        load_into(self.network, load_checkpoint(folder).tensors, folder)
+        inputs = self._some_inputs()
+        self.on_rates = False
+        self._begin(self.network)
+        # Currents of spikes vary more than their means.
+        with torch.no_grad(), evaluating(self.network), measuring_norms(self.network):
+            self.network(inputs.unsqueeze(0))
         self.team.alike(self.network)
 
     def _new_pruning(self) -> TemporalPruning:
@@ -476,9 +514,8 @@ class Trainer:
 
     def _generator(self, *path: int) -> torch.Generator:
         """Return the random generator of a place in the run, the same whenever it is reached."""
-        stage = self.pruning.timesteps if self.spiking else 0
         mixed = self.config.seed
-        for number in (stage, *path):
+        for number in (self._stage_number, *path):
             mixed = (mixed * 1_000_003 + number + 1) % 2**63
         return torch.Generator().manual_seed(mixed)
 
@@ -494,7 +531,7 @@ class Trainer:
         config = self.config
         self.network.train()
         progress = self.batches / (self.epochs * self.batches_per_epoch)
-        milestones = config.milestones if self.spiking else config.ann_milestones
+        milestones = config.milestones if self.on_spikes else config.ann_milestones
         for group in self.optimizer.param_groups:
             group["lr"] = self.highest_rate * rate_factor(progress, milestones)
         self.optimizer.zero_grad()
@@ -549,7 +586,7 @@ class Trainer:
 
         In the arithmetic of training, as it only selects; watched neurons take their time, so a tenth is.
         """
-        counter = SpikeCounter() if self.spiking else None
+        counter = SpikeCounter(graded=self.on_rates) if self.spiking else None
         right, count = 0, 0
         with _autocast(self.device, self.config.precision):
             for images, labels in self.images.validation():
@@ -588,6 +625,7 @@ class Trainer:
             "epoch": epoch,
             "seconds": round(self._seconds_so_far(), 3),
             "timesteps": self.network.timesteps if self.spiking else None,
+            **({"on_rates": int(self.on_rates)} if self.config.rate_epochs else {}),
             "score": score,
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -598,8 +636,7 @@ class Trainer:
         self.rows.append(row)
         self.folder.write_progress(self.rows)
         spikes = "" if row["spike_rate"] is None else f" spikes={row['spike_rate']:.3f}"
-        name = f"T={row['timesteps']}" if self.spiking else "ReLU"
-        self.note(f"{name} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
+        self.note(f"{self._label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
         for warning in [*odd_layers(rates), *exploded_thresholds(self.network)]:
             setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
             self.note(f"warning: {warning}; see {setting}, and --learning-rate")
@@ -633,7 +670,7 @@ class Trainer:
     def _require_number(self, loss: float) -> None:
         spoiled = spoiled_layer(self.network)
         if not math.isfinite(loss) or spoiled:
-            name = "learning_rate" if self.spiking else "ann_learning_rate"
+            name = "learning_rate" if self.on_spikes else "ann_learning_rate"
             where = f" and the {spoiled} no number any more" if spoiled else ""
             text = f"is too high: the loss is {loss}{where}; start again with a lower one"
             raise WorkError(name, self.highest_rate, text)
@@ -654,6 +691,7 @@ class Trainer:
             state = {
                 "pruning": self.pruning.state_dict(),
                 "spiking": self.spiking,
+                "on_rates": self.on_rates,
                 "images": {name: list(getattr(self.images, name)) for name in ("classes", "mean", "std")},
                 "batches": self.batches,
                 "best": self.best,
@@ -684,7 +722,7 @@ class Trainer:
             self.pruning = TemporalPruning.from_state_dict(state["pruning"])
             if state["spiking"] and not self.spiking:
                 self.network = build(self.config, self.images, spiking=True)
-            self.spiking = bool(state["spiking"])
+            self.spiking, self.on_rates = bool(state["spiking"]), bool(state.get("on_rates", False))
             self.network.set_timesteps(self.pruning.timesteps if self.spiking else 1)
             self._begin(self.network)
             own = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
