@@ -195,7 +195,9 @@ class LayeredNetwork(nn.Module):
             UserError: inputs are coded, neurons fire once, or spike times score: rates know no time.
         """
         if on and not self._plain():
-            raise UserError("rates", on, "need direct encoding, neurons that may fire again and kappa 0; see set_coding")
+            raise UserError(
+                "rates", on, "need direct encoding, neurons that may fire again and kappa 0; see set_coding"
+            )
         self.on_rates = on and self.spiking
 
     @property

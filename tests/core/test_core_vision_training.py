@@ -87,6 +87,15 @@ def with_muon(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
+@pytest.fixture(scope="module")
+def with_rates(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The same, on firing rates first."""
+    config = dataclasses.replace(SMALL, timesteps=4, prune_to=4, rate_epochs=2, epochs=1)
+    trainer = new_run(tmp_path_factory.mktemp("runs") / "rates", config)
+    trainer.run()
+    return trainer
+
+
 @pytest.mark.parametrize("trainer", ["whole", "with_muon"])
 def test_a_classifier_learns_and_keeps_what_it_can_at_every_t(trainer: str, request: pytest.FixtureRequest) -> None:
     whole: Trainer = request.getfixturevalue(trainer)
@@ -107,12 +116,16 @@ def test_a_classifier_learns_and_keeps_what_it_can_at_every_t(trainer: str, requ
 
 @pytest.mark.parametrize(
     ("unbroken", "stop_at"),
-    [*(("whole", update) for update in (5, 16, 20, 40, 70)), ("with_muon", 60), ("with_muon", 70)],
+    [
+        *(("whole", update) for update in (5, 16, 20, 40, 70)),
+        *(("with_muon", update) for update in (60, 70)),
+        *(("with_rates", update) for update in (16, 40, 64, 70)),
+    ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
     unbroken: str, request: pytest.FixtureRequest, tmp_path: Path, stop_at: int
 ) -> None:
-    """In the first epoch and at its end, later in the ReLU network, with spikes, and at the lower T."""
+    """In the first epoch and at its end, later in the ReLU network, on rates, with spikes, and at the lower T."""
     whole: Trainer = request.getfixturevalue(unbroken)
     trainer = new_run(tmp_path / "run", whole.config)
     updates = 0
@@ -131,12 +144,53 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     again = Trainer(load_config(trainer.folder.config), trainer.folder, dataset(), CPU)
     again.restore()
     again.run()
-    for kept in ("relu", "T2", "T1-end"):
+    names = sorted(folder.name for folder in whole.folder.checkpoints.iterdir())
+    assert names == sorted(folder.name for folder in again.folder.checkpoints.iterdir())
+    for kept in names:
         mine, theirs = (load_checkpoint(t.folder.checkpoints / kept).tensors for t in (whole, again))
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), kept
     scores = [[(row["score"], row["loss"]) for row in t.folder.read_progress()] for t in (whole, again)]
     assert scores[0] == scores[1]
+
+
+def test_rates_come_before_spikes(with_rates: Trainer) -> None:
+    rows = with_rates.folder.read_progress()
+    stages = [(row["timesteps"], row["on_rates"], row["epoch"]) for row in rows]
+    assert stages == [(None, 0, 1), (None, 0, 2), (4, 1, 1), (4, 1, 2), (4, 0, 1)]
+    assert all(0 < row["spike_rate_layer1"] < 1 for row in rows[2:])
+    names = {folder.name for folder in with_rates.folder.checkpoints.iterdir()}
+    assert names == {"relu", "relu-end", "rates", "rates-end", "T4", "T4-end"}
+    assert evaluate(with_rates.folder, with_rates.config, dataset(), 4, CPU)["top1"] > 85
+    assert with_rates.folder.checkpoint_timesteps() == [4, None], "rates are no network to use"
+
+
+def test_spikes_begin_where_rates_ended(with_rates: Trainer, tmp_path: Path) -> None:
+    """Batch norm's statistics are measured on spikes: before any update the network knows what it knew on rates."""
+    config = dataclasses.replace(with_rates.config, start_from=str(with_rates.folder.path))
+    trainer = new_run(tmp_path / "run", config)
+    assert trainer.stage == "rates"
+    update = trainer._update
+    found: list[float] = []
+
+    def watched(batch: Batch | None, generator: torch.Generator) -> torch.Tensor | None:
+        if trainer.on_spikes and not found:
+            images, labels = stripes(128, 3)
+            predicted = predict(trainer.network, images, (0.49,) * 3, (0.27,) * 3)
+            found.append(100 * float((predicted == labels).float().mean()))
+            on_rates = load_checkpoint(trainer.folder.checkpoints / "rates").tensors
+            own = trainer.network.state_dict()
+            changed = {name for name in own if not torch.equal(own[name], on_rates[name])}
+            assert changed
+            assert all("running" in name or "num_batches" in name for name in changed)
+            grown = [float((own[n] / on_rates[n]).median()) for n in own if n.endswith("running_var")]
+            assert grown[0] == pytest.approx(1, abs=0.2), "an image lasts"
+            assert grown[1] > 1.2, "single timesteps vary more than their mean"
+        return update(batch, generator)
+
+    trainer._update = watched  # type: ignore[method-assign]
+    trainer.run()
+    assert found[0] > 60, "chance is 33"
 
 
 def test_the_last_stage_may_be_longer(tmp_path: Path) -> None:
@@ -320,6 +374,13 @@ def test_every_recipe_can_be_built(recipe: str) -> None:
         ({"dropout": 1.0}, "dropout"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"prune_to": 6}, "prune_to"),
+        ({"rate_epochs": -1}, "rate_epochs"),
+        ({"rate_epochs": 1, "epochs": 0}, "epochs on spikes"),
+        ({"rate_epochs": 1, "timesteps": 1}, "at least 2 timesteps"),
+        ({"rate_epochs": 1, "encoding": "hybrid"}, "direct encoding"),
+        ({"rate_epochs": 1, "single_spike": True}, "single_spike"),
+        ({"rate_epochs": 1, "fold_first": True, "firing_rate": None}, "fold_first"),
+        ({"rate_epochs": 1, "batch_norm": False}, "batch_norm"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(change: dict[str, object], words: str) -> None:
