@@ -109,6 +109,8 @@ class TrainOptions(RunOptions, ClassifyConfig):
 class ConvertOptions(Where):
     """How to go on from the ReLU network."""
 
+    rate_epochs: int = 0
+    """Epochs on firing rates, before the first spiking stage."""
     epochs: int = 12
     """Epochs of the first spiking stage."""
     timesteps: int | None = None
@@ -235,7 +237,8 @@ def _convert(args: list[str]) -> dict[str, Any]:
     with _held(folder):
         trainer = _open(folder, options)
         timesteps = trainer.config.timesteps if options.timesteps is None else options.timesteps
-        trainer.convert(timesteps, timesteps if options.prune_to is None else options.prune_to, options.epochs)
+        prune_to = timesteps if options.prune_to is None else options.prune_to
+        trainer.convert(timesteps, prune_to, options.epochs, options.rate_epochs)
         save_config(folder.config, trainer.config, provenance())
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "convert", *args]), options)
 

@@ -211,7 +211,7 @@ def _about(one: DrawnRun) -> Row:
 def _evaluation(about: Row, row: Row) -> Row:
     """Return what the data say of one evaluation while a run learned."""
     at = "agent_steps" if "agent_steps" in row else "epoch"
-    known = {name: row[name] for name in ("on_rates", "ci95") if name in row}
+    known: Row = {name: row[name] for name in ("on_rates", "ci95") if name in row}
     return {**about, at: row.get(at), "timesteps": row["timesteps"], "score": row["score"], **known}
 
 

@@ -26,6 +26,7 @@ from spiking_rl.lowering import lower_timesteps
 from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
 from spiking_rl.neurons import LIF, LIFScan, LIFState, clamp_after_step, lif_scan, lif_scan_reference
 from spiking_rl.pruning import Done, Next, Stay, TemporalPruning
+from spiking_rl.rates import firing_rate
 from spiking_rl.surrogate import fire
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "convert_balanced",
     "energy_ratio",
     "fire",
+    "firing_rate",
     "fold_batch_norm",
     "keep_memory",
     "lif_scan",

@@ -307,7 +307,7 @@ class SpikeCounter:
 
     def __call__(self, layer: str, output: Tensor, potential: Tensor) -> None:
         """Count non-zero outputs of one layer."""
-        spikes = output.float().sum() if self._graded else torch.count_nonzero(output)
+        spikes = output.detach().float().sum() if self._graded else torch.count_nonzero(output)
         self._spikes[layer] = self._spikes.get(layer, 0.0) + float(spikes)
         self._places[layer] = self._places.get(layer, 0) + output.numel()
 

@@ -450,8 +450,14 @@ class Trainer:
         first, later = max(1, config.epochs), config.prune_epochs
         return TemporalPruning(config.timesteps, config.prune_to, first, later, last_budget=last)
 
-    def convert(self, timesteps: int, prune_to: int, epochs: int) -> None:
+    def convert(self, timesteps: int, prune_to: int, epochs: int, rate_epochs: int = 0) -> None:
         """Let a run that ended with its ReLU network go on with spikes.
+
+        Args:
+            timesteps: T of the first stage.
+            prune_to: of the last.
+            epochs: of the first stage, on spikes.
+            rate_epochs: on firing rates, before them.
 
         Raises:
             UserError: the run is not there, or beyond it, or a number is out of range.
@@ -462,7 +468,9 @@ class Trainer:
             raise UserError("run", str(self.folder.path), "has not finished its ReLU network; go on with --resume")
         if epochs < 1:
             raise UserError("epochs", epochs, "must be at least 1")
-        config = dataclasses.replace(self.config, timesteps=timesteps, prune_to=prune_to, epochs=epochs)
+        config = dataclasses.replace(
+            self.config, timesteps=timesteps, prune_to=prune_to, epochs=epochs, rate_epochs=rate_epochs
+        )
         config.check()
         self.config = config
         self.pruning = self._new_pruning()

@@ -183,6 +183,7 @@ def test_accuracies_are_drawn_as_such() -> None:
     low, high = axes.get_ylim()
     assert 80 < low < 87
     assert 90 < high <= 100
-    curve = accuracy_curve([progress(0, None, 80.0), progress(0, None, 81.0), progress(0, 2, 79.0)]).axes[0]
-    assert texts(curve) == ["ReLU", "T=2"]
-    assert curve.lines[0].get_ydata().tolist() == [80.0, 81.0, 79.0]  # type: ignore[union-attr]
+    rows = [progress(0, None, 80.0), progress(0, None, 81.0), {**progress(0, 2, 78.0), "on_rates": 1.0}]
+    curve = accuracy_curve([*rows, {**progress(0, 2, 79.0), "on_rates": 0.0}]).axes[0]
+    assert texts(curve) == ["ReLU", "rates", "T=2"]
+    assert curve.lines[0].get_ydata().tolist() == [80.0, 81.0, 78.0, 79.0]  # type: ignore[union-attr]

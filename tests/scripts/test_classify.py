@@ -149,8 +149,10 @@ def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path)
     flags = as_flags({**SMALL, "epochs": 0, "ann_epochs": 1})
     assert cli("classify", "train", "vgg6", "folder", "--data", data, *flags, "--run", run).returncode == 0
     assert cli("classify", "prune", run, *where).returncode == 2
-    spikes = ("--epochs", 1)  # T as the run was begun with, and no pruning
-    assert cli("classify", "convert", run, *where, *spikes).returncode == 0
+    spikes = ("--rate-epochs", 1, "--epochs", 1)  # T as the run was begun with, and no pruning
+    done = cli("classify", "convert", run, *where, *spikes)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if " epoch 1/1 " in line] == ["rates", "T=2"]
     done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, "--rescale-thresholds", True)
     assert done.returncode == 0, done.stderr
     assert load_config(run / "config.yaml").rescale_thresholds
