@@ -6,6 +6,8 @@ import csv
 import json
 import shlex
 import shutil
+import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,45 @@ def test_a_score_is_evaluated_again_and_its_predictions_checked(
     refused = cli("classify", "evaluate", path, "--data", data, "--dataset", "folder")
     assert refused.returncode == 2
     assert "claims" in refused.stderr
+
+
+def test_a_network_packed_small_is_one_to_start_from(
+    finished: tuple[Path, dict[str, object]], script: Cli, cli: Cli, data: Path, tmp_path: Path
+) -> None:
+    run, _ = finished
+    shrink = partial(script, "spiking_rl.scripts.shrink", run)
+    packed = tmp_path / "small.tar.xz"
+    done = shrink("--checkpoint", "T1", "--output", packed)
+    assert done.returncode == 0, done.stderr
+    own = run / "checkpoints" / "T1"
+    assert packed.stat().st_size < (own / "model.safetensors").stat().st_size / 3
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path, filter="data")
+    before, after = (load_checkpoint(folder) for folder in (own, tmp_path / "small" / "checkpoints" / "T1"))
+    assert before.tensors.keys() == after.tensors.keys()
+    for name, tensor in before.tensors.items():
+        if tensor.dim() not in (2, 4):
+            assert torch.equal(after.tensors[name], tensor), name
+            continue
+        rows = after.tensors[name].flatten(1)
+        assert max(len(row.unique()) for row in rows) <= (63 if tensor.dim() == 4 else 15)
+        error = (after.tensors[name] - tensor).square().mean() / tensor.square().mean()
+        assert error < (0.003 if tensor.dim() == 4 else 0.03), "Gaussian weights leave 0.001 and 0.013"
+    scored = cli("classify", "evaluate", tmp_path / "small", "--data", data, "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert [(row["timesteps"], row["top1"] > 90) for row in last_json(scored.stdout)["rows"]] == [(1, True)]  # type: ignore[attr-defined]
+
+    for flags, words in (
+        (("--output", packed), "is there already"),
+        (("--output", tmp_path / "a.zip"), ".tar.xz"),
+        (("--output", tmp_path / "nowhere" / "a.tar.xz"), "a folder that is not there"),
+        (("--output", tmp_path / "a.tar.xz", "--bits", 9), "bits = 9"),
+        (("--output", tmp_path / "a.tar.xz", "--checkpoint", "T7"), "T7"),
+    ):
+        refused = shrink(*flags)
+        assert refused.returncode == 2
+        assert words in refused.stderr
+    assert not list(tmp_path.glob("a.*"))
 
 
 def test_inspect_needs_no_images(finished: tuple[Path, dict[str, object]], cli: Cli, tmp_path: Path) -> None:
