@@ -24,12 +24,14 @@ class _FiringRate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         current, threshold = ctx.saved_tensors
-        beneath = (current > 0) & (current < threshold * (1 + 1 / ctx.timesteps))
-        of_current = grads[0] * beneath / threshold
+        grad = grads[0]
+        scaled = (current / threshold).to(grad.dtype)
+        # Nothing but where it is between the two bounds, in one pass.
+        within = torch.ops.aten.hardtanh_backward(grad, scaled, 0.0, 1 + 1 / ctx.timesteps)
         of_threshold = None
         if ctx.needs_input_grad[1]:
-            of_threshold = -(of_current * current / threshold).sum_to_size(threshold.shape)
-        return of_current.to(current.dtype), of_threshold, None
+            of_threshold = -((within * scaled).sum_to_size(threshold.shape) / threshold)
+        return (within / threshold).to(current.dtype), of_threshold, None
 
 
 def firing_rate(current: Tensor, threshold: Tensor, timesteps: int) -> Tensor:
