@@ -38,9 +38,6 @@ class MainSettings:
     """Seed of every random generator."""
     ann_epochs: int = 40
     """Epochs of the ReLU network that the spiking one starts from; 0: spikes from the start (with distill 0)."""
-    rate_epochs: int = 0
-    """Epochs on firing rates in one pass, before the first spiking stage, at the ReLU network's cost and with its
-    optimiser, learning rate and batches: they do for low T what many epochs on spikes would."""
     epochs: int = 15
     """Epochs of the first spiking stage; 0: stop after the ReLU network."""
     prune_epochs: int = 8
@@ -63,6 +60,9 @@ class ClassifyConfig(MainSettings):
     """Side in pixels to which images of imagenet or a folder are brought; 0: 224, and 32 for a folder."""
     workers: int = 2
     """Processes that decode the images of imagenet; 0: this one."""
+    rate_epochs: int = 0
+    """Epochs on firing rates, before the first spiking stage: one pass for all timesteps, at the ReLU network's cost and
+    with its optimiser, learning rate and batches."""
     last_epochs: int = 0
     """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     ann_optimizer: Optimizer = "sgd"
