@@ -61,8 +61,8 @@ class ClassifyConfig(MainSettings):
     workers: int = 2
     """Processes that decode the images of imagenet; 0: this one."""
     rate_epochs: int = 0
-    """Epochs on firing rates, before the first spiking stage: one pass for all timesteps, at the ReLU network's cost and
-    with its optimiser, learning rate and batches."""
+    """Epochs on firing rates, before the first spiking stage: one pass for all timesteps, at the ReLU network's cost
+    and with its optimiser, learning rate and batches."""
     last_epochs: int = 0
     """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     ann_optimizer: Optimizer = "sgd"
