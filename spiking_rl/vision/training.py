@@ -283,7 +283,9 @@ class Trainer:
 
     @property
     def _label(self) -> str:
-        return {"relu": "ReLU"}.get(self.stage, self.stage) if not self.on_spikes else f"T={self.pruning.timesteps}"
+        if self.on_spikes:
+            return f"T={self.pruning.timesteps}"
+        return "rates" if self.on_rates else "ReLU"
 
     @property
     def _stage_number(self) -> int:
@@ -422,20 +424,22 @@ class Trainer:
 
     def _convert(self) -> None:
         """Go on with spikes, from the ReLU network's best weights."""
-        folder = self.folder.checkpoints / "relu"
-        self.team.told(None)  # the first process has written it
-        load_into(self.network, load_checkpoint(folder).tensors, folder)
+        self._load_best("relu")
         inputs = self._some_inputs()
         self.spiking, self.best = True, None
         self.on_rates = self.config.rate_epochs > 0
         self._begin(convert(self.network, self.config, self.images, inputs))
         self.team.alike(self.network)
 
-    def _leave_rates(self) -> None:
-        """Go on with spikes, from the best weights on rates."""
-        folder = self.folder.checkpoints / "rates"
+    def _load_best(self, name: str) -> None:
+        """Take the weights of a stage's best checkpoint into the network."""
+        folder = self.folder.checkpoints / name
         self.team.told(None)  # the first process has written it
         load_into(self.network, load_checkpoint(folder).tensors, folder)
+
+    def _leave_rates(self) -> None:
+        """Go on with spikes, from the best weights on rates."""
+        self._load_best("rates")
         inputs = self._some_inputs()
         self.on_rates = False
         self._begin(self.network)
@@ -504,9 +508,7 @@ class Trainer:
 
     def _next(self, decision: Next) -> None:
         """Begin a stage from the best checkpoint of the one above."""
-        folder = self.folder.checkpoints / decision.checkpoint
-        self.team.told(None)  # the first process has written it
-        load_into(self.network, load_checkpoint(folder).tensors, folder)
+        self._load_best(decision.checkpoint)
         if self.config.rescale_thresholds:
             lower_timesteps(self.network, decision.timesteps, self._some_inputs())
             self.team.alike(self.network)
