@@ -16,6 +16,7 @@ from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore
 _RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
 """Firing rates that a conversion tries."""
 _LEAST_GAIN = 0.01  # of a membrane that hardly leaks
+_OF_POSSIBLE = 0.75  # of the spikes that the lowest threshold would give: the most to ask for
 _HALVINGS = 24  # halves the bracket to 1e-7 of its width, below float32 resolution
 
 
@@ -40,7 +41,8 @@ def calibrate_thresholds(
         starts: bool ``(L, B)``, true where a decision opens an episode.
 
     Returns:
-        The rate reached, per layer: lower than asked where a layer's current is rarely positive.
+        The rate reached, per layer. Where a layer's current is rarely positive it is lower than asked: at most
+        three quarters of the spikes that the lowest threshold would give.
 
     Raises:
         UserError: rate outside (0, 1), fewer than 2 inputs, or inputs that are not finite.
@@ -195,9 +197,16 @@ def _calibrate(
     reached = []
 
     def balance(_: int, neuron: LIF, current: Tensor) -> None:
-        def too_low(threshold: float) -> bool:
+        def fires(threshold: float) -> float:
             neuron.threshold.fill_(max(threshold, MIN_THRESHOLD))
-            return float(fire(neuron, current, neuron.threshold, opens, network.single_spike).mean()) > rate
+            return float(fire(neuron, current, neuron.threshold, opens, network.single_spike).mean())
+
+        # Where few currents are ever positive, a higher rate would leave the threshold at its floor, far below all of
+        # them: whatever fires would then always fire, and no surrogate gradient would pass.
+        wanted = min(rate, _OF_POSSIBLE * fires(MIN_THRESHOLD))
+
+        def too_low(threshold: float) -> bool:
+            return fires(threshold) > wanted
 
         highest = max(MIN_THRESHOLD, float(current.clamp(min=0).sum(0).max())) + MIN_THRESHOLD
         neuron.threshold.fill_(max(bisect(too_low, 0.0, highest, _HALVINGS), MIN_THRESHOLD))

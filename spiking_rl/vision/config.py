@@ -238,7 +238,7 @@ class ClassifyConfig(MainSettings):
     def unusual(self) -> list[str]:
         """Return a line of warning for each learning rate of another optimiser, and each setting that means nothing."""
         rates = []
-        if self.trains_ann:
+        if self.trains_ann or self.rate_epochs:
             rates.append(("ann_learning_rate", self.ann_optimizer, self.ann_learning_rate))
         if self.epochs:
             rates.append(("learning_rate", self.optimizer, self.learning_rate))

@@ -60,6 +60,21 @@ def test_a_layer_that_cannot_fire_says_so() -> None:
     assert reached[0] == 0.0
 
 
+@pytest.mark.parametrize("timesteps", [1, 5])
+def test_where_few_currents_are_positive_the_threshold_is_among_them(timesteps: int) -> None:
+    network = network_of(timesteps, layer_norm=False)
+    inputs = torch.randn(500, 4)
+    with torch.no_grad():
+        network.maps[0].bias.copy_(-torch.quantile(network.maps[0](inputs), 0.95, dim=0))
+    rare = network.maps[0](inputs).relu().detach()
+    positive = float((rare > 0).float().mean())
+    assert positive < 0.1
+    reached = calibrate_thresholds(network, inputs, 0.2)[0]
+    # A quarter of the spikes that they could give are not given: a surrogate gradient has both sides to see.
+    assert reached == pytest.approx(0.75 * positive, rel=0.05)
+    assert float(thresholds(network)[0]) > 0.1 * float(rare[rare > 0].mean())
+
+
 @pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, float("nan")])
 def test_an_impossible_rate_is_refused(rate: float) -> None:
     network = network_of(2)

@@ -428,6 +428,8 @@ def test_an_arithmetic_that_is_emulated_is_told_of(
             ["ann_learning_rate is 0.05; for adam", "learning_rate is 0.001"],
         ),
         ({"optimizer": "muon", "epochs": 0}, []),
+        ({"ann_optimizer": "muon", "ann_epochs": 0}, []),
+        ({"ann_optimizer": "adam", "ann_epochs": 0, "rate_epochs": 1}, ["ann_learning_rate is 0.05; for adam"]),
         *(
             ({"dataset": "imagenet", name: value}, ["mean nothing"])
             for name, value in (("crop", 0), ("cutout", 8), ("flip", False))

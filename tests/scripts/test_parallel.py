@@ -169,3 +169,16 @@ def test_images_from_disk_are_shared_out(quickly: Quickly, data: Path, tmp_path:
     codes, errors = quickly(command(folder, tmp_path / "odd", dataset="imagenet", **{**changes, "batch_size": 15}))
     assert codes == [2, 2]
     assert errors.count("must be a multiple of the 2 processes") == 1
+
+
+def test_rates_come_before_spikes_in_both(quickly: Quickly, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = {"ann_epochs": 1, "rate_epochs": 3, "epochs": 3, "prune_to": 2}
+    words = [word for word in command(data, run, **changes) if word != "--no-batch-norm"]
+    codes, errors = quickly([*words, "--hours", "1e-9"])
+    assert codes == [0, 0], errors
+    assert quickly([*words, "--resume"])[0] == [0, 0]
+    rows = RunFolder(run).read_progress()
+    assert [(row["timesteps"], row["on_rates"]) for row in rows] == [(None, 0), *[(2, 1)] * 3, *[(2, 0)] * 3]
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert min(row["top1"] for row in rows if row["timesteps"]) > 90
