@@ -30,7 +30,7 @@ from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.stopping import Interrupted, stopping_on_signals
-from spiking_rl.tracking import exploded_thresholds, layer_columns
+from spiking_rl.tracking import layer_columns, odd_thresholds
 
 
 class _StageOver(Exception):
@@ -296,7 +296,7 @@ class TrainingSession:
                 logger.record(f"leak/layer{i + 1}", neuron.leak.detach().mean().item())
         logger.record("train/timesteps_T", row["timesteps"] or 1)
         logger.dump(row["agent_steps"])
-        for warning in [*odd_layers(rates), *exploded_thresholds(self.model.policy.q_net.network)]:
+        for warning in [*odd_layers(rates), *odd_thresholds(self.model.policy.q_net.network)]:
             layer = warning.split()[0]
             if layer not in self.warned:
                 self.warned.append(layer)

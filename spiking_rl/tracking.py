@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import torch
 
 from spiking_rl.networks import LayeredNetwork
-from spiking_rl.neurons import LIF
+from spiking_rl.neurons import LIF, MIN_THRESHOLD
+
+_NEAR = 1.001  # of the floor, in float32
 
 
 def layer_columns(network: LayeredNetwork, rates: Mapping[str, float] | None) -> dict[str, float]:
@@ -48,11 +50,13 @@ def spoiled_layer(network: LayeredNetwork) -> str | None:
     return f"{inner[-1]} of {layer}"
 
 
-def exploded_thresholds(network: LayeredNetwork, most: float = 1e3) -> list[str]:
-    """Return a warning for each layer whose mean threshold is far above any current."""
+def odd_thresholds(network: LayeredNetwork, most: float = 1e3) -> list[str]:
+    """Return a warning for each layer whose mean threshold is far above any current, or at its floor below all."""
     found = []
     for name, neuron in zip(network.layer_names, network.neurons, strict=True):
-        threshold = neuron.threshold.detach().mean().item() if isinstance(neuron, LIF) else 0.0
+        threshold = neuron.threshold.detach().mean().item() if isinstance(neuron, LIF) else 1.0
         if threshold > most:
             found.append(f"{name}'s threshold has exploded ({threshold:.3g})")
+        elif threshold < MIN_THRESHOLD * _NEAR:
+            found.append(f"{name}'s threshold is at its floor, {MIN_THRESHOLD:g}: all that is positive fires")
     return found

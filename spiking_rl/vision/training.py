@@ -45,7 +45,7 @@ from spiking_rl.state import (
     verify,
 )
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
-from spiking_rl.tracking import exploded_thresholds, layer_columns, spoiled_layer
+from spiking_rl.tracking import layer_columns, odd_thresholds, spoiled_layer
 from spiking_rl.vision.building import (
     build,
     convert,
@@ -227,6 +227,7 @@ class Trainer:
         self.optimizer = self._optimiser()
         clamp_after_step(self.optimizer, network)
         self.batches = 0
+        self._warn(odd_thresholds(self.network))
 
     def _optimiser(self) -> torch.optim.Optimizer:
         """Return a fresh optimiser of the stage's network, and note its highest learning rate."""
@@ -647,9 +648,7 @@ class Trainer:
         self.folder.write_progress(self.rows)
         spikes = "" if row["spike_rate"] is None else f" spikes={row['spike_rate']:.3f}"
         self.note(f"{self._label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
-        for warning in [*odd_layers(rates), *exploded_thresholds(self.network)]:
-            setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
-            self.note(f"warning: {warning}; see {setting}, and --learning-rate")
+        self._warn([*odd_layers(rates), *odd_thresholds(self.network)])
         step = len(self.rows)
         scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
         scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
@@ -659,6 +658,11 @@ class Trainer:
                 scalars[f"leak/layer{i + 1}"] = float(neuron.leak.detach().mean())
         for tag, value in scalars.items():
             self.board.add_scalar(tag, value, step)
+
+    def _warn(self, warnings: list[str]) -> None:
+        setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
+        for warning in warnings:
+            self.note(f"warning: {warning}; see {setting}, and --learning-rate")
 
     def _seconds_so_far(self) -> float:
         return self.seconds + time.monotonic() - self._started

@@ -83,6 +83,19 @@ def test_a_layer_that_fell_silent_is_told_by_name(tmp_path: Path) -> None:
     assert any("layer1's threshold has exploded" in line for line in said)
 
 
+@pytest.mark.parametrize(("percentile", "told"), [(1.0, True), (99.0, False)])
+def test_a_threshold_at_its_floor_is_told_before_training(
+    whole: Path, tmp_path: Path, percentile: float, told: bool
+) -> None:
+    # The first percentile of a current is far below zero, where no threshold can be.
+    config = replace(SMALL, start_from=str(whole), firing_rate=None, percentile=percentile)
+    said: list[str] = []
+    Trainer(config, RunFolder(tmp_path / "run"), dataset(), CPU, note=said.append)
+    warnings = [line for line in said if "layer1's threshold is at its floor, 0.001" in line]
+    assert bool(warnings) is told
+    assert all("--percentile" in line for line in warnings)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits file sizes through POSIX")
 @pytest.mark.parametrize("room", [0, 20_000])
 def test_a_disk_that_is_full_in_the_middle_of_a_save(whole: Path, tmp_path: Path, room: int) -> None:
