@@ -14,7 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.deployed import DeployedAgent
 from spiking_rl.agents.policies import SpikingQNetwork, q_network
-from spiking_rl.energy import SpikeCounter, energy_ratio, macs_per_layer, normalisation_macs, spikes_per_input
+from spiking_rl.energy import SpikeCounter, measured_energy
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 from spiking_rl.networks import Observer
@@ -141,13 +141,7 @@ def evaluate(
             mean_return=float(np.mean(returns)),
             ci95=1.96 * float(np.std(returns, ddof=1)) / math.sqrt(episodes) if episodes > 1 else 0.0,
             spike_rate=rates,
-            energy_ratio=energy_ratio(
-                macs_per_layer(q_net.network),
-                spikes_per_input(q_net.network, rates) if rates else None,
-                used,
-                normalisation_macs(q_net.network),
-                coded=counter.coded_input(q_net.network),
-            ),
+            energy_ratio=measured_energy(q_net.network, counter, used).ratio,
             decision_ms=decision_latency_ms(model) if measure_latency else None,
             deployed_ms=_deployed_ms(model) if measure_latency and exit_margin is None else None,
             distinct_episodes=distinct,

@@ -272,6 +272,7 @@ class TrainingSession:
             "loss": model.last_loss,
             **memory_columns(self.model.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
+            "energy_ratio": result.energy_ratio,
             **layers,
         }
         self.rows.append(row)
@@ -288,6 +289,7 @@ class TrainingSession:
         self.progress.evaluated(row)
         logger = self.model.logger
         logger.record("eval/mean_return", row["score"])
+        logger.record("eval/energy_ratio", row["energy_ratio"])
         for layer, rate in rates.items():
             logger.record(f"spikes/{layer}", rate)
         for i, neuron in enumerate(self.model.policy.q_net.network.neurons):

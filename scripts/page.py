@@ -282,6 +282,7 @@ def _energy(facts: Facts) -> str:
     names = {
         "energy_ratio": ("energy ANN / SNN", 2),
         "energy_ratio_int32": ("the same, 32-bit integers", 2),
+        "energy_ratio_of_rates": ("as the papers count, without pools", 2),
         "accumulates_per_mac": ("additions per MAC", 3),
         "membrane_traffic": ("membrane reads and writes", 0),
         latency: ("ms per image" if facts.classifies else "ms per decision", 3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,7 @@ from torch import Tensor
 
 from spiking_rl.checkpoint import WEIGHTS, load_checkpoint, read_json
 from spiking_rl.deploy import deploy
-from spiking_rl.energy import (
-    INT32,
-    SpikeCounter,
-    energy_ratio,
-    macs_per_layer,
-    membrane_traffic,
-    normalisation_macs,
-    spikes_per_input,
-)
+from spiking_rl.energy import SpikeCounter, macs_per_layer, measured_energy, membrane_traffic
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.networks import LayeredNetwork
@@ -51,10 +43,11 @@ def evaluate(
 
     Returns:
         ``dataset, network, timesteps, images, top1, spike_rate, energy_ratio, energy_ratio_int32,
-        accumulates_per_mac, membrane_traffic, image_ms, deployed_ms, sha256, predicted``: accuracy in percent;
-        spikes per neuron and timestep by layer (None for a ReLU network); energy with both sets of constants;
-        additions per multiply-accumulate of the ReLU network behind the first layer, over all timesteps; reads and
-        writes of membranes per image; the median time of one image alone, and on the deployed network
+        energy_ratio_of_rates, macs, accumulates_per_mac, membrane_traffic, image_ms, deployed_ms, sha256, weights,
+        predicted``: accuracy in percent; spikes per neuron and timestep by layer (None for a ReLU network); energy with
+        both sets of constants, and as the papers count (:class:`spiking_rl.energy.Energy`); additions per
+        multiply-accumulate of the ReLU network behind the first layer, over all timesteps; reads and writes of
+        membranes per image; the median time of one image alone, and on the deployed network
         (:func:`spiking_rl.deploy.deploy`; None where there can be none); the checkpoint's weights by their hash; and
         the class of every test image in its order.
 
@@ -67,9 +60,7 @@ def evaluate(
     parts = (predict(network, part, images.mean, images.std, counter) for part, _ in images.test())
     found = torch.cat(list(parts))
     rates = counter.rates if network.spiking else None
-    macs, norms = macs_per_layer(network), normalisation_macs(network)
-    spikes = spikes_per_input(network, rates) if rates else None
-    coded = counter.coded_input(network)
+    energy = measured_energy(network, counter)
     return {
         "dataset": config.dataset,
         "network": config.network,
@@ -78,10 +69,11 @@ def evaluate(
         "images": len(found),
         "top1": 100 * float((found == images.test_labels).float().mean()),
         "spike_rate": rates,
-        "energy_ratio": energy_ratio(macs, spikes, network.timesteps, norms, coded=coded),
-        "energy_ratio_int32": energy_ratio(macs, spikes, network.timesteps, norms, INT32, coded),
-        "macs": sum(macs),
-        "accumulates_per_mac": None if spikes is None else _weighted(spikes, macs[1:]) * network.timesteps,
+        "energy_ratio": energy.ratio,
+        "energy_ratio_int32": energy.ratio_int32,
+        "energy_ratio_of_rates": energy.ratio_of_rates,
+        "macs": sum(macs_per_layer(network)),
+        "accumulates_per_mac": energy.accumulates_per_mac,
         "membrane_traffic": membrane_traffic(network),
         "image_ms": _image_ms(network, images),
         "deployed_ms": _deployed_ms(network, images),
@@ -110,14 +102,13 @@ def evaluate_exit(network: LayeredNetwork, images: Images, margin: float) -> dic
     finally:
         network.set_exit_margin(before)
     used = counter.timesteps(network, len(found))
-    macs, spikes = macs_per_layer(network), spikes_per_input(network, counter.rates)
-    norms, coded = normalisation_macs(network), counter.coded_input(network)
+    energy = measured_energy(network, counter, used)
     return {
         "margin": margin,
         "mean_timesteps": used,
         "top1": 100 * float((found == images.test_labels).float().mean()),
-        "energy_ratio": energy_ratio(macs, spikes, used, norms, coded=coded),
-        "energy_ratio_int32": energy_ratio(macs, spikes, used, norms, INT32, coded),
+        "energy_ratio": energy.ratio,
+        "energy_ratio_int32": energy.ratio_int32,
     }
 
 
@@ -128,10 +119,6 @@ def typical_gap(network: LayeredNetwork, images: Images) -> float:
     inputs = normalise(some[:_GAPS].to(next(network.parameters()).device), images.mean, images.std)
     best = network.eval()(inputs.unsqueeze(0))[0][0].topk(2, dim=1).values
     return float((best[:, 0] - best[:, 1]).median())
-
-
-def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
 def _image_ms(network: LayeredNetwork, images: Images) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from spiking_rl.arithmetic import slow_arithmetic
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into, read_json, save_checkpoint
-from spiking_rl.energy import SpikeCost, SpikeCounter, odd_layers
+from spiking_rl.energy import SpikeCost, SpikeCounter, measured_energy, odd_layers
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
@@ -380,12 +380,12 @@ class Trainer:
             raise WorkError("batch_size", self.batch_size, f"leaves no update in an epoch: {remedy}")
         self.batches = ending  # workers may leave out a batch
         self.team.average_statistics(self.network)
-        score, rates = self._score() if self.team.leads else (None, {})
+        score, counter = self._score() if self.team.leads else (None, None)
         score = self.team.told(score)
         mean_loss = float(self.loss_sum) / max(1, trained)
         self.loss_sum = torch.zeros_like(self.loss_sum)
         self._require_number(mean_loss)
-        self._write(epoch + 1, score, mean_loss, rates)
+        self._write(epoch + 1, score, mean_loss, counter)
         if self.on_spikes:
             self._report(score, epoch + 1)
         else:
@@ -592,8 +592,8 @@ class Trainer:
         self._agreed = bool(said[1] > 0), bool(said[2] > 0)
         return not said[0] > 0
 
-    def _score(self) -> tuple[float, dict[str, float]]:
-        """Return the accuracy on the validation images in percent, and the spike rates on some of them.
+    def _score(self) -> tuple[float, SpikeCounter | None]:
+        """Return the accuracy on the validation images in percent, and the spikes of some of them.
 
         In the arithmetic of training, as it only selects; watched neurons take their time, so a tenth is.
         """
@@ -607,8 +607,7 @@ class Trainer:
                         found = predict(self.network, images[part], self.mean, self.std, observer)
                         right += int((found == labels[part].cpu()).sum())
                 count += len(labels)
-        score = 100 * right / count
-        return score, {} if counter is None else counter.rates
+        return 100 * right / count, counter
 
     # -- what is kept ----------------------------------------------------------------------------
 
@@ -629,9 +628,11 @@ class Trainer:
         }
         save_checkpoint(self.folder.checkpoints / name, self.network.state_dict(), about)
 
-    def _write(self, epoch: int, score: float, loss: float, rates: dict[str, float]) -> None:
+    def _write(self, epoch: int, score: float, loss: float, counter: SpikeCounter | None) -> None:
         if self.board is None:  # another process writes
             return
+        rates = {} if counter is None else counter.rates
+        energy = None if counter is None else measured_energy(self.network, counter)
         row = {
             "epoch": epoch,
             "seconds": round(self._seconds_so_far(), 3),
@@ -642,15 +643,19 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **memory_columns(self.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
+            "energy_ratio": None if energy is None else energy.ratio,
+            "accumulates_per_mac": None if energy is None else energy.accumulates_per_mac,
             **layer_columns(self.network, rates),
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)
-        spikes = "" if row["spike_rate"] is None else f" spikes={row['spike_rate']:.3f}"
+        spikes = "" if energy is None else f"  spikes={row['spike_rate']:.3f}  energy={energy.ratio:.1f}x less"
         self.note(f"{self._label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
         self._warn([*odd_layers(rates), *odd_thresholds(self.network)])
         step = len(self.rows)
         scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
+        if energy is not None:
+            scalars["val/energy_ratio"] = energy.ratio
         scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
         for i, neuron in enumerate(self.network.neurons):
             if isinstance(neuron, LIF):

@@ -20,7 +20,7 @@ from spiking_rl import (
     spikes_per_input,
 )
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.energy import SpikeCost, accumulate_weights, energy_pj, odd_layers
+from spiking_rl.energy import Energy, SpikeCost, accumulate_weights, energy_pj, measured_energy, odd_layers
 
 
 @pytest.mark.parametrize("neuron", ["lif", "relu"])
@@ -154,6 +154,29 @@ def test_accumulates_are_the_spikes_that_arrive() -> None:
     per_input = spikes_per_input(maps_only, counter.rates)[0]
     assert per_input * macs_per_layer(maps_only)[1] * 4 * 6 == pytest.approx(total)
     assert total > 0
+
+
+def test_the_energy_of_counted_spikes_worked_by_hand() -> None:
+    torch.manual_seed(0)
+    network, counter, inputs = residual(), SpikeCounter(), torch.randn(20, 1, 4, 4)
+    calibrate_thresholds(network, inputs, 0.3)
+    network(inputs.unsqueeze(0), observer=counter)
+    r1, r2, r3, r4, r5 = (counter.rates[name] for name in network.layer_names)
+    assert min(r1, r2, r3, r4, r5) > 0
+    # The operations of the test above; three timesteps.
+    added = 3 * (144 * 4 * r1 + 144 * r2 + 32 * r1 + 32 * r3 + 64 * r4 + 32 * r3 + 12 * 4 * r5)
+    papers = 3 * (144 * r1 + 144 * r2 + 32 * r3 + 96 * r4 + 12 * r5)  # blind to pools and shortcuts
+    ann = 460 * 4.6
+    found = measured_energy(network, counter)
+    assert found.ratio == pytest.approx(ann / (32 * 4.6 + added * 0.9))
+    assert found.ratio_int32 == pytest.approx(460 * 3.2 / (32 * 3.2 + added * 0.1))
+    assert found.accumulates_per_mac == pytest.approx(added / 428)
+    assert found.ratio_of_rates == pytest.approx(ann / (32 * 4.6 + papers * 0.9))
+    early = measured_energy(network, counter, 1.5)
+    assert early.accumulates_per_mac == pytest.approx(added / 428 / 2)
+    assert early.ratio == pytest.approx(ann / (32 * 4.6 + added / 2 * 0.9))
+    relu = build_network("mlp", (4,), 2, neuron="relu")
+    assert measured_energy(relu, SpikeCounter()) == Energy(1.0, 1.0, None, 1.0)
 
 
 def test_integers_and_floats() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from spiking_rl import UserError, arithmetic, load_checkpoint, save_checkpoint
 from spiking_rl.conversion import calibrate_spike_time
-from spiking_rl.energy import macs_per_layer
+from spiking_rl.energy import accumulate_weights, macs_per_layer
 from spiking_rl.errors import WorkError
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
@@ -721,8 +721,30 @@ def test_a_score_comes_with_its_cost(whole: Trainer) -> None:
             spikes = row["accumulates_per_mac"] * sum(later)
             assert row[name] == pytest.approx((first + sum(later)) * mac / (first * mac + spikes * accumulate))
         assert row["macs"] == first + sum(later)
+        # These pools are averages: their additions, up to four times as many, are not in the papers' count.
+        assert row["energy_ratio"] < row["energy_ratio_of_rates"] < 4 * row["energy_ratio"]
     assert 0 < one["image_ms"] < 1000
     assert 0 < one["deployed_ms"] < 1000
+
+
+def test_the_cost_of_every_epoch_is_kept_and_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, rate_epochs=1, epochs=1))
+    trainer.note = told.append
+    trainer.run()
+    relu, *spiking = trainer.folder.read_progress()
+    assert relu["energy_ratio"] is None is relu["accumulates_per_mac"]
+    assert [row["timesteps"] for row in spiking] == [2, 2, 1], "on rates, on spikes, pruned"
+    for row in spiking:
+        network = build(trainer.config, dataset(), spiking=True)
+        network.set_timesteps(row["timesteps"])
+        first, *later = macs_per_layer(network)
+        weights = accumulate_weights(network)
+        added = row["timesteps"] * sum(weight * row[f"spike_rate_{name}"] for name, weight in weights.items())
+        assert row["accumulates_per_mac"] == pytest.approx(added)
+        energy = first * 4.6 + added * sum(later) * 0.9
+        assert row["energy_ratio"] == pytest.approx((first + sum(later)) * 4.6 / energy)
+        assert any(f"energy={row['energy_ratio']:.1f}x less" in line for line in told)
 
 
 def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -408,6 +408,7 @@ def test_a_classifier_is_reported_on_one_page(
     for row in json.loads((run / "results.json").read_text())["rows"]:
         assert f"<td>{row['top1']:.2f}</td>" in text
         assert f"<td>{row['energy_ratio_int32']:.2f}</td>" in text
+        assert f"<td>{row['energy_ratio_of_rates']:.2f}</td>" in text
     assert "Mean threshold of each layer" in text
 
 

@@ -73,9 +73,14 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
     assert [row["timesteps"] for row in results["rows"]] == [3, 2]
     assert set(results) == {"command", "commit", "date", "machine", "train_seconds", "peak_rss_mb", "rows"}
     assert printed["rows"] == results["rows"]
-    stages = [row["timesteps"] for row in RunFolder(run).read_progress()]
+    progress = RunFolder(run).read_progress()
+    stages = [row["timesteps"] for row in progress]
     assert stages == sorted(stages, reverse=True)
     assert set(stages) == {3, 2}
+    # Fewer spikes, less energy: of two evaluations at the same T the one with both layers quieter takes less.
+    pairs = [(a, b) for a in progress for b in progress if a["timesteps"] == b["timesteps"]]
+    quieter = [(a, b) for a, b in pairs if all(a[f"spike_rate_layer{i}"] < b[f"spike_rate_layer{i}"] for i in (1, 2))]
+    assert all(a["energy_ratio"] > b["energy_ratio"] > 1 for a, b in quieter)
 
 
 def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
