@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import provenance
 from spiking_rl.pruning import TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
-from spiking_rl.settings import settings_from_dict
+from spiking_rl.settings import provenance_of_changes, settings_from_dict
 from spiking_rl.stopping import check_hours
+
+CHANGEABLE = ("agent_steps", "prune_steps", "last_steps", "report_episodes", "video_episodes", "threads")
+"""Settings of a run under way that may change: how long stages train, what its end shows, and threads."""
 
 
 def start_run(
@@ -162,6 +165,37 @@ def extend_run(
     session.config.prune_to = to
     session.save()  # first the state, then the settings: a run killed between them goes on as extended
     save_config(folder.config, session.config, provenance())
+
+
+def change_run(session: TrainingSession, changes: Mapping[str, Any]) -> None:
+    """Change settings of a run under way; ``session.run()`` then goes on with them.
+
+    Learning rate and exploration go on from where a stage of the new length has them.
+
+    Args:
+        session: of the run.
+        changes: new values by setting, of :data:`CHANGEABLE`.
+
+    Raises:
+        UserError: naming the setting: its stage is over or has taken as many steps, or a number is out of range.
+    """
+    folder, before = session.folder, session.config
+    if session.pruning.finished:
+        raise UserError("run", str(folder.path), "has finished training; lower its T with prune")
+    config = replace_settings(before, dict(changes))
+    config.check()
+    spent = 0 if session.ann is not None else session.model.num_timesteps - session.model.stage_start
+    names = {"first_budget": "agent_steps", "stage_budget": "prune_steps", "last_budget": "last_steps"}
+    try:
+        session.pruning.change_budgets(spent, config.agent_steps, config.prune_steps, config.last_steps or None)
+    except UserError as error:
+        raise error.renamed(names) from None
+    session.config = config
+    if has_training_state(folder.resume):
+        session.save()  # first the state, then the settings: killed between them, the run takes the change again
+    when = f"at T={session.pruning.timesteps} after {session.agent_steps} agent steps"
+    made = provenance() | provenance_of_changes(folder.config, changes, before, when)
+    save_config(folder.config, config, made)
 
 
 def train(

@@ -17,7 +17,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import first_argument, parse, parse_settings, refuse_changes
+from spiking_rl.scripts.options import changes_of, first_argument, parse, parse_settings
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
@@ -25,7 +25,7 @@ from spiking_rl.vision.data import StreamedDataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Images
 from spiking_rl.vision.parallel import join, leave
-from spiking_rl.vision.training import Trainer
+from spiking_rl.vision.training import LENGTHS, Trainer
 
 USAGE = """usage: spiking-rl classify COMMAND ...
 
@@ -92,7 +92,7 @@ class RunOptions(Where):
     run: Path | None = None
     """Run folder; default runs/NETWORK-DATASET-seedN."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Go on with the run in that folder; epochs, threads and save_every may be others from there."""
 
 
 @dataclass(kw_only=True)
@@ -224,9 +224,13 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
 
 def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
-    refuse_changes(folder, load_config(folder.config), asked, args, ("network", "dataset"))
+    free = (*LENGTHS, "threads", "save_every")
+    changes = changes_of(folder, load_config(folder.config), asked, args, ("network", "dataset"), free)
     with _held(folder):
-        return _finish(_open(folder, where), command, where)
+        trainer = _open(folder, where)
+        if changes:
+            trainer.change(changes)
+        return _finish(trainer, command, where)
 
 
 def _convert(args: list[str]) -> dict[str, Any]:

@@ -66,8 +66,10 @@ def _first_sentence(box: str) -> str:
     return words[0].rstrip(".") if words else "cannot be understood"
 
 
-def refuse_changes(folder: RunFolder, saved: Any, asked: Any, args: list[str], always: Sequence[str]) -> None:
-    """A resumed run keeps its settings: refuse a flag that says otherwise.
+def changes_of(
+    folder: RunFolder, saved: Any, asked: Any, args: list[str], always: Sequence[str], free: Sequence[str]
+) -> dict[str, Any]:
+    """Return which settings a resumed run is to change; it keeps most: refuse a flag that says otherwise.
 
     Args:
         folder: of the run.
@@ -75,17 +77,24 @@ def refuse_changes(folder: RunFolder, saved: Any, asked: Any, args: list[str], a
         asked: the settings of the same kind that the command line comes to.
         args: of the command line: what stands there counts.
         always: names of settings that count wherever they stand.
+        free: those that may change.
 
     Raises:
         UserError: naming the setting.
     """
+    found = {}
     flags = {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
     given = {flag.removeprefix("no-").replace("-", "_") for flag in flags}
     for field in dataclasses.fields(asked):
         value, own = getattr(asked, field.name), getattr(saved, field.name)
-        if field.name in given.union(always) and value != own:
+        if field.name not in given.union(always) or value == own:
+            continue
+        if field.name in free:
+            found[field.name] = value
+        else:
             remedy = "keep to that to go on with it, or start another run"
             raise UserError(field.name, value, f"the run in {folder.path} was started with {own!r}; {remedy}")
+    return found
 
 
 def script(main: Callable[[], None]) -> None:

@@ -115,7 +115,9 @@ def _summary(facts: Facts) -> str:
     versions = made.pop("versions", None)
     if isinstance(versions, dict):
         made["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    names = {"train_seconds": "training, seconds", "peak_rss_mb": "peak memory, MB"}
+    if isinstance(made.get("changes"), list):
+        made["changes"] = "; ".join(map(str, made["changes"]))
+    names = {"changes": "changed as it went on", "train_seconds": "training, seconds", "peak_rss_mb": "peak memory, MB"}
     missing = "".join(f"<li>{escape(text)}</li>" for text in facts.missing)
     notice = f'<div class="notice"><strong>Not here yet</strong><ul>{missing}</ul></div>' if missing else ""
     body = [(names.get(key, key), str(value)) for key, value in made.items() if value is not None]

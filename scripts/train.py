@@ -20,13 +20,13 @@ from spiking_rl.agents.filming import film
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.agents.report import evaluate_run, format_table
 from spiking_rl.agents.session import TrainingSession
-from spiking_rl.agents.training import resume_run, start_run
+from spiking_rl.agents.training import CHANGEABLE, change_run, resume_run, start_run
 from spiking_rl.arithmetic import slow_arithmetic
 from spiking_rl.errors import UserError
 from spiking_rl.provenance import peak_rss_mb
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import first_argument, parse_settings, refuse_changes
+from spiking_rl.scripts.options import changes_of, first_argument, parse_settings
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted
 
@@ -46,7 +46,7 @@ class RunOptions:
     run: Path | None = None
     """Run folder; default runs/NAME-seedN."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Go on with the run in that folder; agent steps of its stages may be others from there."""
     hours: float | None = None
     """Save and stop after so many hours."""
     device: str = "auto"
@@ -92,9 +92,12 @@ def run(args: list[str]) -> dict[str, Any]:
         if type(saved) is not type(config):
             remedy = f"the run in {folder.path} uses {saved.algo}; leave --algo out or match it"
             raise UserError("algo", config.algo, remedy)
-        refuse_changes(folder, saved, config, rest, ("env",))
+        changes = changes_of(folder, saved, config, rest, ("env",), CHANGEABLE)
         with folder.locked():
-            return finish(resume_run(folder, **where, named=config.env), _command(args))
+            session = resume_run(folder, **where, named=config.env)
+            if changes:
+                change_run(session, changes)
+            return finish(session, _command(args))
     session = start_run(config, folder, **where)
     with folder.locked():
         return finish(session, _command(args))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _LONGEST_VALUE, _LONGEST_PROBLEM = 300, 1200  # characters: what a stranger put into a file must not fill the screen
 
 
@@ -23,6 +25,10 @@ class UserError(ValueError):
         super().__init__(
             f"{field} = {_shortened(repr(value), _LONGEST_VALUE)}: {_shortened(problem, _LONGEST_PROBLEM)}"
         )
+
+    def renamed(self, names: Mapping[str, str]) -> UserError:
+        """Return the same error of the field as its caller calls it; ``names`` has those that are called otherwise."""
+        return type(self)(names.get(self.field, self.field), self.value, self.problem)
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str]]:
         """Let it travel between processes, as from a worker that reads data."""

@@ -193,6 +193,47 @@ class TemporalPruning:
         self.stages.append(StageRecord(stage.timesteps - 1))
         return Next(self.timesteps, checkpoint, improved)
 
+    def change_budgets(
+        self, spent: float, first_budget: float, stage_budget: float, last_budget: float | None = None
+    ) -> None:
+        """Give the stage under way and those to come other budgets than they began with.
+
+        Args:
+            spent: what the current stage has spent so far; 0 where it has not begun.
+            first_budget: as for the constructor; of a first stage that is over it can only be what it was.
+            stage_budget: likewise.
+            last_budget: likewise.
+
+        Raises:
+            UserError: naming the budget: its stage is over or has spent as much, or it is not positive and finite.
+            RuntimeError: pruning is finished.
+        """
+        if self.finished:
+            raise RuntimeError("pruning is finished; call extend(stop) to lower T further")
+        budgets = {"first_budget": first_budget, "stage_budget": stage_budget, "last_budget": last_budget}
+        for field, value in budgets.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(field, value, "must be positive and finite")
+        if len(self.stages) > 1 and first_budget != self.first_budget:
+            raise UserError(
+                "first_budget", first_budget, f"the stage at T={self.start} is over; keep {self.first_budget}"
+            )
+        before = self.first_budget, self.stage_budget, self.last_budget
+        self.first_budget, self.stage_budget, self.last_budget = first_budget, stage_budget, last_budget
+        if self.budget <= spent:
+            own, too_little = self._budget_field, self.budget
+            self.first_budget, self.stage_budget, self.last_budget = before
+            raise UserError(
+                own, too_little, f"the stage at T={self.timesteps} has spent {spent:.6g} already; choose more"
+            )
+
+    @property
+    def _budget_field(self) -> str:
+        """Name of the budget that the current stage has."""
+        if len(self.stages) == 1:
+            return "first_budget"
+        return "last_budget" if self.timesteps == self.stop and self.last_budget is not None else "stage_budget"
+
     def extend(self, stop: int, stage_budget: float | None = None) -> Next:
         """Continue a finished pruning downwards to ``stop``.
 

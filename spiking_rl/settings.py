@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -125,6 +126,25 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("run", str(path.parent), f"holds no readable config.yaml ({error})") from None
     return read_yaml(text, str(path))
+
+
+def provenance_of_changes(path: Path, changes: Mapping[str, Any], saved: Any, when: str) -> dict[str, Any]:
+    """Return what a run's provenance has to say of settings that are changed as it goes on.
+
+    Args:
+        path: of its config.yaml, as it is: the changes made before are kept.
+        changes: new values by setting.
+        saved: the settings as they were.
+        when: how far the run is.
+
+    Returns:
+        ``{"changes": [...]}``, a line of text for each.
+    """
+    past = read_settings(path).get("provenance")
+    told = past.get("changes") if isinstance(past, dict) else None
+    kept = [line for line in told if isinstance(line, str)] if isinstance(told, list) else []
+    new = [f"{name}: {getattr(saved, name)} to {value}, {when}" for name, value in changes.items()]
+    return {"changes": [*kept, *new]}
 
 
 def load_settings(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from spiking_rl.folding import fold_batch_norm
 from spiking_rl.lowering import lower_timesteps, measuring_norms
 from spiking_rl.networks import LayeredNetwork, evaluating
 from spiking_rl.neurons import LIF, clamp_after_step
-from spiking_rl.provenance import memory_columns
+from spiking_rl.provenance import memory_columns, provenance
 from spiking_rl.pruning import MAX_TIMESTEPS, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
+from spiking_rl.settings import provenance_of_changes
 from spiking_rl.state import (
     REMEDY,
     generators,
@@ -55,7 +56,7 @@ from spiking_rl.vision.building import (
     require_same_images,
     set_thresholds,
 )
-from spiking_rl.vision.config import ClassifyConfig
+from spiking_rl.vision.config import ClassifyConfig, save_config
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
 from spiking_rl.vision.muon import Muon
@@ -66,6 +67,8 @@ _PIXELS = _EVALUATED * 5 * 32 * 32  # of all its images and timesteps: of large 
 _WATCHED = 4  # images, at least, of each batch that is scored: their spikes are counted
 _BALANCED = 512  # that set the thresholds: the papers' number; for firing rates as many as four passes take
 _ALONE = Team()
+LENGTHS = ("ann_epochs", "rate_epochs", "epochs", "prune_epochs", "last_epochs")
+"""Settings that say how long stages train: a run under way may be given others."""
 _MOST_EPOCHS = 2**20  # of a stage
 _WARM_UP = 0.25  # part of one cycle in which the learning rate rises
 _FIRST_RATE = 0.1  # of the highest learning rate, at the beginning of a cycle
@@ -481,6 +484,46 @@ class Trainer:
         self.pruning = self._new_pruning()
         self._convert()
         self.save()
+
+    def change(self, changes: Mapping[str, Any]) -> None:
+        """Change settings of a run under way: how long stages train, threads, and how often it is saved.
+
+        The learning rate goes on from where the cycle of the stage's new length has it.
+
+        Args:
+            changes: new values by setting, of :data:`LENGTHS`, ``threads`` and ``save_every``.
+
+        Raises:
+            UserError: naming the setting: its stage is over or has trained as long, or a number is out of range.
+        """
+        if self.finished:
+            raise UserError("run", str(self.folder.path), "has finished training; go on with classify convert or prune")
+        before = self.config
+        config = dataclasses.replace(before, **changes)
+        config.check()
+        for name, over in (("ann_epochs", self.spiking), ("rate_epochs", self.on_spikes)):
+            if over and name in changes:
+                raise UserError(name, changes[name], f"that stage is over, or never was; keep {getattr(before, name)}")
+        spent = self.batches / self.batches_per_epoch
+        when = f"{self._label} after {spent:.4g} of {self.epochs} epochs"
+        own = "rate_epochs" if self.on_rates else "ann_epochs"
+        if not self.on_spikes and getattr(config, own) <= spent:
+            raise UserError(own, getattr(config, own), f"{spent:.4g} epochs are trained already; choose more")
+        names = {"first_budget": "epochs", "stage_budget": "prune_epochs", "last_budget": "last_epochs"}
+        first = config.epochs if self.spiking else max(1, config.epochs)
+        try:
+            self.pruning.change_budgets(
+                spent if self.on_spikes else 0.0, first, config.prune_epochs, config.last_epochs or None
+            )
+        except UserError as error:
+            raise error.renamed(names) from None
+        self.config = config
+        if not self.team.leads:
+            return
+        if (self.folder.resume / "state.json").is_file():
+            self.save()  # first the state, then the settings: killed between them, the run takes the change again
+        path = self.folder.config
+        save_config(path, config, provenance() | provenance_of_changes(path, changes, before, when))
 
     def extend(self, to: int, epochs: int | None, rescale_thresholds: bool | None = None) -> None:
         """Lower T further in a finished run.

@@ -20,8 +20,9 @@ from spiking_rl.agents.building import build_model
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.resume import load_training_state, save_training_state
 from spiking_rl.agents.session import TrainingSession
-from spiking_rl.agents.training import replace_settings, resume_run, start_run
+from spiking_rl.agents.training import change_run, replace_settings, resume_run, start_run
 from spiking_rl.runs import RunFolder
+from spiking_rl.settings import read_settings
 from spiking_rl.stopping import Interrupted
 
 DQN = {"learning_starts": 512, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
@@ -194,6 +195,33 @@ def test_hours_stop_the_run_with_everything_saved(tmp_path: Path) -> None:
         session.run()
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert (tmp_path / "run" / "checkpoints" / "T2").is_dir()
+
+
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_a_run_under_way_may_get_other_lengths(tmp_path: Path, algo: str) -> None:
+    """Stages to come end as in a run that began so; the stage under way ends where it is told to now."""
+    begun = session_in(tmp_path / "whole", algo, prune_steps=1536)
+    begun.run()
+    session = session_in(tmp_path / "run", algo)
+    run_until(session, 600)
+    session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
+    change_run(session, {"prune_steps": 1536, "video_episodes": 1})
+    resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    told = read_settings(tmp_path / "run/config.yaml")["provenance"]["changes"]
+    assert [line.split(",")[0] for line in told] == ["prune_steps: 1024 to 1536", "video_episodes: 0 to 1"]
+
+    other = session_in(tmp_path / "longer", algo)
+    run_until(other, 600)
+    other = resume_run(RunFolder(tmp_path / "longer"), device="cpu")
+    with pytest.raises(UserError, match=r"agent_steps = \d+: the stage at T=3 has spent"):
+        change_run(other, {"agent_steps": other.model.num_timesteps - 1})
+    change_run(other, {"agent_steps": 3072})
+    other.run()
+    ends = {row["timesteps"]: row["agent_steps"] for row in other.rows}
+    assert (ends[3], ends[2]) == (3072, 3072 + 1024)
+    with pytest.raises(UserError, match="has finished training"):
+        change_run(other, {"agent_steps": 4096})
 
 
 @pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", "last_obs.npy", "replay/rewards.npy"])

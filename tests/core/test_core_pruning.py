@@ -222,3 +222,44 @@ def test_budgets_must_be_positive(field: str, budget: float) -> None:
     with pytest.raises(UserError, match="must be positive") as caught:
         TemporalPruning(5, 1, **budgets)
     assert caught.value.field == field
+
+
+def test_budgets_change_while_pruning_is_under_way() -> None:
+    pruning = TemporalPruning(3, 1, first_budget=7, stage_budget=2, last_budget=5)
+    pruning.report(0.0, 4)
+    pruning.change_budgets(4, 5, 3)
+    assert pruning.budget == 5
+    assert isinstance(pruning.report(0.0, 5), Next)
+    pruning.change_budgets(0, 5, 4, 6)
+    seen = []
+    while not pruning.finished:
+        seen.append((pruning.timesteps, pruning.budget))
+        pruning.report(0.0, pruning.budget)
+        pruning = TemporalPruning.from_state_dict(json.loads(json.dumps(pruning.state_dict())))
+    assert seen == [(2, 4), (1, 6)]
+    with pytest.raises(RuntimeError, match="finished"):
+        pruning.change_budgets(0, 5, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("stages", "budgets", "field", "words"),
+    [
+        (0, (4, 2, None), "first_budget", r"T=3 has spent 4 already"),
+        (0, (0, 2, None), "first_budget", "positive and finite"),
+        (0, (7, float("inf"), None), "stage_budget", "positive and finite"),
+        (0, (7, 2, NAN), "last_budget", "positive and finite"),
+        (1, (8, 2, None), "first_budget", r"T=3 is over; keep 7"),
+        (1, (7, 4, None), "stage_budget", r"T=2 has spent 4 already"),
+        (2, (7, 5, 3), "last_budget", r"T=1 has spent 4 already"),
+        (2, (7, 3, None), "stage_budget", r"T=1 has spent 4 already"),
+    ],
+)
+def test_budgets_that_cannot_be_change_nothing(stages: int, budgets: Any, field: str, words: str) -> None:
+    pruning = TemporalPruning(3, 1, first_budget=7, stage_budget=5)
+    for _ in range(stages):
+        pruning.report(0.0, 7)
+    before = pruning.state_dict()
+    with pytest.raises(UserError, match=words) as caught:
+        pruning.change_budgets(4, *budgets)
+    assert caught.value.field == field
+    assert pruning.state_dict() == before

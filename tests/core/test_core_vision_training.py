@@ -20,6 +20,7 @@ from spiking_rl.errors import WorkError
 from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
+from spiking_rl.settings import read_settings
 from spiking_rl.stopping import Interrupted
 from spiking_rl.vision import training
 from spiking_rl.vision.building import build
@@ -152,6 +153,90 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), kept
     scores = [[(row["score"], row["loss"]) for row in t.folder.read_progress()] for t in (whole, again)]
     assert scores[0] == scores[1]
+
+
+def stopped_after(path: Path, updates: int, config: ClassifyConfig = SMALL) -> Trainer:
+    """Return the trainer of a run that was asked to stop after so many updates, and is opened again."""
+    trainer = new_run(path, config)
+    update, made = trainer._update, 0
+
+    def counted(batch: Batch | None, generator: torch.Generator) -> torch.Tensor | None:
+        nonlocal made
+        loss = update(batch, generator)
+        made += loss is not None
+        trainer.stop_requested = made >= updates
+        return loss
+
+    trainer._update = counted  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        trainer.run()
+    return opened(trainer)
+
+
+def opened(trainer: Trainer) -> Trainer:
+    again = Trainer(load_config(trainer.folder.config), trainer.folder, dataset(), CPU)
+    again.restore()
+    return again
+
+
+def test_stages_to_come_may_get_other_lengths(tmp_path: Path) -> None:
+    """Changed in the ReLU stage, the run ends as one that began so."""
+    longer = {"epochs": 1, "prune_epochs": 2}
+    begun = new_run(tmp_path / "begun", dataclasses.replace(SMALL, **longer))
+    begun.run()
+    changed = stopped_after(tmp_path / "changed", 20)
+    changed.change(longer)
+    opened(changed).run()
+    for name in ("relu", "T2", "T1-end"):
+        mine, theirs = (load_checkpoint(t.folder.checkpoints / name).tensors for t in (begun, changed))
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    assert load_config(changed.folder.config) == begun.config
+
+
+def test_the_stage_under_way_may_become_shorter_or_longer(tmp_path: Path) -> None:
+    run = stopped_after(tmp_path / "run", 2 * 16 + 20)  # in the second epoch at T=2
+    run.change({"epochs": 4})
+    told = read_settings(run.folder.config)["provenance"]["changes"]
+    assert told == ["epochs: 2 to 4, T=2 after 1.25 of 2 epochs"]
+    again = opened(run)
+    again.change({"epochs": 3, "prune_epochs": 2, "threads": 1})
+    told = read_settings(run.folder.config)["provenance"]["changes"]
+    assert told[1:] == [f"{name}, T=2 after 1.25 of 4 epochs" for name in THREE]
+    last = opened(again)
+    last.run()
+    rows = last.folder.read_progress()
+    stages = [(row["timesteps"], row["epoch"]) for row in rows]
+    assert stages == [(None, 1), (None, 2), (2, 1), (2, 2), (2, 3), (1, 1), (1, 2)]
+    assert rows[3]["learning_rate"] == pytest.approx(SMALL.learning_rate * rate_factor(31 / 48, ())), "of three epochs"
+    with pytest.raises(UserError, match="has finished training"):
+        opened(last).change({"prune_epochs": 3})
+
+
+THREE = ("epochs: 4 to 3", "prune_epochs: 1 to 2", "threads: 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("updates", "changes", "words"),
+    [
+        (20, {"ann_epochs": 1}, r"ann_epochs = 1: 1\.25 epochs are trained"),
+        (20, {"epochs": -1}, r"epochs = -1: must be 0 or positive"),
+        (20, {"prune_epochs": 0}, r"prune_epochs = 0: must be at least 1"),
+        (70, {"ann_epochs": 3}, r"ann_epochs = 3: that stage is over, or never was; keep 2"),
+        (70, {"rate_epochs": 3}, r"rate_epochs = 3: that stage is over, or never was; keep 1"),
+        (70, {"epochs": 0}, r"rate_epochs = 1: needs epochs on spikes"),
+        (90, {"epochs": 1}, r"epochs = 1: the stage at T=2 has spent 2\.625 already"),
+        (40, {"rate_epochs": 0}, r"rate_epochs = 0: 0\.5 epochs are trained"),
+    ],
+)
+def test_a_length_that_cannot_be_changes_nothing(
+    tmp_path: Path, updates: int, changes: dict[str, int], words: str
+) -> None:
+    run = stopped_after(tmp_path / "run", updates, dataclasses.replace(SMALL, rate_epochs=1, epochs=3))
+    files = [run.folder.config, run.folder.resume / "state.json"]
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(UserError, match=words):
+        run.change(changes)
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_rates_come_before_spikes(with_rates: Trainer) -> None:

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import yaml
 from conftest import Cli, as_flags, copy_run, last_json, write_shades
 from test_report import needs_browser, on_a_phone
 
@@ -220,6 +221,11 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     changed = cli(*own, "--resume", "--weight-decay", 0.1)
     assert changed.returncode == 2
     assert "weight_decay = 0.1" in changed.stderr
+    changed = cli(*shlex.split(told), "--epochs", 3, "--save-every", 5.5, "--hours", 1e-9)
+    assert changed.returncode == 0, changed.stderr
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["epochs"], config["save_every"]) == (3, 5.5)
+    assert len(config["provenance"]["changes"]) == 2
     assert cli(*shlex.split(told)).returncode == 0, "the command that was told is one that works"
     assert (run / "results.json").is_file()
 

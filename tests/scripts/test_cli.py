@@ -412,6 +412,9 @@ def test_resume_refuses_other_settings(cli: Cli, small_run: Path) -> None:
     done = cli("train", "cartpole", "--run", small_run, "--resume", "--seed", 5)
     assert done.returncode == 2
     assert "seed = 5" in one_line(done.stderr)
+    done = cli("train", "cartpole", "--run", small_run, "--resume", "--prune-steps", 7)
+    assert done.returncode == 2
+    assert "has finished training" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle"])
