@@ -21,11 +21,12 @@ from spiking_rl.scripts.options import changes_of, first_argument, parse, parse_
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
+from spiking_rl.vision.continuing import CHANGEABLE, change_run, convert_run, extend_run
 from spiking_rl.vision.data import StreamedDataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Images
 from spiking_rl.vision.parallel import join, leave
-from spiking_rl.vision.training import LENGTHS, Trainer
+from spiking_rl.vision.training import Trainer
 
 USAGE = """usage: spiking-rl classify COMMAND ...
 
@@ -224,12 +225,11 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
 
 def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
-    free = (*LENGTHS, "threads", "save_every")
-    changes = changes_of(folder, load_config(folder.config), asked, args, ("network", "dataset"), free)
+    changes = changes_of(folder, load_config(folder.config), asked, args, ("network", "dataset"), CHANGEABLE)
     with _held(folder):
         trainer = _open(folder, where)
         if changes:
-            trainer.change(changes)
+            change_run(trainer, changes)
         return _finish(trainer, command, where)
 
 
@@ -242,7 +242,7 @@ def _convert(args: list[str]) -> dict[str, Any]:
         trainer = _open(folder, options)
         timesteps = trainer.config.timesteps if options.timesteps is None else options.timesteps
         prune_to = timesteps if options.prune_to is None else options.prune_to
-        trainer.convert(timesteps, prune_to, options.epochs, options.rate_epochs)
+        convert_run(trainer, timesteps, prune_to, options.epochs, options.rate_epochs)
         save_config(folder.config, trainer.config, provenance())
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "convert", *args]), options)
 
@@ -254,7 +254,7 @@ def _prune(args: list[str]) -> dict[str, Any]:
     folder.require()
     with _held(folder):
         trainer = _open(folder, options)
-        trainer.extend(options.to, options.epochs, options.rescale_thresholds)
+        extend_run(trainer, options.to, options.epochs, options.rescale_thresholds)
         save_config(folder.config, trainer.config, provenance())
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]), options)
 

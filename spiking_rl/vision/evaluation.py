@@ -23,7 +23,7 @@ from spiking_rl.vision.building import load_classifier
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Images
-from spiking_rl.vision.training import predict
+from spiking_rl.vision.predicting import predict
 
 _GAPS = 500  # images that say what a large gap is
 _TIMED, _WARM_UP = 50, 5  # images whose time is measured one by one, and as many before them

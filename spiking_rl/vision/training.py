@@ -6,12 +6,10 @@ between any two batches, bit for bit on the same machine.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,9 @@ from spiking_rl.folding import fold_batch_norm
 from spiking_rl.lowering import lower_timesteps, measuring_norms
 from spiking_rl.networks import LayeredNetwork, evaluating
 from spiking_rl.neurons import LIF, clamp_after_step
-from spiking_rl.provenance import memory_columns, provenance
+from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import MAX_TIMESTEPS, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder
-from spiking_rl.settings import provenance_of_changes
 from spiking_rl.state import (
     REMEDY,
     generators,
@@ -56,84 +53,17 @@ from spiking_rl.vision.building import (
     require_same_images,
     set_thresholds,
 )
-from spiking_rl.vision.config import ClassifyConfig, save_config
+from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
-from spiking_rl.vision.muon import Muon
+from spiking_rl.vision.optimising import autocast, optimiser_of, rate_factor
 from spiking_rl.vision.parallel import Team
+from spiking_rl.vision.predicting import PIXELS, predict
 
-_EVALUATED = 500  # images per forward pass, at most
-_PIXELS = _EVALUATED * 5 * 32 * 32  # of all its images and timesteps: of large images fewer fit into memory
 _WATCHED = 4  # images, at least, of each batch that is scored: their spikes are counted
 _BALANCED = 512  # that set the thresholds: the papers' number; for firing rates as many as four passes take
 _ALONE = Team()
-LENGTHS = ("ann_epochs", "rate_epochs", "epochs", "prune_epochs", "last_epochs")
-"""Settings that say how long stages train: a run under way may be given others."""
 _MOST_EPOCHS = 2**20  # of a stage
-_WARM_UP = 0.25  # part of one cycle in which the learning rate rises
-_FIRST_RATE = 0.1  # of the highest learning rate, at the beginning of a cycle
-
-
-def rate_factor(progress: float, milestones: tuple[float, ...]) -> float:
-    """Return what multiplies the learning rate after a part ``progress`` of a stage.
-
-    With milestones it is divided by 5 at each of them (the papers'); without, one cycle: a linear rise over
-    the first quarter, then half a cosine down to 0 (Smith, Topin 2018).
-    """
-    if milestones:
-        return 0.2 ** sum(progress >= part for part in milestones)
-    if progress < _WARM_UP:
-        return _FIRST_RATE + (1 - _FIRST_RATE) * progress / _WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
-
-
-def images_per_pass(network: LayeredNetwork, side: Sequence[int]) -> int:
-    """Return how many images to score at once: 500 of CIFAR's at five timesteps.
-
-    Args:
-        network: says how many timesteps.
-        side: height and width of an image, in pixels.
-    """
-    return max(1, min(_EVALUATED, _PIXELS // (network.timesteps * math.prod(side))))
-
-
-@torch.no_grad()
-def predict(
-    network: LayeredNetwork,
-    images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    observer: SpikeCounter | None = None,
-) -> Tensor:
-    """Return the class of each image, ``(N,)``.
-
-    Args:
-        network: put into evaluation mode.
-        images: uint8 ``(N, C, H, W)``.
-        mean: of the channels, on the scale 0 to 1.
-        std: likewise.
-        observer: counts spikes.
-    """
-    network.eval()
-    found = []
-    device = next(network.parameters()).device
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # a Poisson code is drawn: the same one whenever the same images are scored
-        for part in torch.split(images, images_per_pass(network, images.shape[2:])):
-            inputs = normalise(part.to(device), mean, std).unsqueeze(0)
-            logits, _ = network(inputs, observer=observer)
-            found.append(logits[0].argmax(1).cpu())
-    return torch.cat(found)
-
-
-def _halves(device: torch.device, precision: str) -> bool:
-    """Tell whether to train in bfloat16."""
-    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-
-
-def _autocast(device: torch.device, precision: str) -> Any:
-    """Return the context of a forward pass in training."""
-    return torch.autocast(device.type, torch.bfloat16) if _halves(device, precision) else nullcontext()
 
 
 class Trainer:
@@ -170,7 +100,7 @@ class Trainer:
         self.team = team
         self.shown = shown and team.leads
         self.note = note if note and team.leads else (lambda text: None)
-        self.pruning = self._new_pruning()
+        self.pruning = self.new_pruning()
         self.spiking = not config.trains_ann
         self.on_rates = self.spiking and config.rate_epochs > 0
         self.batches = 0  # of this stage
@@ -227,30 +157,10 @@ class Trainer:
                 neuron.leak.requires_grad_(config.train_leak)
         if network.spike_time is not None:
             network.spike_time.threshold.requires_grad_(config.train_threshold)
-        self.optimizer = self._optimiser()
+        self.optimizer, self.highest_rate = optimiser_of(network, config, self.device, spikes=self.on_spikes)
         clamp_after_step(self.optimizer, network)
         self.batches = 0
         self._warn(odd_thresholds(self.network))
-
-    def _optimiser(self) -> torch.optim.Optimizer:
-        """Return a fresh optimiser of the stage's network, and note its highest learning rate."""
-        config = self.config
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-        name, rate, decay = (
-            (config.optimizer, config.learning_rate, config.weight_decay)
-            if self.on_spikes
-            else (config.ann_optimizer, config.ann_learning_rate, config.ann_weight_decay)
-        )
-        self.highest_rate = rate
-        if name == "muon":
-            kernels, matrices = [p for p in decayed if p.dim() == 4], [p for p in decayed if p.dim() != 4]
-            arithmetic = torch.bfloat16 if _halves(self.device, config.precision) else torch.float32
-            return Muon(kernels, matrices, others, rate, decay, arithmetic)
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
-        if name == "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
-        return torch.optim.Adam(groups, lr=rate, amsgrad=True, fused=True)
 
     def _teacher(self) -> LayeredNetwork:
         """Return the trained ReLU network, this run's own or the one it started from."""
@@ -286,7 +196,8 @@ class Trainer:
         return self.pruning.checkpoint if self.spiking else "relu"
 
     @property
-    def _label(self) -> str:
+    def label(self) -> str:
+        """The stage in words: ``ReLU``, ``rates``, or ``T=5``."""
         if self.on_spikes:
             return f"T={self.pruning.timesteps}"
         return "rates" if self.on_rates else "ReLU"
@@ -359,7 +270,7 @@ class Trainer:
         first, trained = self.batches % self.batches_per_epoch, 0
         ending = (epoch + 1) * self.batches_per_epoch
         number = self._stage_number * _MOST_EPOCHS + epoch  # a stream draws another order from every number
-        name = self._label
+        name = self.label
         bar = tqdm(
             desc=f"{name} epoch {epoch + 1}/{self.epochs}",
             total=self.batches_per_epoch,
@@ -401,7 +312,7 @@ class Trainer:
                 if self.on_rates:
                     self._leave_rates()
                 elif self.config.epochs:
-                    self._convert()
+                    self.begin_spikes()
         self.save()
         if not self.finished:
             self._save_where_due()
@@ -424,9 +335,9 @@ class Trainer:
             return
         self._keep(f"{name}-end", score)
         if isinstance(decision, Next):
-            self._next(decision)
+            self.next_stage(decision)
 
-    def _convert(self) -> None:
+    def begin_spikes(self) -> None:
         """Go on with spikes, from the ReLU network's best weights."""
         self._load_best("relu")
         inputs = self._some_inputs()
@@ -452,105 +363,14 @@ class Trainer:
             self.network(inputs.unsqueeze(0))
         self.team.alike(self.network)
 
-    def _new_pruning(self) -> TemporalPruning:
+    def new_pruning(self) -> TemporalPruning:
+        """Return the spiking stages as the settings have them, none begun."""
         config = self.config
         last = config.last_epochs or None
         first, later = max(1, config.epochs), config.prune_epochs
         return TemporalPruning(config.timesteps, config.prune_to, first, later, last_budget=last)
 
-    def convert(self, timesteps: int, prune_to: int, epochs: int, rate_epochs: int = 0) -> None:
-        """Let a run that ended with its ReLU network go on with spikes.
-
-        Args:
-            timesteps: T of the first stage.
-            prune_to: of the last.
-            epochs: of the first stage, on spikes.
-            rate_epochs: on firing rates, before them.
-
-        Raises:
-            UserError: the run is not there, or beyond it, or a number is out of range.
-        """
-        if self.spiking:
-            raise UserError("run", str(self.folder.path), "has spikes already; lower its T with classify prune")
-        if not self.finished:
-            raise UserError("run", str(self.folder.path), "has not finished its ReLU network; go on with --resume")
-        if epochs < 1:
-            raise UserError("epochs", epochs, "must be at least 1")
-        config = dataclasses.replace(
-            self.config, timesteps=timesteps, prune_to=prune_to, epochs=epochs, rate_epochs=rate_epochs
-        )
-        config.check()
-        self.config = config
-        self.pruning = self._new_pruning()
-        self._convert()
-        self.save()
-
-    def change(self, changes: Mapping[str, Any]) -> None:
-        """Change settings of a run under way: how long stages train, threads, and how often it is saved.
-
-        The learning rate goes on from where the cycle of the stage's new length has it.
-
-        Args:
-            changes: new values by setting, of :data:`LENGTHS`, ``threads`` and ``save_every``.
-
-        Raises:
-            UserError: naming the setting: its stage is over or has trained as long, or a number is out of range.
-        """
-        if self.finished:
-            raise UserError("run", str(self.folder.path), "has finished training; go on with classify convert or prune")
-        before = self.config
-        config = dataclasses.replace(before, **changes)
-        config.check()
-        for name, over in (("ann_epochs", self.spiking), ("rate_epochs", self.on_spikes)):
-            if over and name in changes:
-                raise UserError(name, changes[name], f"that stage is over, or never was; keep {getattr(before, name)}")
-        spent = self.batches / self.batches_per_epoch
-        when = f"{self._label} after {spent:.4g} of {self.epochs} epochs"
-        own = "rate_epochs" if self.on_rates else "ann_epochs"
-        if not self.on_spikes and getattr(config, own) <= spent:
-            raise UserError(own, getattr(config, own), f"{spent:.4g} epochs are trained already; choose more")
-        names = {"first_budget": "epochs", "stage_budget": "prune_epochs", "last_budget": "last_epochs"}
-        first = config.epochs if self.spiking else max(1, config.epochs)
-        try:
-            self.pruning.change_budgets(
-                spent if self.on_spikes else 0.0, first, config.prune_epochs, config.last_epochs or None
-            )
-        except UserError as error:
-            raise error.renamed(names) from None
-        self.config = config
-        if not self.team.leads:
-            return
-        if (self.folder.resume / "state.json").is_file():
-            self.save()  # first the state, then the settings: killed between them, the run takes the change again
-        path = self.folder.config
-        save_config(path, config, provenance() | provenance_of_changes(path, changes, before, when))
-
-    def extend(self, to: int, epochs: int | None, rescale_thresholds: bool | None = None) -> None:
-        """Lower T further in a finished run.
-
-        Args:
-            to: timesteps to end with.
-            epochs: of each stage; None: as the run has it.
-            rescale_thresholds: change whether thresholds follow T; None: as the run has it.
-
-        Raises:
-            UserError: the run is not finished, has no spikes, or is at ``to`` already.
-        """
-        if not self.spiking:
-            raise UserError("run", str(self.folder.path), "holds a ReLU network alone; see classify convert")
-        if not self.finished:
-            raise UserError("run", str(self.folder.path), "has not finished training; continue it with train --resume")
-        if epochs is not None:
-            if epochs < 1:
-                raise UserError("epochs", epochs, "must be at least 1")
-            self.config.prune_epochs, self.config.last_epochs = epochs, 0
-        if rescale_thresholds is not None:
-            self.config.rescale_thresholds = rescale_thresholds
-        self._next(self.pruning.extend(to, epochs))
-        self.config.prune_to = to
-        self.save()
-
-    def _next(self, decision: Next) -> None:
+    def next_stage(self, decision: Next) -> None:
         """Begin a stage from the best checkpoint of the one above."""
         self._load_best(decision.checkpoint)
         if self.config.rescale_thresholds:
@@ -563,7 +383,7 @@ class Trainer:
         """Return the inputs on which thresholds are set."""
         count = _BALANCED
         if self.config.firing_rate is not None:  # currents of all timesteps are held; percentiles see one by one
-            count = min(count, 4 * _PIXELS // (self.config.timesteps * math.prod(self.images.input_shape[1:])))
+            count = min(count, 4 * PIXELS // (self.config.timesteps * math.prod(self.images.input_shape[1:])))
         return normalise(self.feed.some(max(2, count), self._generator(-1)), self.mean, self.std)
 
     def _generator(self, *path: int) -> torch.Generator:
@@ -595,7 +415,7 @@ class Trainer:
         for images, labels in batch.parts(config.accumulate, generator) if batch else ():
             if not len(labels):
                 continue  # of a small part not every process has a share
-            with _autocast(self.device, config.precision):
+            with autocast(self.device, config.precision):
                 logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0), observer=self.cost)
                 loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
                 if self.teacher is not None:
@@ -642,7 +462,7 @@ class Trainer:
         """
         counter = SpikeCounter(graded=self.on_rates) if self.spiking else None
         right, count = 0, 0
-        with _autocast(self.device, self.config.precision):
+        with autocast(self.device, self.config.precision):
             for images, labels in self.images.validation():
                 watched = max(_WATCHED, len(labels) // 10)
                 for observer, part in ((counter, slice(watched)), (None, slice(watched, None))):
@@ -693,7 +513,7 @@ class Trainer:
         self.rows.append(row)
         self.folder.write_progress(self.rows)
         spikes = "" if energy is None else f"  spikes={row['spike_rate']:.3f}  energy={energy.ratio:.1f}x less"
-        self.note(f"{self._label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
+        self.note(f"{self.label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
         self._warn([*odd_layers(rates), *odd_thresholds(self.network)])
         step = len(self.rows)
         scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}

@@ -22,13 +22,16 @@ from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
 from spiking_rl.settings import read_settings
 from spiking_rl.stopping import Interrupted
-from spiking_rl.vision import training
+from spiking_rl.vision import predicting
 from spiking_rl.vision.building import build
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
+from spiking_rl.vision.continuing import change_run, convert_run, extend_run
 from spiking_rl.vision.data import Dataset, normalise
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Batch
-from spiking_rl.vision.training import Trainer, images_per_pass, predict, rate_factor
+from spiking_rl.vision.optimising import rate_factor
+from spiking_rl.vision.predicting import images_per_pass, predict
+from spiking_rl.vision.training import Trainer
 
 SMALL = ClassifyConfig(
     network="vgg6",
@@ -185,7 +188,7 @@ def test_stages_to_come_may_get_other_lengths(tmp_path: Path) -> None:
     begun = new_run(tmp_path / "begun", dataclasses.replace(SMALL, **longer))
     begun.run()
     changed = stopped_after(tmp_path / "changed", 20)
-    changed.change(longer)
+    change_run(changed, longer)
     opened(changed).run()
     for name in ("relu", "T2", "T1-end"):
         mine, theirs = (load_checkpoint(t.folder.checkpoints / name).tensors for t in (begun, changed))
@@ -195,11 +198,11 @@ def test_stages_to_come_may_get_other_lengths(tmp_path: Path) -> None:
 
 def test_the_stage_under_way_may_become_shorter_or_longer(tmp_path: Path) -> None:
     run = stopped_after(tmp_path / "run", 2 * 16 + 20)  # in the second epoch at T=2
-    run.change({"epochs": 4})
+    change_run(run, {"epochs": 4})
     told = read_settings(run.folder.config)["provenance"]["changes"]
     assert told == ["epochs: 2 to 4, T=2 after 1.25 of 2 epochs"]
     again = opened(run)
-    again.change({"epochs": 3, "prune_epochs": 2, "threads": 1})
+    change_run(again, {"epochs": 3, "prune_epochs": 2, "threads": 1})
     told = read_settings(run.folder.config)["provenance"]["changes"]
     assert told[1:] == [f"{name}, T=2 after 1.25 of 4 epochs" for name in THREE]
     last = opened(again)
@@ -209,7 +212,7 @@ def test_the_stage_under_way_may_become_shorter_or_longer(tmp_path: Path) -> Non
     assert stages == [(None, 1), (None, 2), (2, 1), (2, 2), (2, 3), (1, 1), (1, 2)]
     assert rows[3]["learning_rate"] == pytest.approx(SMALL.learning_rate * rate_factor(31 / 48, ())), "of three epochs"
     with pytest.raises(UserError, match="has finished training"):
-        opened(last).change({"prune_epochs": 3})
+        change_run(opened(last), {"prune_epochs": 3})
 
 
 THREE = ("epochs: 4 to 3", "prune_epochs: 1 to 2", "threads: 0 to 1")
@@ -235,7 +238,7 @@ def test_a_length_that_cannot_be_changes_nothing(
     files = [run.folder.config, run.folder.resume / "state.json"]
     before = [path.read_bytes() for path in files]
     with pytest.raises(UserError, match=words):
-        run.change(changes)
+        change_run(run, changes)
     assert [path.read_bytes() for path in files] == before
 
 
@@ -288,13 +291,13 @@ def test_step_by_step_gives_what_one_command_gives(whole: Trainer, tmp_path: Pat
     trainer.run()
     assert trainer.folder.checkpoint_timesteps() == [None]
     with pytest.raises(UserError, match="see classify convert"):
-        trainer.extend(1, None)
-    trainer.convert(2, 2, SMALL.epochs)
+        extend_run(trainer, 1, None)
+    convert_run(trainer, 2, 2, SMALL.epochs)
     trainer.run()
     assert trainer.folder.checkpoint_timesteps() == [2, None]
     with pytest.raises(UserError, match="has spikes already"):
-        trainer.convert(2, 2, 1)
-    trainer.extend(1, None)
+        convert_run(trainer, 2, 2, 1)
+    extend_run(trainer, 1, None)
     trainer.run()
     tensors = [load_checkpoint(t.folder.checkpoint(1)).tensors for t in (whole, trainer)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
@@ -631,7 +634,7 @@ def test_of_large_images_fewer_are_scored_at_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         type(network), "forward", lambda self, x, **options: sizes.append(x.shape[1]) or whole(self, x, **options)
     )
-    monkeypatch.setattr(training, "_PIXELS", 5 * 32 * 32 * 50)
+    monkeypatch.setattr(predicting, "PIXELS", 5 * 32 * 32 * 50)
     found = predict(network, dataset().test_images, (0.49,) * 3, (0.27,) * 3)
     assert len(found) == 128
     assert sizes == [50, 50, 28]
@@ -860,7 +863,7 @@ def test_spikes_learn_from_the_relu_network_where_labels_say_nothing(whole: Trai
     if own:
         trainer = new_run(tmp_path / "run", dataclasses.replace(config, epochs=0))
         trainer.run()
-        trainer.convert(2, 2, 3)
+        convert_run(trainer, 2, 2, 3)
     else:
         trainer = new_run(tmp_path / "run", dataclasses.replace(config, start_from=str(whole.folder.path), epochs=3))
     images = trainer.images
