@@ -84,8 +84,7 @@ class TrainingSession:
         self.shown = progress
         self.stop_requested = False
         start, stop = (config.timesteps, config.prune_to) if config.neuron == "lif" else (1, 1)
-        budgets = config.agent_steps, config.prune_steps, config.goal
-        self.pruning = TemporalPruning(start, stop, *budgets, last_budget=config.last_steps or None)
+        self.pruning = TemporalPruning(start, stop, goal=config.goal, **self._budgets)
         self.rows: list[dict[str, Any]] = []
         self.next_eval = config.eval_every
         self.next_save = config.save_every
@@ -125,6 +124,8 @@ class TrainingSession:
         extra = load_training_state(self.folder.resume, self.model)
         try:
             self.pruning = TemporalPruning.from_state_dict(extra["pruning"])
+            if not self.pruning.finished:
+                self.pruning.set_budgets(**self._budgets)
             self.rows = list(extra["rows"])
             if not all(isinstance(row, dict) for row in self.rows):
                 raise TypeError("a row is no mapping")
@@ -193,6 +194,18 @@ class TrainingSession:
         if config.imitation and config.neuron == "lif" and self.model.teacher is None:
             agent = config.teacher or config.start_from or str(self.folder.checkpoints / "relu")
             imitate(self.model, agent, config.imitation)
+
+    @property
+    def _budgets(self) -> dict[str, Any]:
+        """Agent steps of the stages as :class:`spiking_rl.TemporalPruning` calls them."""
+        config = self.config
+        last = config.last_steps or None
+        return {"first_budget": config.agent_steps, "stage_budget": config.prune_steps, "last_budget": last}
+
+    def catch_up(self) -> None:
+        """Let learning rate and exploration be where the stage under way, of another length now, has them."""
+        end = self.model.stage_start + int(self.pruning.budget)
+        self.model._update_current_progress_remaining(self.model.num_timesteps, end)
 
     def _last_step(self) -> int:
         """Return the agent steps at which the last stage will end."""

@@ -25,7 +25,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import provenance
 from spiking_rl.pruning import TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
-from spiking_rl.settings import provenance_of_changes, settings_from_dict
+from spiking_rl.settings import changed_settings, continued, settings_from_dict
 from spiking_rl.stopping import check_hours
 
 CHANGEABLE = ("agent_steps", "prune_steps", "last_steps", "report_episodes", "video_episodes", "threads")
@@ -164,7 +164,7 @@ def extend_run(
     session.begin(session.pruning.extend(to, agent_steps))
     session.config.prune_to = to
     session.save()  # first the state, then the settings: a run killed between them goes on as extended
-    save_config(folder.config, session.config, provenance())
+    save_config(folder.config, session.config, continued(folder.config, session.config, "by prune"))
 
 
 def change_run(session: TrainingSession, changes: Mapping[str, Any]) -> None:
@@ -177,25 +177,31 @@ def change_run(session: TrainingSession, changes: Mapping[str, Any]) -> None:
         changes: new values by setting, of :data:`CHANGEABLE`.
 
     Raises:
-        UserError: naming the setting: its stage is over or has taken as many steps, or a number is out of range.
+        UserError: naming the setting: it cannot change, its stage is over or has taken as many steps, or a number is
+            out of range. Nothing has changed then.
     """
     folder, before = session.folder, session.config
-    if session.pruning.finished:
-        raise UserError("run", str(folder.path), "has finished training; lower its T with prune")
-    config = replace_settings(before, dict(changes))
+    config = changed_settings(before, changes, CHANGEABLE, str(folder.path))
     config.check()
-    spent = 0 if session.ann is not None else session.model.num_timesteps - session.model.stage_start
-    names = {"first_budget": "agent_steps", "stage_budget": "prune_steps", "last_budget": "last_steps"}
-    try:
-        session.pruning.change_budgets(spent, config.agent_steps, config.prune_steps, config.last_steps or None)
-    except UserError as error:
-        raise error.renamed(names) from None
-    session.config = config
-    if has_training_state(folder.resume):
-        session.save()  # first the state, then the settings: killed between them, the run takes the change again
-    when = f"at T={session.pruning.timesteps} after {session.agent_steps} agent steps"
-    made = provenance() | provenance_of_changes(folder.config, changes, before, when)
-    save_config(folder.config, config, made)
+    names = {"agent_steps": "first_budget", "prune_steps": "stage_budget", "last_steps": "last_budget"}
+    new = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(before, name)}
+    if new:
+        if session.pruning.finished:
+            remedy = "cannot change where training is finished; without it --resume scores the run, prune goes on"
+            raise UserError(next(iter(new)), next(iter(new.values())), remedy)
+        spent = 0 if session.ann is not None else session.model.num_timesteps - session.model.stage_start
+        budget = session.pruning.budget
+        try:
+            session.pruning.change_budgets(spent, {names[name]: value or None for name, value in new.items()})
+        except UserError as error:
+            raise error.renamed({field: name for name, field in names.items()}) from None
+        if session.pruning.budget != budget:
+            session.catch_up()
+    when = f"{session.checkpoint_name() if session.ann is None else 'relu'} after {session.agent_steps} agent steps"
+    session.config = config  # what is saved of the run takes its lengths from there
+    save_config(folder.config, config, continued(folder.config, config, when))
+    if session.ann is not None and config.threads != before.threads:
+        change_run(session.ann, {"threads": config.threads})
 
 
 def train(

@@ -148,9 +148,9 @@ def _prune(options: Options, seed: int, algo: str, run: Path, method: str) -> No
 
 
 def _train(options: Options, seed: int, algo: str, run: Path, extra: list[str]) -> None:
-    resume = ["--resume"] if (run / "config.yaml").is_file() else []
-    own = ["train", options.recipe, "--algo", algo, "--seed", str(seed), *extra, "--run", str(run), *resume]
-    _call(run, own)
+    own = ["train", options.recipe, "--algo", algo, "--seed", str(seed)]
+    # A run that was begun keeps the lengths it has: none is given anew.
+    _call(run, [*own, "--run", str(run), *(["--resume"] if (run / "config.yaml").is_file() else extra)])
 
 
 def _call(run: Path, arguments: list[str]) -> None:

@@ -336,8 +336,8 @@ class Energy(NamedTuple):
         accumulates_per_mac: additions behind the first layer over all timesteps, per multiply-accumulate of the
             ReLU network there; None for a ReLU network.
         ratio_of_rates: the first as the papers count: spikes per neuron of the layer before times the
-            multiply-accumulates, as if no pool or shortcut lay between. Behind an average pool that leaves out
-            three quarters of the additions; for comparison with published figures only.
+            multiply-accumulates, as if no pool or shortcut lay between. Behind an average pool of 2x2 that leaves
+            out three quarters of the additions; for comparison with published figures only.
     """
 
     ratio: float

@@ -12,6 +12,7 @@ Source: Chowdhury, Rathi, Roy, ECCV 2022.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -193,46 +194,52 @@ class TemporalPruning:
         self.stages.append(StageRecord(stage.timesteps - 1))
         return Next(self.timesteps, checkpoint, improved)
 
-    def change_budgets(
-        self, spent: float, first_budget: float, stage_budget: float, last_budget: float | None = None
-    ) -> None:
+    def change_budgets(self, spent: float, budgets: Mapping[str, float | None]) -> None:
         """Give the stage under way and those to come other budgets than they began with.
 
         Args:
             spent: what the current stage has spent so far; 0 where it has not begun.
-            first_budget: as for the constructor; of a first stage that is over it can only be what it was.
-            stage_budget: likewise.
-            last_budget: likewise.
+            budgets: new values of ``first_budget``, ``stage_budget`` and ``last_budget``, as for the constructor; the
+                others stay.
 
         Raises:
-            UserError: naming the budget: its stage is over or has spent as much, or it is not positive and finite.
+            UserError: naming the budget: no stage is left that has it, the stage under way has spent as much, or it is
+                not positive and finite.
             RuntimeError: pruning is finished.
         """
         if self.finished:
             raise RuntimeError("pruning is finished; call extend(stop) to lower T further")
-        budgets = {"first_budget": first_budget, "stage_budget": stage_budget, "last_budget": last_budget}
         for field, value in budgets.items():
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(field, value, "must be positive and finite")
-        if len(self.stages) > 1 and first_budget != self.first_budget:
-            raise UserError(
-                "first_budget", first_budget, f"the stage at T={self.start} is over; keep {self.first_budget}"
-            )
-        before = self.first_budget, self.stage_budget, self.last_budget
+        before = {field: getattr(self, field) for field in ("first_budget", "stage_budget", "last_budget")}
+        had = self._budgets_left
+        self.set_budgets(**{**before, **budgets})
+        have = self._budgets_left
+        idle = [field for field, value in budgets.items() if field not in (had if value is None else have)]
+        own, budget = self._field(self.timesteps), self.budget
+        if not idle and budget > spent:
+            return
+        self.set_budgets(**before)
+        if idle:
+            raise UserError(idle[0], budgets[idle[0]], f"no stage is left that it is for; keep {before[idle[0]]}")
+        told = f"{spent:.4g}" if spent % 1 else f"{spent:.0f}"
+        raise UserError(own, budget, f"the stage at T={self.timesteps} has spent {told} already; choose more")
+
+    def set_budgets(self, first_budget: float, stage_budget: float, last_budget: float | None) -> None:
+        """Set all three without a look at what is spent: where a saved pruning goes on with its caller's settings."""
         self.first_budget, self.stage_budget, self.last_budget = first_budget, stage_budget, last_budget
-        if self.budget <= spent:
-            own, too_little = self._budget_field, self.budget
-            self.first_budget, self.stage_budget, self.last_budget = before
-            raise UserError(
-                own, too_little, f"the stage at T={self.timesteps} has spent {spent:.6g} already; choose more"
-            )
 
     @property
-    def _budget_field(self) -> str:
-        """Name of the budget that the current stage has."""
-        if len(self.stages) == 1:
+    def _budgets_left(self) -> set[str]:
+        """Names of the budgets of the current stage and those to come."""
+        return {self._field(timesteps) for timesteps in range(self.stop, self.timesteps + 1)}
+
+    def _field(self, timesteps: int) -> str:
+        """Return the name of the budget that a stage has."""
+        if timesteps == self.start:
             return "first_budget"
-        return "last_budget" if self.timesteps == self.stop and self.last_budget is not None else "stage_budget"
+        return "last_budget" if timesteps == self.stop and self.last_budget is not None else "stage_budget"
 
     def extend(self, stop: int, stage_budget: float | None = None) -> Next:
         """Continue a finished pruning downwards to ``stop``.

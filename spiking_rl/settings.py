@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -16,6 +16,7 @@ import yaml
 
 from spiking_rl.errors import UserError
 from spiking_rl.files import read_bounded, write_atomically
+from spiking_rl.provenance import commit, today
 
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ def _read_recipes(package: str) -> dict[str, dict[str, Any]]:
 
 def save_settings(path: Path, values: dict[str, Any]) -> None:
     """Write settings as YAML, tuples as lists, in their order."""
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    plain = {name: _plain(value) for name, value in values.items()}
     write_atomically(path, yaml.safe_dump(plain, sort_keys=False))
 
 
@@ -128,23 +129,50 @@ def read_settings(path: Path) -> dict[str, Any]:
     return read_yaml(text, str(path))
 
 
-def provenance_of_changes(path: Path, changes: Mapping[str, Any], saved: Any, when: str) -> dict[str, Any]:
-    """Return what a run's provenance has to say of settings that are changed as it goes on.
+def changed_settings(settings: T, changes: Mapping[str, Any], allowed: Sequence[str], run: str) -> T:
+    """Return a run's settings with some changed, types checked.
 
     Args:
-        path: of its config.yaml, as it is: the changes made before are kept.
+        settings: a dataclass.
         changes: new values by setting.
-        saved: the settings as they were.
+        allowed: settings that may change.
+        run: named in the error.
+
+    Raises:
+        UserError: naming a setting that may not change, or is of another type.
+    """
+    for name, value in changes.items():
+        if name not in allowed:
+            raise UserError(name, value, f"cannot change in a run under way; {', '.join(allowed)} can")
+    values = {**dataclasses.asdict(settings), **changes}  # type: ignore[call-overload]
+    return settings_from_dict(type(settings), values, f"the changes of {run}")
+
+
+def continued(path: Path, settings: Any, when: str) -> dict[str, Any]:
+    """Return the provenance of a run that goes on with other settings: that of its start, and what has changed.
+
+    Args:
+        path: of its config.yaml, as it is.
+        settings: the new ones, a dataclass.
         when: how far the run is.
 
     Returns:
-        ``{"changes": [...]}``, a line of text for each.
+        As in the file, ``changes`` with a line more for each setting that is another: its values, how far the run was,
+        day and commit.
     """
-    past = read_settings(path).get("provenance")
-    told = past.get("changes") if isinstance(past, dict) else None
+    values = read_settings(path)
+    past = values.get("provenance")
+    made: dict[str, Any] = past if isinstance(past, dict) else {}
+    told = made.get("changes")
     kept = [line for line in told if isinstance(line, str)] if isinstance(told, list) else []
-    new = [f"{name}: {getattr(saved, name)} to {value}, {when}" for name, value in changes.items()]
-    return {"changes": [*kept, *new]}
+    new = {name: _plain(value) for name, value in dataclasses.asdict(settings).items()}
+    own = f"{today()}, commit {(commit() or 'unknown')[:10]}"
+    lines = [f"{n}: {values[n]} to {new[n]}, {when}; {own}" for n in new if n in values and values[n] != new[n]]
+    return {**made, "changes": [*kept, *lines]}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load_settings(path: Path) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from spiking_rl.errors import UserError
-from spiking_rl.provenance import provenance
-from spiking_rl.settings import provenance_of_changes
-from spiking_rl.vision.config import save_config
-from spiking_rl.vision.training import Trainer
+from spiking_rl.settings import changed_settings, continued
+from spiking_rl.vision.config import ClassifyConfig, save_config
+from spiking_rl.vision.training import Trainer, budgets_of
 
-CHANGEABLE = ("ann_epochs", "rate_epochs", "epochs", "prune_epochs", "last_epochs", "threads", "save_every")
+_LENGTHS = ("ann_epochs", "rate_epochs", "epochs", "prune_epochs", "last_epochs")
+CHANGEABLE = (*_LENGTHS, "threads", "save_every")
 """Settings of a run under way that may change: how long stages train, threads, and how often it is saved."""
 
 
@@ -55,36 +55,43 @@ def change_run(trainer: Trainer, changes: Mapping[str, Any]) -> None:
         changes: new values by setting, of :data:`CHANGEABLE`.
 
     Raises:
-        UserError: naming the setting: its stage is over or has trained as long, or a number is out of range.
+        UserError: naming the setting: it cannot change, its stage is over or has trained as long, or a number is out of
+            range. Nothing has changed then.
     """
-    if trainer.finished:
-        raise UserError("run", str(trainer.folder.path), "has finished training; go on with classify convert or prune")
     before = trainer.config
-    config = dataclasses.replace(before, **changes)
+    config = changed_settings(before, changes, CHANGEABLE, str(trainer.folder.path))
     config.check()
+    when = f"{trainer.label} after {trainer.batches / trainer.batches_per_epoch:.4g} of {trainer.epochs} epochs"
+    new = {name: getattr(config, name) for name in _LENGTHS if getattr(config, name) != getattr(before, name)}
+    if new:
+        _check_lengths(trainer, config, new)
+    trainer.config = config
+    if trainer.team.leads:  # what is saved of the run takes its lengths from there
+        save_config(trainer.folder.config, config, continued(trainer.folder.config, config, when))
+
+
+def _check_lengths(trainer: Trainer, config: ClassifyConfig, new: Mapping[str, int]) -> None:
+    """Refuse lengths that cannot be any more, or give the stages theirs."""
+    if trainer.finished:
+        remedy = "cannot change where training is finished; without it --resume scores the run, convert and prune go on"
+        raise UserError(next(iter(new)), next(iter(new.values())), remedy)
     for name, over in (("ann_epochs", trainer.spiking), ("rate_epochs", trainer.on_spikes)):
-        if over and name in changes:
-            raise UserError(name, changes[name], f"that stage is over, or never was; keep {getattr(before, name)}")
+        if over and name in new:
+            kept = getattr(trainer.config, name)
+            raise UserError(name, new[name], f"that stage is over, or never was; keep {kept}")
     spent = trainer.batches / trainer.batches_per_epoch
-    when = f"{trainer.label} after {spent:.4g} of {trainer.epochs} epochs"
     own = "rate_epochs" if trainer.on_rates else "ann_epochs"
     if not trainer.on_spikes and getattr(config, own) <= spent:
         raise UserError(own, getattr(config, own), f"{spent:.4g} epochs are trained already; choose more")
-    names = {"first_budget": "epochs", "stage_budget": "prune_epochs", "last_budget": "last_epochs"}
-    first = config.epochs if trainer.spiking else max(1, config.epochs)
+    if trainer.spiking and not config.epochs:
+        raise UserError("epochs", 0, "must be at least 1 where spikes train")
+    names = {"epochs": "first_budget", "prune_epochs": "stage_budget", "last_epochs": "last_budget"}
+    budgets = budgets_of(config)
+    asked = {names[name]: budgets[names[name]] for name in new if name in names}
     try:
-        trainer.pruning.change_budgets(
-            spent if trainer.on_spikes else 0.0, first, config.prune_epochs, config.last_epochs or None
-        )
+        trainer.pruning.change_budgets(spent if trainer.on_spikes else 0.0, asked)
     except UserError as error:
-        raise error.renamed(names) from None
-    trainer.config = config
-    if not trainer.team.leads:
-        return
-    if (trainer.folder.resume / "state.json").is_file():
-        trainer.save()  # first the state, then the settings: killed between them, the run takes the change again
-    path = trainer.folder.config
-    save_config(path, config, provenance() | provenance_of_changes(path, changes, before, when))
+        raise error.renamed({field: name for name, field in names.items()}) from None
 
 
 def extend_run(trainer: Trainer, to: int, epochs: int | None, rescale_thresholds: bool | None = None) -> None:

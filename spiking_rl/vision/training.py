@@ -66,6 +66,15 @@ _ALONE = Team()
 _MOST_EPOCHS = 2**20  # of a stage
 
 
+def budgets_of(config: ClassifyConfig) -> dict[str, Any]:
+    """Return the epochs of the spiking stages as :class:`spiking_rl.TemporalPruning` calls them."""
+    return {
+        "first_budget": max(1, config.epochs),
+        "stage_budget": config.prune_epochs,
+        "last_budget": config.last_epochs or None,
+    }
+
+
 class Trainer:
     """One classification run on disk, from its first batch or from where it was left.
 
@@ -365,10 +374,7 @@ class Trainer:
 
     def new_pruning(self) -> TemporalPruning:
         """Return the spiking stages as the settings have them, none begun."""
-        config = self.config
-        last = config.last_epochs or None
-        first, later = max(1, config.epochs), config.prune_epochs
-        return TemporalPruning(config.timesteps, config.prune_to, first, later, last_budget=last)
+        return TemporalPruning(self.config.timesteps, self.config.prune_to, **budgets_of(self.config))
 
     def next_stage(self, decision: Next) -> None:
         """Begin a stage from the best checkpoint of the one above."""
@@ -495,7 +501,7 @@ class Trainer:
         if self.board is None:  # another process writes
             return
         rates = {} if counter is None else counter.rates
-        energy = None if counter is None else measured_energy(self.network, counter)
+        energy = measured_energy(self.network, counter or SpikeCounter())
         row = {
             "epoch": epoch,
             "seconds": round(self._seconds_so_far(), 3),
@@ -506,19 +512,19 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **memory_columns(self.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
-            "energy_ratio": None if energy is None else energy.ratio,
-            "accumulates_per_mac": None if energy is None else energy.accumulates_per_mac,
+            "energy_ratio": energy.ratio,
+            "accumulates_per_mac": energy.accumulates_per_mac,
             **layer_columns(self.network, rates),
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)
-        spikes = "" if energy is None else f"  spikes={row['spike_rate']:.3f}  energy={energy.ratio:.1f}x less"
+        spikes = "" if counter is None else f"  spikes={row['spike_rate']:.3f}  energy={energy.ratio:.1f}x less"
         self.note(f"{self.label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
         self._warn([*odd_layers(rates), *odd_thresholds(self.network)])
         step = len(self.rows)
         scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
-        if energy is not None:
-            scalars["val/energy_ratio"] = energy.ratio
+        if energy.accumulates_per_mac is not None:
+            scalars |= {"val/energy_ratio": energy.ratio, "val/accumulates_per_mac": energy.accumulates_per_mac}
         scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
         for i, neuron in enumerate(self.network.neurons):
             if isinstance(neuron, LIF):
@@ -602,6 +608,8 @@ class Trainer:
             require_same_images(state.get("images") or {}, self.images, self.folder.path)
             tensors = read_tensors(folder / "tensors.safetensors")
             self.pruning = TemporalPruning.from_state_dict(state["pruning"])
+            if not self.pruning.finished:
+                self.pruning.set_budgets(**budgets_of(self.config))
             if state["spiking"] and not self.spiking:
                 self.network = build(self.config, self.images, spiking=True)
             self.spiking, self.on_rates = bool(state["spiking"]), bool(state.get("on_rates", False))

@@ -214,14 +214,34 @@ def test_a_run_under_way_may_get_other_lengths(tmp_path: Path, algo: str) -> Non
     other = session_in(tmp_path / "longer", algo)
     run_until(other, 600)
     other = resume_run(RunFolder(tmp_path / "longer"), device="cpu")
-    with pytest.raises(UserError, match=r"agent_steps = \d+: the stage at T=3 has spent"):
+    with pytest.raises(UserError, match=r"agent_steps = \d+: the stage at T=3 has spent \d+ already"):
         change_run(other, {"agent_steps": other.model.num_timesteps - 1})
     change_run(other, {"agent_steps": 3072})
+    assert other.model.exploration_progress() == pytest.approx(1 - other.model.num_timesteps / 3072)
     other.run()
     ends = {row["timesteps"]: row["agent_steps"] for row in other.rows}
     assert (ends[3], ends[2]) == (3072, 3072 + 1024)
-    with pytest.raises(UserError, match="has finished training"):
+    with pytest.raises(UserError, match="cannot change where training is finished"):
         change_run(other, {"agent_steps": 4096})
+    change_run(other, {"video_episodes": 2})
+    with pytest.raises(UserError, match=r"learning_rate = 0\.1: cannot change in a run under way"):
+        change_run(other, {"learning_rate": 0.1})
+
+
+def test_a_run_whose_relu_network_is_under_way_may_get_other_lengths(tmp_path: Path) -> None:
+    session = session_in(tmp_path / "run", "pqn", ann_steps=2048)
+    assert session.ann is not None
+    run_until(session.ann, 600)
+    session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
+    change_run(session, {"agent_steps": 3072, "threads": 2})
+    (first, _) = read_settings(tmp_path / "run/config.yaml")["provenance"]["changes"]
+    assert "agent_steps: 2048 to 3072, relu after " in first
+    session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
+    assert session.ann is not None
+    assert session.ann.config.threads == session.config.threads == 2
+    session.run()
+    ends = {row["timesteps"]: row["agent_steps"] for row in session.rows}
+    assert ends == {None: 2048, 3: 2048 + 3072, 2: 2048 + 3072 + 1024}
 
 
 @pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", "last_obs.npy", "replay/rewards.npy"])

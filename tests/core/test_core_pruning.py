@@ -227,10 +227,10 @@ def test_budgets_must_be_positive(field: str, budget: float) -> None:
 def test_budgets_change_while_pruning_is_under_way() -> None:
     pruning = TemporalPruning(3, 1, first_budget=7, stage_budget=2, last_budget=5)
     pruning.report(0.0, 4)
-    pruning.change_budgets(4, 5, 3)
+    pruning.change_budgets(4, {"first_budget": 5, "stage_budget": 3, "last_budget": None})
     assert pruning.budget == 5
     assert isinstance(pruning.report(0.0, 5), Next)
-    pruning.change_budgets(0, 5, 4, 6)
+    pruning.change_budgets(0, {"stage_budget": 4, "last_budget": 6})
     seen = []
     while not pruning.finished:
         seen.append((pruning.timesteps, pruning.budget))
@@ -238,28 +238,44 @@ def test_budgets_change_while_pruning_is_under_way() -> None:
         pruning = TemporalPruning.from_state_dict(json.loads(json.dumps(pruning.state_dict())))
     assert seen == [(2, 4), (1, 6)]
     with pytest.raises(RuntimeError, match="finished"):
-        pruning.change_budgets(0, 5, 4, 6)
+        pruning.change_budgets(0, {"stage_budget": 5})
 
 
 @pytest.mark.parametrize(
     ("stages", "budgets", "field", "words"),
     [
-        (0, (4, 2, None), "first_budget", r"T=3 has spent 4 already"),
-        (0, (0, 2, None), "first_budget", "positive and finite"),
-        (0, (7, float("inf"), None), "stage_budget", "positive and finite"),
-        (0, (7, 2, NAN), "last_budget", "positive and finite"),
-        (1, (8, 2, None), "first_budget", r"T=3 is over; keep 7"),
-        (1, (7, 4, None), "stage_budget", r"T=2 has spent 4 already"),
-        (2, (7, 5, 3), "last_budget", r"T=1 has spent 4 already"),
-        (2, (7, 3, None), "stage_budget", r"T=1 has spent 4 already"),
+        (0, {"first_budget": 4}, "first_budget", r"T=3 has spent 4 already"),
+        (0, {"first_budget": 0}, "first_budget", "positive and finite"),
+        (0, {"stage_budget": float("inf")}, "stage_budget", "positive and finite"),
+        (0, {"last_budget": NAN}, "last_budget", "positive and finite"),
+        (1, {"first_budget": 8}, "first_budget", "no stage is left that it is for; keep 7"),
+        (1, {"stage_budget": 4}, "stage_budget", r"T=2 has spent 4 already"),
+        (2, {"last_budget": 3}, "last_budget", r"T=1 has spent 4 already"),
+        (2, {"stage_budget": 3}, "stage_budget", r"T=1 has spent 4 already"),
+        (2, {"last_budget": 6, "stage_budget": 9, "first_budget": 9}, "stage_budget", "no stage is left"),
     ],
 )
-def test_budgets_that_cannot_be_change_nothing(stages: int, budgets: Any, field: str, words: str) -> None:
+def test_budgets_that_cannot_be_change_nothing(
+    stages: int, budgets: dict[str, float | None], field: str, words: str
+) -> None:
     pruning = TemporalPruning(3, 1, first_budget=7, stage_budget=5)
     for _ in range(stages):
         pruning.report(0.0, 7)
     before = pruning.state_dict()
     with pytest.raises(UserError, match=words) as caught:
-        pruning.change_budgets(4, *budgets)
+        pruning.change_budgets(4, budgets)
     assert caught.value.field == field
     assert pruning.state_dict() == before
+
+
+def test_a_budget_that_no_stage_has_cannot_change() -> None:
+    pruning = TemporalPruning(2, 1, first_budget=7, stage_budget=5, last_budget=3)
+    with pytest.raises(UserError, match="no stage is left that it is for; keep 5"):
+        pruning.change_budgets(0, {"stage_budget": 6})
+    pruning.change_budgets(0, {"stage_budget": 6, "last_budget": None})
+    pruning.report(0.0, 7)
+    assert pruning.budget == 6
+    alone = TemporalPruning(1, 1, first_budget=7, stage_budget=5)
+    with pytest.raises(UserError, match="no stage is left") as caught:
+        alone.change_budgets(0, {"last_budget": 3})
+    assert caught.value.field == "last_budget"

@@ -198,6 +198,9 @@ def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path)
     done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, "--rescale-thresholds", True)
     assert done.returncode == 0, done.stderr
     assert load_config(run / "config.yaml").rescale_thresholds
+    provenance = yaml.safe_load((run / "config.yaml").read_text())["provenance"]
+    assert any(line.startswith("prune_to: 2 to 1, by classify prune; 20") for line in provenance["changes"])
+    assert "torch" in provenance["versions"]
     first, second = (load_checkpoint(run / "checkpoints" / name).tensors for name in ("T2", "T1"))
     changed = [float(second[name] / first[name]) for name in first if name.endswith("threshold")]
     assert min(changed) < 0.95, "by more than an epoch of training does"
@@ -228,6 +231,9 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     assert len(config["provenance"]["changes"]) == 2
     assert cli(*shlex.split(told)).returncode == 0, "the command that was told is one that works"
     assert (run / "results.json").is_file()
+    page = tmp_path / "page.html"
+    assert cli("report", run, "--output", page).returncode == 0
+    assert "changed as it went on</th><td>epochs: 2 to 3, ReLU after " in page.read_text()
 
 
 @pytest.mark.parametrize(
