@@ -23,7 +23,7 @@ class Facts:
     Attributes:
         name: of the run.
         settings: as config.yaml has them.
-        provenance: versions, commit, date and machine of its start.
+        provenance: versions, commit, date and machine of its start, and what was changed as it went on.
         progress: rows of progress.csv.
         results: results.json without interpretation; empty where there is none.
         rows: its rows, one per T, highest first.
