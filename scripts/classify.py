@@ -17,7 +17,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import changes_of, first_argument, parse, parse_settings
+from spiking_rl.scripts.options import changes_of, first_argument, parse, parse_settings, told
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.settings import continued
 from spiking_rl.stopping import Interrupted, check_hours
@@ -226,11 +226,13 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
 
 def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
-    changes = changes_of(folder, load_config(folder.config), asked, args, ("network", "dataset"), CHANGEABLE)
+    saved = load_config(folder.config)
+    changes = changes_of(folder, saved, asked, args, ("network", "dataset"), CHANGEABLE)
     with _held(folder):
         trainer = _open(folder, where)
         if changes:
             change_run(trainer, changes)
+            trainer.note(told(saved, changes))
         return _finish(trainer, command, where)
 
 

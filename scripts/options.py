@@ -97,6 +97,11 @@ def changes_of(
     return found
 
 
+def told(saved: Any, changes: dict[str, Any]) -> str:
+    """Return in words what a run goes on with instead of the settings it has."""
+    return "from here: " + ", ".join(f"{name} {value}, was {getattr(saved, name)}" for name, value in changes.items())
+
+
 def script(main: Callable[[], None]) -> None:
     """Run a script that is no command; a mistake is told in one line and exits with 2."""
     try:

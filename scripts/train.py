@@ -26,7 +26,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import peak_rss_mb
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import changes_of, first_argument, parse_settings
+from spiking_rl.scripts.options import changes_of, first_argument, parse_settings, told
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted
 
@@ -97,6 +97,7 @@ def run(args: list[str]) -> dict[str, Any]:
             session = resume_run(folder, **where, named=config.env)
             if changes:
                 change_run(session, changes)
+                print(told(saved, changes))
             return finish(session, _command(args))
     session = start_run(config, folder, **where)
     with folder.locked():

@@ -226,6 +226,7 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     assert "weight_decay = 0.1" in changed.stderr
     changed = cli(*shlex.split(told), "--epochs", 3, "--save-every", 5.5, "--hours", 1e-9)
     assert changed.returncode == 0, changed.stderr
+    assert "from here: epochs 3, was 2, save_every 5.5, was 10.0" in changed.stdout
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["epochs"], config["save_every"]) == (3, 5.5)
     assert len(config["provenance"]["changes"]) == 2
