@@ -163,7 +163,8 @@ def extend_run(
         session.config.rescale_leak = session.model.rescale_leak = rescale_leak
     session.begin(session.pruning.extend(to, agent_steps))
     session.config.prune_to = to
-    session.save()  # first the state, then the settings: a run killed between them goes on as extended
+    # First the state: killed before the settings are written, a run goes on as extended, in stages of its old length.
+    session.save()
     save_config(folder.config, session.config, continued(folder.config, session.config, "by prune"))
 
 
