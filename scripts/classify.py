@@ -19,7 +19,6 @@ from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
 from spiking_rl.scripts.options import changes_of, first_argument, parse, parse_settings, told
 from spiking_rl.scripts.plot import draw_run
-from spiking_rl.settings import continued
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.continuing import CHANGEABLE, change_run, convert_run, extend_run
@@ -246,7 +245,6 @@ def _convert(args: list[str]) -> dict[str, Any]:
         timesteps = trainer.config.timesteps if options.timesteps is None else options.timesteps
         prune_to = timesteps if options.prune_to is None else options.prune_to
         convert_run(trainer, timesteps, prune_to, options.epochs, options.rate_epochs)
-        save_config(folder.config, trainer.config, continued(folder.config, trainer.config, "by classify convert"))
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "convert", *args]), options)
 
 
@@ -258,7 +256,6 @@ def _prune(args: list[str]) -> dict[str, Any]:
     with _held(folder):
         trainer = _open(folder, options)
         extend_run(trainer, options.to, options.epochs, options.rescale_thresholds)
-        save_config(folder.config, trainer.config, continued(folder.config, trainer.config, "by classify prune"))
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]), options)
 
 

@@ -147,16 +147,23 @@ class TemporalPruning:
     @property
     def budget(self) -> float:
         """What the current stage may spend."""
-        return self.first_budget if len(self.stages) == 1 else self._later_budget(self.timesteps)
+        return self._budget_at(self.timesteps)
 
     @property
     def remaining(self) -> float:
         """What the current stage and those after it may spend."""
-        return self.budget + sum(map(self._later_budget, range(self.stop, self.timesteps)))
+        return sum(map(self._budget_at, range(self.stop, self.timesteps + 1)))
 
-    def _later_budget(self, timesteps: int) -> float:
-        """Return what a stage that is not the first may spend."""
-        return self.last_budget if timesteps == self.stop and self.last_budget is not None else self.stage_budget
+    def _budget_at(self, timesteps: int) -> float:
+        """Return what a stage may spend."""
+        budget: float = getattr(self, self._field(timesteps))
+        return budget
+
+    def _field(self, timesteps: int) -> str:
+        """Return the name of the budget that a stage has."""
+        if timesteps == self.start:
+            return "first_budget"
+        return "last_budget" if timesteps == self.stop and self.last_budget is not None else "stage_budget"
 
     @property
     def checkpoint(self) -> str:
@@ -234,12 +241,6 @@ class TemporalPruning:
     def _budgets_left(self) -> set[str]:
         """Names of the budgets of the current stage and those to come."""
         return {self._field(timesteps) for timesteps in range(self.stop, self.timesteps + 1)}
-
-    def _field(self, timesteps: int) -> str:
-        """Return the name of the budget that a stage has."""
-        if timesteps == self.start:
-            return "first_budget"
-        return "last_budget" if timesteps == self.stop and self.last_budget is not None else "stage_budget"
 
     def extend(self, stop: int, stage_budget: float | None = None) -> Next:
         """Continue a finished pruning downwards to ``stop``.

@@ -43,6 +43,7 @@ def convert_run(trainer: Trainer, timesteps: int, prune_to: int, epochs: int, ra
     trainer.pruning = trainer.new_pruning()
     trainer.begin_spikes()
     trainer.save()
+    _save_settings(trainer, "by classify convert")
 
 
 def change_run(trainer: Trainer, changes: Mapping[str, Any]) -> None:
@@ -66,8 +67,7 @@ def change_run(trainer: Trainer, changes: Mapping[str, Any]) -> None:
     if new:
         _check_lengths(trainer, config, new)
     trainer.config = config
-    if trainer.team.leads:  # what is saved of the run takes its lengths from there
-        save_config(trainer.folder.config, config, continued(trainer.folder.config, config, when))
+    _save_settings(trainer, when)  # what is saved of the run takes its lengths from there
 
 
 def _check_lengths(trainer: Trainer, config: ClassifyConfig, new: Mapping[str, int]) -> None:
@@ -119,3 +119,11 @@ def extend_run(trainer: Trainer, to: int, epochs: int | None, rescale_thresholds
     trainer.next_stage(trainer.pruning.extend(to, epochs))
     trainer.config.prune_to = to
     trainer.save()
+    _save_settings(trainer, "by classify prune")
+
+
+def _save_settings(trainer: Trainer, when: str) -> None:
+    """Write the settings with which a run goes on, and what has changed in them."""
+    if trainer.team.leads:
+        path = trainer.folder.config
+        save_config(path, trainer.config, continued(path, trainer.config, when))
