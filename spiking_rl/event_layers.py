@@ -39,7 +39,8 @@ _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from a
 # gain more than events, which wait for weights.
 _SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FAST_HALVES = has_bfloat16()
-_HAS_TILES = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # events were never tried there
+_HAS_TILES = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # torch multiplies matrices by them
+_MOST_BESIDE_TILES = ((90, 55, 0), (170, 110, 50))  # for the outputs, and for the gradient of the weights
 _MANY = 128  # outputs, from which a list of events is read often enough to pay for itself
 _RELU = 400  # so many must be allowed to be active before ReLU's outputs are worth asking about
 _EVERYBODYS = (  # hooks of all modules
@@ -251,7 +252,7 @@ def _most_convolved(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     few, places = sizes.batch <= _A_DECISIONS, sizes.rows * sizes.columns
     strides = sizes.down > 1 or sizes.across > 1
     if stored is torch.bfloat16 and _FAST_HALVES:
-        return _most_of_halves(sizes)
+        return _most_of_halves(sizes, _MOST_BESIDE_TILES[0])
     if _SIXTEEN_LANES and few:
         return 120
     if strides:
@@ -272,7 +273,7 @@ def _most_weighed(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     """
     places = sizes.rows * sizes.columns
     if stored is torch.bfloat16 and _FAST_HALVES:
-        return _most_of_halves(sizes)
+        return _most_of_halves(sizes, _MOST_BESIDE_TILES[1])
     if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
         return 80 if _SIXTEEN_LANES else 150
     many = sizes.outputs >= _MANY
@@ -283,11 +284,19 @@ def _most_weighed(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     return 400 if places <= 16 else 250 if places <= 64 else 200
 
 
-def _most_of_halves(sizes: Map) -> int:
-    """Return the same for either, of bfloat16 where the processor multiplies it."""
-    if _HAS_TILES or (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
+def _most_of_halves(sizes: Map, beside_tiles: tuple[int, int, int]) -> int:
+    """Return the same for either, of bfloat16 where the processor multiplies it.
+
+    Args:
+        sizes: of the map.
+        beside_tiles: what it is of maps of up to 4, 16 and 64 places, on a processor with tiles.
+    """
+    if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
         return 0
+    places = sizes.rows * sizes.columns
+    if _HAS_TILES:
+        small = sum(places > most for most in (4, 16, 64))
+        return beside_tiles[small] if small < 3 and sizes.outputs >= _MANY else 0
     if sizes.outputs < _MANY:
         return 70
-    places = sizes.rows * sizes.columns
     return 180 if places <= 16 else 140 if places <= 64 else 90

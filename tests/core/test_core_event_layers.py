@@ -298,18 +298,22 @@ def test_how_many_inputs_may_be_active(sixteen_lanes: bool, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("tiles", [False, True])
-def test_in_bfloat16_fewer_inputs_may_be_active_and_none_where_whole_matrices_are_multiplied(
+def test_in_bfloat16_fewer_inputs_may_be_active_and_on_small_maps_alone_beside_tiles(
     tiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_layers, "_FAST_HALVES", True)
     monkeypatch.setattr(event_layers, "_HAS_TILES", tiles)
 
-    layers = [(64, 32, 3), (128, 16, 3), (256, 8, 3), (512, 4, 3), (64, 8, 5)]
+    layers = [(64, 32, 3), (128, 16, 3), (256, 8, 3), (512, 4, 3), (512, 2, 3), (64, 4, 3), (512, 8, 5)]
     found = [most(64, 64, outputs, side, kernel, stored=torch.bfloat16) for outputs, side, kernel in layers]
-    assert found == [(n, n) for n in ([0] * 5 if tiles else [70, 90, 140, 180, 0])]
-    layer, x = exact(nn.Conv2d(64, 128, 3, padding=1)), spikes(8, 64, 8, 8, density=0.02).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert is_by_events(through_events(layer, x)) is not tiles
+    if tiles:
+        assert found == [(0, 0), (0, 0), (0, 50), (55, 110), (90, 170), (0, 0), (0, 0)]
+    else:
+        assert found == [(n, n) for n in (70, 90, 140, 180, 180, 70, 0)]
+    for side in (8, 16):
+        layer, x = exact(nn.Conv2d(64, 128, 3, padding=1)), spikes(8, 64, side, side, density=0.02).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_by_events(through_events(layer, x)) is (side == 8 or not tiles)
 
 
 def test_in_bfloat16_weights_are_not_rounded() -> None:
