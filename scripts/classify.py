@@ -8,7 +8,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -128,16 +128,16 @@ class PruneOptions(Where):
     """Timesteps to end with."""
     epochs: int | None = None
     """Epochs of each stage; none: as it was trained."""
-    rescale_thresholds: bool | None = None
-    """Begin stages with thresholds at which each layer goes on firing; none: as the run has it."""
+    rescale_thresholds: bool = False
+    """Begin stages with thresholds at which each layer goes on firing; by default as the run has it."""
 
 
 @dataclass(kw_only=True)
 class EvaluateOptions(Place):
     """What to measure."""
 
-    timesteps: int | None = None
-    """T of the run to score; default every T."""
+    timesteps: int | Literal["relu"] | None = None
+    """T of the run to score, or relu for its ReLU network; default everything it holds."""
     predictions: Path | None = None
     """Also write the predicted classes of every T there."""
     dataset: str = "cifar10"
@@ -250,9 +250,13 @@ def _convert(args: list[str]) -> dict[str, Any]:
 
 def _prune(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
-    options = parse(PruneOptions, "classify prune RUN", rest, PRUNE)
+    usage = "classify prune RUN"
+    if name is None:
+        parse(PruneOptions, usage, rest, PRUNE)
     folder = RunFolder(Path(str(name)))
     folder.require()
+    own = PruneOptions(rescale_thresholds=load_config(folder.config).rescale_thresholds)
+    options = parse(PruneOptions, usage, rest, PRUNE, own)
     with _held(folder):
         trainer = _open(folder, options)
         extend_run(trainer, options.to, options.epochs, options.rescale_thresholds)
@@ -279,10 +283,11 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
 def _rows(
     folder: RunFolder, config: ClassifyConfig, images: Images, device: torch.device, options: EvaluateOptions
 ) -> list[dict[str, Any]]:
-    kept = folder.checkpoint_timesteps()
+    kept = {"relu" if t is None else t: t for t in folder.checkpoint_timesteps()}
     if options.timesteps is not None and options.timesteps not in kept:
-        raise UserError("timesteps", options.timesteps, f"{folder.path} holds T = {kept} (None: the ReLU network)")
-    chosen = kept if options.timesteps is None else [options.timesteps]
+        held = ", ".join(map(str, kept)) or "nothing yet"
+        raise UserError("timesteps", options.timesteps, f"{folder.path} holds {held}")
+    chosen = list(kept.values()) if options.timesteps is None else [kept[options.timesteps]]
     if not chosen:
         raise UserError("run", str(folder.path), "holds no checkpoint yet; wait for its first epoch")
     rows = [evaluate(folder, config, images, t, device) for t in chosen]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spiking_rl.agents.config import load_config
 from spiking_rl.agents.training import extend_run, resume_run
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
@@ -25,8 +26,8 @@ class Options:
     """Timesteps to end with."""
     agent_steps: int | None = None
     """Agent steps of each stage; none: as it was trained."""
-    rescale_leak: bool | None = None
-    """Let a stateful agent's leaks follow T; none: as it was trained."""
+    rescale_leak: bool = True
+    """Let a stateful agent's leaks follow T; by default as the run has it."""
     env: str | None = None
     """The run's environment once more, where it is one of your own (module:EnvId): a file alone imports no module."""
     hours: float | None = None
@@ -38,10 +39,13 @@ class Options:
 def run(args: list[str]) -> dict[str, Any]:
     """Extend the run, then score, draw and film it as train does."""
     name, rest = first_argument(args, "run", "a run folder")
-    options = parse(Options, "prune RUN", rest, DESCRIPTION)
-    assert name is not None
-    folder = RunFolder(Path(name))
+    usage = "prune RUN"
+    if name is None:
+        parse(Options, usage, rest, DESCRIPTION)
+    folder = RunFolder(Path(str(name)))
     folder.require()
+    own = Options(rescale_leak=load_config(folder.config).rescale_leak)
+    options = parse(Options, usage, rest, DESCRIPTION, own)
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True, named=options.env)
         extend_run(session, options.to, options.agent_steps, options.rescale_leak)

@@ -22,7 +22,7 @@ from spiking_rl.plotting import continuum, save_figure
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 
-_SECOND = {"rescaled": ["--rescale-leak", "True"], "fixed-leak": ["--rescale-leak", "False"]}
+_SECOND = {"rescaled": ["--rescale-leak"], "fixed-leak": ["--no-rescale-leak"]}
 """What ``prune`` is told by the methods that share their first stage."""
 
 _FIRST: defaultdict[tuple[str, int], Lock] = defaultdict(Lock)

@@ -118,6 +118,18 @@ def test_a_score_is_evaluated_again_and_its_predictions_checked(
     assert "claims" in refused.stderr
 
 
+def test_one_of_a_runs_networks_is_scored_alone(finished: tuple[Path, dict[str, object]], cli: Cli, data: Path) -> None:
+    run, _ = finished
+    done = cli("classify", "evaluate", run, "--data", data, "--timesteps", "relu", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = last_json(done.stdout)["rows"]
+    assert row["timesteps"] is None
+    assert row["top1"] == json.loads((run / "results.json").read_text())["rows"][-1]["top1"]
+    refused = cli("classify", "evaluate", run, "--data", data, "--timesteps", 7)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith("holds 2, 1, relu")
+
+
 def test_a_network_packed_small_is_one_to_start_from(
     finished: tuple[Path, dict[str, object]], script: Cli, cli: Cli, data: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +207,7 @@ def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path)
     done = cli("classify", "convert", run, *where, *spikes)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines() if " epoch 1/1 " in line] == ["rates", "T=2"]
-    done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, "--rescale-thresholds", True)
+    done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, "--rescale-thresholds")
     assert done.returncode == 0, done.stderr
     assert load_config(run / "config.yaml").rescale_thresholds
     provenance = yaml.safe_load((run / "config.yaml").read_text())["provenance"]

@@ -317,7 +317,7 @@ def test_prune_says_whether_leaks_follow_the_timesteps(follows: bool, cli: Cli, 
     assert cli("train", "cartpole", *as_flags(first), "--stateful", "--run", run).returncode == 0
     above = load_checkpoint(run / "checkpoints" / "T2").tensors["network.neurons.0.leak"]
     # So few agent steps that training moves the leaks less than rescaling does.
-    done = cli("prune", run, "--to", 1, "--rescale-leak", follows)
+    done = cli("prune", run, "--to", 1, "--rescale-leak" if follows else "--no-rescale-leak")
     assert done.returncode == 0, done.stderr
     below = load_checkpoint(run / "checkpoints" / "T1").tensors["network.neurons.0.leak"]
     expected, other = (above**2, above) if follows else (above, above**2)

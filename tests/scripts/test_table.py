@@ -54,8 +54,8 @@ def test_two_methods_share_their_first_stage(trainer: Trainer, tmp_path: Path) -
     first, rescaled, fixed = trainer.called
     assert first[first.index("--prune-to") + 1] == "5"
     assert rescaled[rescaled.index("--agent-steps") + 1] == str(load_recipe("cartpole-masked")[1].prune_steps)
-    assert rescaled[-2:] == ["--rescale-leak", "True"]
-    assert fixed[-2:] == ["--rescale-leak", "False"]
+    assert rescaled[-1] == "--rescale-leak"
+    assert fixed[-1] == "--no-rescale-leak"
     assert rows_of(options, "rescaled") == [5, 4, 3, 2, 1]
     assert len(trainer.called) == 3, "a finished run is not repeated"
 
