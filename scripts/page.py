@@ -115,8 +115,9 @@ def _summary(facts: Facts) -> str:
     versions = made.pop("versions", None)
     if isinstance(versions, dict):
         made["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-    if isinstance(made.get("changes"), list):
-        made["changes"] = "; ".join(map(str, made["changes"]))
+    changes = made.pop("changes", None)
+    if isinstance(changes, list):
+        made["changes"] = "; ".join(map(str, changes))
     names = {"changes": "changed as it went on", "train_seconds": "training, seconds", "peak_rss_mb": "peak memory, MB"}
     missing = "".join(f"<li>{escape(text)}</li>" for text in facts.missing)
     notice = f'<div class="notice"><strong>Not here yet</strong><ul>{missing}</ul></div>' if missing else ""
@@ -258,6 +259,7 @@ def _rates(facts: Facts) -> str:
     layers = list(rows[0]["spike_rate"])
     lines = [Line(n, [(float(-r["timesteps"]), float(r["spike_rate"].get(n, 0.0))) for r in rows]) for n in layers]
     drawn = chart("Spikes by layer as T falls", "timesteps T", "spike rate", lines, ticks=_ticks(rows))
+    drawn = drawn if len(rows) > 1 else ""  # of one T the table says as much
     body = [[n, *(_number(r["spike_rate"].get(n), 4) for r in rows)] for n in layers]
     caption = "Spikes per neuron per timestep, measured on the scored episodes"
     if facts.classifies:
@@ -294,7 +296,7 @@ def _energy(facts: Facts) -> str:
     body = [[_stage(r.get("timesteps")), *(_number(r.get(n), names[n][1]) for n in shown)] for r in facts.rows]
     rows = [r for r in facts.rows if r.get("timesteps") is not None and is_number(r.get("energy_ratio"))]
     drawn = ""
-    if rows:
+    if len(rows) > 1:
         lines = [
             Line("spiking network", [(float(-r["timesteps"]), float(r["energy_ratio"])) for r in rows]),
             Line("ReLU network", [(float(-r["timesteps"]), 1.0) for r in rows], dashed=True),

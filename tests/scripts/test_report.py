@@ -70,6 +70,16 @@ def test_the_page_needs_no_other_file(reported: Path) -> None:
     assert base64.b64decode(str(picture).removeprefix("data:image/png;base64,"))[:4] == b"\x89PNG"
 
 
+def test_of_one_t_no_chart_is_drawn_over_t(reported: Path) -> None:
+    facts = read_facts(RunFolder(reported))
+    assert len(facts.rows) > 1
+    over_t = ("Spikes by layer as T falls", "How many times less energy")
+    assert all(title in page(facts) for title in over_t)
+    alone = page(replace(facts, rows=facts.rows[:1]))
+    assert not any(title in alone for title in over_t)
+    assert all(f"{rate:.4f}" in alone for rate in facts.rows[0]["spike_rate"].values())
+
+
 def test_the_numbers_of_the_results_are_on_the_page(reported: Path) -> None:
     text = Page((reported / "report.html").read_text()).text
     results = json.loads((reported / "results.json").read_text())
