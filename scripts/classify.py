@@ -17,7 +17,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import changes_of, first_argument, parse, parse_settings, told
+from spiking_rl.scripts.options import asks_help, changes_of, first_argument, parse, parse_settings, told
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
@@ -129,7 +129,7 @@ class PruneOptions(Where):
     epochs: int | None = None
     """Epochs of each stage; none: as it was trained."""
     rescale_thresholds: bool = False
-    """Begin stages with thresholds at which each layer goes on firing; by default as the run has it."""
+    """Begin stages with thresholds at which each layer goes on firing; where not given, as the run has it."""
 
 
 @dataclass(kw_only=True)
@@ -251,8 +251,8 @@ def _convert(args: list[str]) -> dict[str, Any]:
 def _prune(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
     usage = "classify prune RUN"
-    if name is None:
-        parse(PruneOptions, usage, rest, PRUNE)
+    if asks_help(rest):
+        parse(PruneOptions, usage, ["--help"], PRUNE)
     folder = RunFolder(Path(str(name)))
     folder.require()
     own = PruneOptions(rescale_thresholds=load_config(folder.config).rescale_thresholds)

@@ -111,6 +111,11 @@ def script(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def asks_help(args: Sequence[str]) -> bool:
+    """Tell whether help is asked for: then nothing else that is wrong is told."""
+    return not {"-h", "--help"}.isdisjoint(args)
+
+
 def first_argument(args: list[str], field: str, what: str) -> tuple[str | None, list[str]]:
     """Split off the positional argument that every command begins with.
 

@@ -116,8 +116,8 @@ def _summary(facts: Facts) -> str:
     if isinstance(versions, dict):
         made["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     changes = made.pop("changes", None)
-    if isinstance(changes, list):
-        made["changes"] = "; ".join(map(str, changes))
+    if changes is not None:
+        made["changes"] = "; ".join(map(str, changes)) if isinstance(changes, list) else changes
     names = {"changes": "changed as it went on", "train_seconds": "training, seconds", "peak_rss_mb": "peak memory, MB"}
     missing = "".join(f"<li>{escape(text)}</li>" for text in facts.missing)
     notice = f'<div class="notice"><strong>Not here yet</strong><ul>{missing}</ul></div>' if missing else ""
@@ -257,9 +257,10 @@ def _rates(facts: Facts) -> str:
     if not rows:
         return ""
     layers = list(rows[0]["spike_rate"])
-    lines = [Line(n, [(float(-r["timesteps"]), float(r["spike_rate"].get(n, 0.0))) for r in rows]) for n in layers]
-    drawn = chart("Spikes by layer as T falls", "timesteps T", "spike rate", lines, ticks=_ticks(rows))
-    drawn = drawn if len(rows) > 1 else ""  # of one T the table says as much
+    drawn = ""
+    if len(rows) > 1:  # of one T the table says as much
+        lines = [Line(n, [(float(-r["timesteps"]), float(r["spike_rate"].get(n, 0.0))) for r in rows]) for n in layers]
+        drawn = chart("Spikes by layer as T falls", "timesteps T", "spike rate", lines, ticks=_ticks(rows))
     body = [[n, *(_number(r["spike_rate"].get(n), 4) for r in rows)] for n in layers]
     caption = "Spikes per neuron per timestep, measured on the scored episodes"
     if facts.classifies:

@@ -35,8 +35,8 @@ _CLEARLY = 1.1  # times as many inputs as may be active, in a few pixels: no nee
 _FRAMES = 8  # of a linear map, up to which reading only the active inputs' weights wins
 _MOST_OF_ROWS = {True: 600, False: 400}  # inputs in a thousand that may be active for it in any of few frames, of more
 _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from afar, and what is not read is saved
-# How many inputs may be active is measured, on two processors (AMD Zen 3 and Zen 4): with 16 lanes torch's own loops
-# gain more than events, which wait for weights.
+# How many inputs may be active, in a thousand, is measured, on two processors (AMD Zen 3 and Zen 4; beside tiles on an
+# Intel Emerald Rapids): with 16 lanes torch's own loops gain more than events, which wait for weights.
 _SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FAST_HALVES = has_bfloat16()
 _HAS_TILES = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # torch multiplies matrices by them
@@ -203,7 +203,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         outputs = None
-        if spikes:
+        if spikes and sizes.most:
             outputs, density = _convolved(sizes, x, weight, bias)
         else:
             density = built_events(x.dtype).events_density(x.data_ptr(), x.numel(), threads_of(sizes))  # type: ignore[union-attr]

@@ -316,6 +316,19 @@ def test_in_bfloat16_fewer_inputs_may_be_active_and_on_small_maps_alone_beside_t
             assert is_by_events(through_events(layer, x)) is (side == 8 or not tiles)
 
 
+def test_beside_tiles_a_map_of_8_x_8_has_only_the_gradient_of_its_weights_by_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(event_layers, "_FAST_HALVES", True)
+    monkeypatch.setattr(event_layers, "_HAS_TILES", True)
+    layer = exact(nn.Conv2d(64, 128, 3, padding=1))
+    for density, few in ((0.02, True), (0.2, False)):
+        x = spikes(8, 64, 8, 8, density=density)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert through_events(layer, x.bfloat16()).grad_fn.few is few  # type: ignore[union-attr]
+        assert_like_torch(layer, x, torch.bfloat16)
+
+
 def test_in_bfloat16_weights_are_not_rounded() -> None:
     """Of three weights half a last place above 1 the sum is seen, of each alone nothing would be."""
     layer, x = nn.Conv2d(1, 8, 3, bias=False), spikes(2, 1, 3, 3, density=0.0)

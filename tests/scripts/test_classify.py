@@ -197,17 +197,20 @@ def test_inspect_needs_no_images(finished: tuple[Path, dict[str, object]], cli: 
     assert "no match" in refused.stderr
 
 
-def test_the_steps_can_be_taken_one_by_one(cli: Cli, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("begun", "pruned"), [([], ["--rescale-thresholds"]), (["--rescale-thresholds"], [])])
+def test_the_steps_can_be_taken_one_by_one(
+    begun: list[str], pruned: list[str], cli: Cli, data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     where = ("--data", data, "--device", "cpu")
     flags = as_flags({**SMALL, "epochs": 0, "ann_epochs": 1})
-    assert cli("classify", "train", "vgg6", "folder", "--data", data, *flags, "--run", run).returncode == 0
+    assert cli("classify", "train", "vgg6", "folder", "--data", data, *flags, *begun, "--run", run).returncode == 0
     assert cli("classify", "prune", run, *where).returncode == 2
     spikes = ("--rate-epochs", 1, "--epochs", 1)  # T as the run was begun with, and no pruning
     done = cli("classify", "convert", run, *where, *spikes)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines() if " epoch 1/1 " in line] == ["rates", "T=2"]
-    done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, "--rescale-thresholds")
+    done = cli("classify", "prune", run, *where, "--to", 1, "--epochs", 1, *pruned)
     assert done.returncode == 0, done.stderr
     assert load_config(run / "config.yaml").rescale_thresholds
     provenance = yaml.safe_load((run / "config.yaml").read_text())["provenance"]

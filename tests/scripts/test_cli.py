@@ -310,14 +310,18 @@ def test_prune_continues_a_finished_run(cli: Cli, tmp_path: Path) -> None:
     assert "to = 1" in done.stderr
 
 
-@pytest.mark.parametrize("follows", [True, False])
-def test_prune_says_whether_leaks_follow_the_timesteps(follows: bool, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flag", "follows"), [(["--rescale-leak"], True), (["--no-rescale-leak"], False), ([], False)])
+def test_prune_says_whether_leaks_follow_the_timesteps(
+    flag: list[str], follows: bool, cli: Cli, tmp_path: Path
+) -> None:
+    """With a flag it does what the run was not begun with, without one what it was."""
     run = tmp_path / "run"
     first = {**SMALL, "timesteps": 2, "prune_to": 2, "agent_steps": 2048, "report_episodes": 0}
-    assert cli("train", "cartpole", *as_flags(first), "--stateful", "--run", run).returncode == 0
+    own = "--rescale-leak" if follows is not bool(flag) else "--no-rescale-leak"
+    assert cli("train", "cartpole", *as_flags(first), own, "--stateful", "--run", run).returncode == 0
     above = load_checkpoint(run / "checkpoints" / "T2").tensors["network.neurons.0.leak"]
     # So few agent steps that training moves the leaks less than rescaling does.
-    done = cli("prune", run, "--to", 1, "--rescale-leak" if follows else "--no-rescale-leak")
+    done = cli("prune", run, "--to", 1, *flag)
     assert done.returncode == 0, done.stderr
     below = load_checkpoint(run / "checkpoints" / "T1").tensors["network.neurons.0.leak"]
     expected, other = (above**2, above) if follows else (above, above**2)
