@@ -51,7 +51,7 @@ def parse_settings(kind: type[T], main: type[Any], recipe: Any, command: str, ar
         args: likewise.
         description: likewise.
     """
-    if "--help" in args or "-h" in args:
+    if asks_help(args):
         own = {field.name for field in dataclasses.fields(recipe)}
         shown = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(main) if f.name in own}
         parse(main, command, ["--help"], description, main(**shown))

@@ -40,7 +40,9 @@ _A_DECISIONS = 4  # frames: its timesteps, one by one; their weights come from a
 _SIXTEEN_LANES = torch.backends.cpu.get_cpu_capability() == "AVX512"
 _FAST_HALVES = has_bfloat16()
 _HAS_TILES = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())  # torch multiplies matrices by them
-_MOST_BESIDE_TILES = ((90, 55, 0), (170, 110, 50))  # for the outputs, and for the gradient of the weights
+# Of maps of up to 4, 16 and 64 places, in bfloat16 beside tiles:
+_CONVOLVED_BESIDE_TILES = (90, 55, 0)
+_WEIGHED_BESIDE_TILES = (170, 110, 50)
 _MANY = 128  # outputs, from which a list of events is read often enough to pay for itself
 _RELU = 400  # so many must be allowed to be active before ReLU's outputs are worth asking about
 _EVERYBODYS = (  # hooks of all modules
@@ -252,7 +254,7 @@ def _most_convolved(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     few, places = sizes.batch <= _A_DECISIONS, sizes.rows * sizes.columns
     strides = sizes.down > 1 or sizes.across > 1
     if stored is torch.bfloat16 and _FAST_HALVES:
-        return _most_of_halves(sizes, _MOST_BESIDE_TILES[0])
+        return _most_of_halves(sizes, _CONVOLVED_BESIDE_TILES)
     if _SIXTEEN_LANES and few:
         return 120
     if strides:
@@ -273,7 +275,7 @@ def _most_weighed(sizes: Map, stored: torch.dtype = torch.float32) -> int:
     """
     places = sizes.rows * sizes.columns
     if stored is torch.bfloat16 and _FAST_HALVES:
-        return _most_of_halves(sizes, _MOST_BESIDE_TILES[1])
+        return _most_of_halves(sizes, _WEIGHED_BESIDE_TILES)
     if (sizes.tall, sizes.wide, sizes.down, sizes.across) != (3, 3, 1, 1):
         return 80 if _SIXTEEN_LANES else 150
     many = sizes.outputs >= _MANY
@@ -295,8 +297,9 @@ def _most_of_halves(sizes: Map, beside_tiles: tuple[int, int, int]) -> int:
         return 0
     places = sizes.rows * sizes.columns
     if _HAS_TILES:
-        small = sum(places > most for most in (4, 16, 64))
-        return beside_tiles[small] if small < 3 and sizes.outputs >= _MANY else 0
+        if places > 64 or sizes.outputs < _MANY:
+            return 0
+        return beside_tiles[0 if places <= 4 else 1 if places <= 16 else 2]
     if sizes.outputs < _MANY:
         return 70
     return 180 if places <= 16 else 140 if places <= 64 else 90
