@@ -17,7 +17,15 @@ from spiking_rl.errors import UserError
 from spiking_rl.provenance import commit, machine, peak_rss_mb, provenance, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import Stopped
-from spiking_rl.scripts.options import asks_help, changes_of, first_argument, parse, parse_settings, told
+from spiking_rl.scripts.options import (
+    AsTheRun,
+    changes_of,
+    first_argument,
+    parse,
+    parse_over_run,
+    parse_settings,
+    told,
+)
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
@@ -128,8 +136,8 @@ class PruneOptions(Where):
     """Timesteps to end with."""
     epochs: int | None = None
     """Epochs of each stage; none: as it was trained."""
-    rescale_thresholds: bool = False
-    """Begin stages with thresholds at which each layer goes on firing; where not given, as the run has it."""
+    rescale_thresholds: AsTheRun = False
+    """Begin stages with thresholds at which each layer goes on firing."""
 
 
 @dataclass(kw_only=True)
@@ -250,17 +258,18 @@ def _convert(args: list[str]) -> dict[str, Any]:
 
 def _prune(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
-    usage = "classify prune RUN"
-    if asks_help(rest):
-        parse(PruneOptions, usage, ["--help"], PRUNE)
     folder = RunFolder(Path(str(name)))
-    folder.require()
-    own = PruneOptions(rescale_thresholds=load_config(folder.config).rescale_thresholds)
-    options = parse(PruneOptions, usage, rest, PRUNE, own)
+    options = parse_over_run(PruneOptions, "classify prune RUN", rest, PRUNE, lambda: _own_of_prune(folder))
     with _held(folder):
         trainer = _open(folder, options)
         extend_run(trainer, options.to, options.epochs, options.rescale_thresholds)
         return _finish(trainer, shlex.join(["spiking-rl", "classify", "prune", *args]), options)
+
+
+def _own_of_prune(folder: RunFolder) -> PruneOptions:
+    """Return the options as the run has them."""
+    folder.require()
+    return PruneOptions(rescale_thresholds=load_config(folder.config).rescale_thresholds)
 
 
 def _evaluate(args: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -15,6 +15,9 @@ from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
 
 T = TypeVar("T")
+
+AsTheRun = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: as the run has it)")]
+"""Type of a flag whose value, where it is not given, is a run's own (:func:`parse_over_run`)."""
 
 
 def parse(kind: type[T], command: str, args: list[str], description: str, default: T | None = None) -> T:
@@ -38,6 +41,24 @@ def parse(kind: type[T], command: str, args: list[str], description: str, defaul
         if not stop.code:
             raise  # --help
         raise UserError("arguments", " ".join(args), f"{_first_sentence(said.getvalue())}; see --help") from None
+
+
+def parse_over_run(kind: type[T], command: str, args: list[str], description: str, own: Callable[[], T]) -> T:
+    """Parse arguments over values that a run has; ``--help`` is shown whatever the run.
+
+    Args:
+        kind: as for :func:`parse`.
+        command: likewise.
+        args: likewise.
+        description: likewise.
+        own: reads the values of the options that are not given.
+
+    Raises:
+        UserError: of ``own``, or a mistake in the arguments.
+    """
+    if asks_help(args) or "--help-all" in args:
+        return parse(kind, command, ["--help"], description)
+    return parse(kind, command, args, description, own())
 
 
 def parse_settings(kind: type[T], main: type[Any], recipe: Any, command: str, args: list[str], description: str) -> T:

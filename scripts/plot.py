@@ -122,7 +122,7 @@ def _draw_run(folder: RunFolder) -> list[Path]:
     about = {"run": folder.path.name, **about}
     made = [folder.figures / "learning_curve.png"]
     _save(figure, made[0], [_evaluation(about, row) for row in progress])
-    if any(r["timesteps"] is not None for r in rows):
+    if len([r for r in rows if r["timesteps"] is not None]) > 1:  # of one T results.json says as much
         made.append(folder.figures / "timesteps.png")
         count = rows[0].get("episodes", rows[0].get("images"))
         figure = continuum(rows, f"{title}: {count:,} {measured} at each T")

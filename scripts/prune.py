@@ -10,7 +10,7 @@ from typing import Any
 from spiking_rl.agents.config import load_config
 from spiking_rl.agents.training import extend_run, resume_run
 from spiking_rl.runs import RunFolder
-from spiking_rl.scripts.options import asks_help, first_argument, parse
+from spiking_rl.scripts.options import AsTheRun, first_argument, parse_over_run
 from spiking_rl.scripts.train import finish
 
 DESCRIPTION = """Lower the timesteps of a finished run, training on at each T.
@@ -26,8 +26,8 @@ class Options:
     """Timesteps to end with."""
     agent_steps: int | None = None
     """Agent steps of each stage; none: as it was trained."""
-    rescale_leak: bool = True
-    """Let a stateful agent's leaks follow T; where not given, as the run has it."""
+    rescale_leak: AsTheRun = True
+    """Let a stateful agent's leaks follow T."""
     env: str | None = None
     """The run's environment once more, where it is one of your own (module:EnvId): a file alone imports no module."""
     hours: float | None = None
@@ -39,15 +39,15 @@ class Options:
 def run(args: list[str]) -> dict[str, Any]:
     """Extend the run, then score, draw and film it as train does."""
     name, rest = first_argument(args, "run", "a run folder")
-    usage = "prune RUN"
-    if asks_help(rest):
-        parse(Options, usage, ["--help"], DESCRIPTION)
-    assert name is not None
-    folder = RunFolder(Path(name))
-    folder.require()
-    own = Options(rescale_leak=load_config(folder.config).rescale_leak)
-    options = parse(Options, usage, rest, DESCRIPTION, own)
+    folder = RunFolder(Path(str(name)))
+    options = parse_over_run(Options, "prune RUN", rest, DESCRIPTION, lambda: _own(folder))
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True, named=options.env)
         extend_run(session, options.to, options.agent_steps, options.rescale_leak)
         return finish(session, shlex.join(["spiking-rl", "prune", *args]))
+
+
+def _own(folder: RunFolder) -> Options:
+    """Return the options as the run has them."""
+    folder.require()
+    return Options(rescale_leak=load_config(folder.config).rescale_leak)

@@ -298,9 +298,12 @@ def test_prune_continues_a_finished_run(cli: Cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {**SMALL, "prune_to": 3, "agent_steps": 2048}
     assert cli("train", "CartPole-v1", *as_flags(settings), "--run", run).returncode == 0
+    over_timesteps = run / "figures" / "timesteps.png"
+    assert not over_timesteps.exists(), "of one T there is nothing to draw over T"
     above = load_checkpoint(run / "checkpoints" / "T3").tensors
     done = cli("prune", run, "--to", 1)
     assert done.returncode == 0, done.stderr
+    assert over_timesteps.exists()
     assert RunFolder(run).checkpoint_timesteps() == [3, 2, 1]
     assert {r["timesteps"] for r in RunFolder(run).read_progress()} == {3, 2, 1}
     after = load_checkpoint(run / "checkpoints" / "T3").tensors
@@ -472,6 +475,17 @@ def test_help_fits_a_screen_and_has_an_example(cli: Cli, command: str) -> None:
     assert done.returncode == 0
     assert "Example: spiking-rl" in done.stdout
     assert len(done.stdout.splitlines()) <= 45
+
+
+@pytest.mark.parametrize("command", ["prune", "classify prune"])
+def test_what_a_run_says_itself_is_no_default(cli: Cli, command: str) -> None:
+    for flags in (["--help"], ["no-such-run", "--help-all"]):
+        done = cli(*command.split(), *flags)
+        assert done.returncode == 0, done.stderr
+        words = " ".join(done.stdout.replace("│", " ").split())
+        assert "(default: as the run has it)" in words
+        assert "(default: True)" not in words
+        assert "(default: False)" not in words
 
 
 @pytest.mark.parametrize("command", ["train cartpole", "classify train vgg6 cifar10"])
