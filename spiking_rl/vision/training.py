@@ -16,13 +16,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from spiking_rl.arithmetic import slow_arithmetic
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into, read_json, save_checkpoint
-from spiking_rl.energy import SpikeCost, SpikeCounter, measured_energy, odd_layers
+from spiking_rl.energy import SpikeCounter, measured_energy, odd_layers
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
@@ -56,6 +55,7 @@ from spiking_rl.vision.building import (
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.data import normalise
 from spiking_rl.vision.feeding import Batch, Images, feed_of
+from spiking_rl.vision.objective import Objective
 from spiking_rl.vision.optimising import autocast, optimiser_of, rate_factor
 from spiking_rl.vision.parallel import Team
 from spiking_rl.vision.predicting import PIXELS, predict
@@ -159,7 +159,7 @@ class Trainer:
         self.network = network.to(self.device)
         self.network.set_rates(self.on_rates)
         self.teacher = self._teacher() if self.spiking and config.distill else None
-        self.cost = SpikeCost(self.network) if self.spiking and config.spike_penalty else None
+        self.objective = Objective(self.network, config, self.images, self.teacher)
         for neuron in network.neurons:
             if isinstance(neuron, LIF):
                 neuron.threshold.requires_grad_(config.train_threshold)
@@ -422,13 +422,7 @@ class Trainer:
             if not len(labels):
                 continue  # of a small part not every process has a share
             with autocast(self.device, config.precision):
-                logits, _ = self.network(normalise(images, self.mean, self.std).unsqueeze(0), observer=self.cost)
-                loss = functional.cross_entropy(logits[0].float(), labels, label_smoothing=config.label_smoothing)
-                if self.teacher is not None:
-                    loss = torch.lerp(loss, self._distance(logits[0].float(), images), config.distill)
-                if self.cost is not None:
-                    loss = loss + config.spike_penalty * self.cost.total
-                    self.cost.clear()
+                loss = self.objective(images, labels)
             assert batch is not None
             share = len(labels) / len(batch)
             (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -438,13 +432,6 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         self.optimizer.step()
         return total
-
-    def _distance(self, logits: Tensor, images: Tensor) -> Tensor:
-        """Return the cross-entropy with the class probabilities of the ReLU network, on the same images."""
-        assert self.teacher is not None
-        with torch.no_grad():
-            wanted, _ = self.teacher(normalise(images, self.mean, self.std).unsqueeze(0))
-        return functional.cross_entropy(logits, wanted[0].float().softmax(1))
 
     def _share(self, loss: Tensor, *, out: bool) -> bool:
         """Add up gradients and loss over the processes; tell whether all of them had a batch.
@@ -526,10 +513,7 @@ class Trainer:
         if energy.accumulates_per_mac is not None:
             scalars |= {"val/energy_ratio": energy.ratio, "val/accumulates_per_mac": energy.accumulates_per_mac}
         scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
-        for i, neuron in enumerate(self.network.neurons):
-            if isinstance(neuron, LIF):
-                scalars[f"threshold/layer{i + 1}"] = float(neuron.threshold.detach().mean())
-                scalars[f"leak/layer{i + 1}"] = float(neuron.leak.detach().mean())
+        scalars |= {name.replace("_", "/", 1): value for name, value in layer_columns(self.network, None).items()}
         for tag, value in scalars.items():
             self.board.add_scalar(tag, value, step)
 
