@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spiking_rl.energy import SpikeCost
 from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.neurons import LIF
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.objective import Objective
 
@@ -19,7 +20,15 @@ IMAGES = cast(Any, SimpleNamespace(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)))
 
 def _network(neuron: str, seed: int) -> LayeredNetwork:
     torch.manual_seed(seed)
-    return build_network("vgg6", (3, 32, 32), 10, neuron=neuron, timesteps=2, width=0.125).eval()
+    network = build_network("vgg6", (3, 32, 32), 10, neuron=neuron, timesteps=2, width=0.125)
+    # Fresh networks answer 0 to everything: labels and teacher would be as far away as each other.
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    for cell in network.neurons:
+        if isinstance(cell, LIF):
+            torch.nn.init.constant_(cell.threshold, 0.05)
+    return network.eval()
 
 
 @pytest.fixture
@@ -50,6 +59,7 @@ def test_labels_teacher_and_spikes_add_up(batch: tuple[Tensor, Tensor], distill:
     expected = expected + penalty * cost.total
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert cost.total > 0, "a network that does not fire would show no price"
+    assert logits.std() > 0.1, "equal scores would show no teacher"
     torch.testing.assert_close(objective(images, labels), found)  # a batch leaves nothing behind for the next
 
 
