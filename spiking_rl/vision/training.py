@@ -158,8 +158,8 @@ class Trainer:
         config = self.config
         self.network = network.to(self.device)
         self.network.set_rates(self.on_rates)
-        self.teacher = self._teacher() if self.spiking and config.distill else None
-        self.objective = Objective(self.network, config, self.images, self.teacher)
+        teacher = self._teacher() if self.spiking and config.distill else None
+        self.objective = Objective(self.network, config, self.images, teacher)
         for neuron in network.neurons:
             if isinstance(neuron, LIF):
                 neuron.threshold.requires_grad_(config.train_threshold)
@@ -489,6 +489,7 @@ class Trainer:
             return
         rates = {} if counter is None else counter.rates
         energy = measured_energy(self.network, counter or SpikeCounter())
+        columns = layer_columns(self.network, rates)
         row = {
             "epoch": epoch,
             "seconds": round(self._seconds_so_far(), 3),
@@ -501,7 +502,7 @@ class Trainer:
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             "energy_ratio": energy.ratio,
             "accumulates_per_mac": energy.accumulates_per_mac,
-            **layer_columns(self.network, rates),
+            **columns,
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)
@@ -513,7 +514,7 @@ class Trainer:
         if energy.accumulates_per_mac is not None:
             scalars |= {"val/energy_ratio": energy.ratio, "val/accumulates_per_mac": energy.accumulates_per_mac}
         scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
-        scalars |= {name.replace("_", "/", 1): value for name, value in layer_columns(self.network, None).items()}
+        scalars |= {n.replace("_", "/"): value for n, value in columns.items() if not n.startswith("spike_rate")}
         for tag, value in scalars.items():
             self.board.add_scalar(tag, value, step)
 

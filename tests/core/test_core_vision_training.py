@@ -563,7 +563,7 @@ def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
     again = Trainer(gone, trainer.folder, dataset(), CPU)
     again.restore()
     assert again.finished
-    assert again.teacher is not None
+    assert again.objective.teacher is not None
     with pytest.raises(UserError, match=r"start_from = .*holds no run"):
         new_run(tmp_path / "none", gone)
     with pytest.raises(UserError, match=r"start_from = .*width = 0.0625: is 0.03125 there"):
@@ -595,7 +595,7 @@ def test_spikes_start_from_the_spikes_of_another_run(whole: Trainer, tmp_path: P
     higher = new_run(tmp_path / "higher", dataclasses.replace(config, **later, leak=0.25))  # type: ignore[arg-type]
     assert higher.network.timesteps == 2
     assert {float(n.leak.detach()) for n in higher.network.neurons if isinstance(n, LIF)} == {0.25}
-    assert higher.teacher is not None
+    assert higher.objective.teacher is not None
     higher.run()
     assert evaluate(higher.folder, higher.config, dataset(), 2, CPU)["top1"] > 60, "chance is 33"
     leaks = [float(n.leak.detach()) for n in higher.network.neurons if isinstance(n, LIF)]
@@ -609,7 +609,7 @@ def test_spikes_start_from_the_spikes_of_another_run(whole: Trainer, tmp_path: P
     again = Trainer(gone, higher.folder, dataset(), CPU)
     again.restore()
     assert again.finished
-    assert again.teacher is not None
+    assert again.objective.teacher is not None
 
 
 def test_a_run_goes_on_without_the_one_it_started_from(whole: Trainer, tmp_path: Path) -> None:
