@@ -25,12 +25,11 @@ from spiking_rl.checkpoint import load_checkpoint, load_into
 from spiking_rl.energy import odd_layers
 from spiking_rl.errors import UserError
 from spiking_rl.files import replace_folder
-from spiking_rl.neurons import LIF
 from spiking_rl.provenance import memory_columns
 from spiking_rl.pruning import Decision, Next, Stay, TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.stopping import Interrupted, stopping_on_signals
-from spiking_rl.tracking import layer_columns, odd_thresholds
+from spiking_rl.tracking import layer_columns, layer_scalars, odd_thresholds
 
 
 class _StageOver(Exception):
@@ -270,7 +269,7 @@ class TrainingSession:
             decision = self.pruning.report(result.mean_return, model.num_timesteps - model.stage_start)
             if decision.improved:
                 self._keep(name, score=result.mean_return)
-            layers = layer_columns(model.policy.q_net.network, result.spike_rate)
+            columns = layer_columns(model.policy.q_net.network, result.spike_rate)
         returns = [e["r"] for e in model.ep_info_buffer or []]
         rates = result.spike_rate
         row = {
@@ -286,11 +285,11 @@ class TrainingSession:
             **memory_columns(self.model.device),
             "spike_rate": sum(rates.values()) / len(rates) if rates else None,
             "energy_ratio": result.energy_ratio,
-            **layers,
+            **columns,
         }
         self.rows.append(row)
         self.folder.write_progress(self.rows)
-        self._log(row, rates or {})
+        self._log(row, columns, rates or {})
         return decision
 
     def _keep(self, name: str, **info: Any) -> None:
@@ -298,17 +297,13 @@ class TrainingSession:
             self.folder.checkpoints / name, environment=self.config.env, seed=self.config.seed, **info
         )
 
-    def _log(self, row: dict[str, Any], rates: dict[str, float]) -> None:
+    def _log(self, row: dict[str, Any], columns: dict[str, float], rates: dict[str, float]) -> None:
         self.progress.evaluated(row)
         logger = self.model.logger
         logger.record("eval/mean_return", row["score"])
         logger.record("eval/energy_ratio", row["energy_ratio"])
-        for layer, rate in rates.items():
-            logger.record(f"spikes/{layer}", rate)
-        for i, neuron in enumerate(self.model.policy.q_net.network.neurons):
-            if isinstance(neuron, LIF):
-                logger.record(f"threshold/layer{i + 1}", neuron.threshold.detach().mean().item())
-                logger.record(f"leak/layer{i + 1}", neuron.leak.detach().mean().item())
+        for tag, value in layer_scalars(columns).items():
+            logger.record(tag, value)
         logger.record("train/timesteps_T", row["timesteps"] or 1)
         logger.dump(row["agent_steps"])
         for warning in [*odd_layers(rates), *odd_thresholds(self.model.policy.q_net.network)]:

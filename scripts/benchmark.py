@@ -188,7 +188,8 @@ def _narrow(options: Options) -> list[dict[str, Any]]:
     rows = narrow_rows(rounds=options.rounds, seconds=options.seconds)
     for row in rows:
         told = f"{row['ratio_to_plain']:.2f} x nn.Conv2d"
-        print(f"{_name(row):5} {row['precision']:9} {row['maps']:13} {row['ms']:9.2f} ms  {told}", flush=True)
+        name = f"{row['network']:10} {_name(row):5}"
+        print(f"{name} {row['precision']:9} {row['maps']:13} {row['ms']:9.2f} ms  {told}", flush=True)
     return rows
 
 

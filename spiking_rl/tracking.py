@@ -11,6 +11,7 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, MIN_THRESHOLD
 
 _NEAR = 1.001  # of the floor, in float32
+_GROUPS = {"spike_rate": "spikes", "threshold": "threshold", "leak": "leak"}  # of TensorBoard, by column
 
 
 def layer_columns(network: LayeredNetwork, rates: Mapping[str, float] | None) -> dict[str, float]:
@@ -33,6 +34,16 @@ def layer_columns(network: LayeredNetwork, rates: Mapping[str, float] | None) ->
         found[f"threshold_{name}"] = neuron.threshold.detach().mean().item()
         found[f"leak_{name}"] = neuron.leak.detach().mean().item()
     return found
+
+
+def layer_scalars(columns: Mapping[str, float]) -> dict[str, float]:
+    """Return the columns of :func:`layer_columns` by TensorBoard's tags, such as ``spikes/layer1``, ``leak/layer1``."""
+    return {
+        f"{group}/{column.removeprefix(f'{quantity}_')}": value
+        for column, value in columns.items()
+        for quantity, group in _GROUPS.items()
+        if column.startswith(f"{quantity}_")
+    }
 
 
 def spoiled_layer(network: LayeredNetwork) -> str | None:

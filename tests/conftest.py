@@ -19,6 +19,7 @@ import torch
 import yaml
 from forking import Forker
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spiking_rl import compiling, fused
 from spiking_rl.agents.config import load_recipe
@@ -128,6 +129,12 @@ def last_json(text: str) -> dict[str, object]:
     loaded = json.loads(text)
     assert isinstance(loaded, dict)
     return loaded
+
+
+def curves_of(run: Path) -> dict[str, dict[int, float]]:
+    """Return a run's TensorBoard curves, step to value, by tag."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def copy_run(run: Path, to: Path, **settings: object) -> Path:

@@ -1,7 +1,9 @@
-"""What laying narrow maps side by side saves: training passes of a VGG16 with and without it, in both arithmetics."""
+"""What laying narrow maps side by side saves: training passes with and without it, in both arithmetics."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,36 +11,35 @@ from torch import nn
 
 from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.networks import LayeredNetwork
-from spiking_rl.scripts.speed.cases import CASES, build_case
+from spiking_rl.scripts.speed.cases import CASES, Case, build_case
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
 from spiking_rl.scripts.speed.variants import OURS, RELU, Pass, build_pass
 from spiking_rl.vision.small_maps import SmallMapConv2d
 
-_CASE = "vgg16"
+_CASES = (CASES["vgg16"], Case("resnet20", (3, 32, 32), 10, 64, (1,), True))
 _PRECISIONS = ("float32", "bfloat16")
 _PLAIN, _TOGETHER = "nn.Conv2d", "side by side"
 
-Key = tuple[str, int | None, str, str]
+Key = tuple[Case, str, int | None, str, str]
 
 
-def narrow_rows(*, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Return the rows of the ReLU network and of ours at T=1, each as a multiple of its time with ``nn.Conv2d``.
+def narrow_rows(*, rounds: int, seconds: float, cases: Sequence[Case] = _CASES) -> list[dict[str, Any]]:
+    """Return the rows of the ReLU networks and of ours at T=1, each as a multiple of its time with ``nn.Conv2d``.
 
     In bfloat16 only where the processor has instructions for it.
     """
-    case = CASES[_CASE]
     runs: dict[Key, Pass] = {}
-    for maps in (_PLAIN, _TOGETHER):
+    for case, maps in itertools.product(cases, (_PLAIN, _TOGETHER)):
         network, inputs = build_case(case, 1)
         if maps == _PLAIN:
             make_plain(network)
         for precision in _PRECISIONS[: 1 + has_bfloat16()]:
-            runs[RELU, None, precision, maps] = build_pass(RELU, case, network, inputs, precision)
-            runs[OURS, 1, precision, maps] = build_pass(OURS, case, network, inputs, precision)
+            runs[case, RELU, None, precision, maps] = build_pass(RELU, case, network, inputs, precision)
+            runs[case, OURS, 1, precision, maps] = build_pass(OURS, case, network, inputs, precision)
     times = interleave(runs, rounds=rounds, seconds=seconds)
     return [
         {
-            "case": f"narrow-{_CASE}",
+            "case": f"narrow-{case.network}",
             "network": case.network,
             "pass": case.kind,
             "library": library,
@@ -46,11 +47,11 @@ def narrow_rows(*, rounds: int, seconds: float) -> list[dict[str, Any]]:
             "maps": maps,
             "timesteps": timesteps,
             "batch": case.batch,
-            "ratio_to_plain": median_ratio(values, times[library, timesteps, precision, _PLAIN]),
+            "ratio_to_plain": median_ratio(values, times[case, library, timesteps, precision, _PLAIN]),
             "threads": torch.get_num_threads(),
             **times_of(values),
         }
-        for (library, timesteps, precision, maps), values in times.items()
+        for (case, library, timesteps, precision, maps), values in times.items()
     ]
 
 

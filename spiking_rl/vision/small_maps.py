@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,10 +16,10 @@ class SmallMapConv2d(nn.Conv2d):
     """An ``nn.Conv2d`` that lays narrow maps side by side before it convolves them on a CPU.
 
     The CPU's kernels work on the columns of a map, 16 and more at once. The last layers of a VGG have four or two,
-    and leave most of the arithmetic idle. Several images of a batch in a row, one column of zeros between them, are
-    one wide map with the same 3x3 convolution: what padding would have added to every image, that column adds.
-    On maps of two columns, 128 images a batch, it is three (float32) to nine times (bfloat16) as fast. Parameters,
-    shapes and results are those of ``nn.Conv2d``, up to rounding.
+    and leave most of the arithmetic idle. Several images of a batch in a row, a column of zeros between them (two,
+    where a stride of 2 wants an even number), are one wide map with the same 3x3 convolution: what padding would
+    have added to every image, that column adds. On maps of two columns, 128 images a batch, it is three (float32) to
+    nine times (bfloat16) as fast. Parameters, shapes and results are those of ``nn.Conv2d``, up to rounding.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,15 +27,16 @@ class SmallMapConv2d(nn.Conv2d):
         together = self._together(input, kind)
         if together == 1:
             return self._convolve(input, weight, bias)
-        wide = self._convolve(_side_by_side(input.to(kind), together), weight, bias)
-        return _apart(wide, together, input.shape[3])
+        columns, stride = input.shape[3], self.stride[1]
+        wide = self._convolve(_side_by_side(input.to(kind), together, _place(columns, stride)), weight, bias)
+        return _apart(wide, together, math.ceil(columns / stride))
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
     def _together(self, input: Tensor, kind: torch.dtype) -> int:
         """Return how many images to lay side by side."""
-        plain = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
+        plain = self.kernel_size == (3, 3) and self.stride in ((1, 1), (2, 2)) and self.padding == (1, 1)
         if not plain or self.dilation != (1, 1) or self.groups != 1 or self.padding_mode != "zeros":
             return 1
         if input.device.type != "cpu" or input.dim() != 4:
@@ -43,7 +46,7 @@ class SmallMapConv2d(nn.Conv2d):
         images, columns = input.shape[0], input.shape[3]
         if not images or columns > _NARROW.get(kind, 0):
             return 1
-        return next(n for n in range(_WIDE // (columns + 1), 0, -1) if images % n == 0)
+        return next(n for n in range(_WIDE // _place(columns, self.stride[1]), 0, -1) if images % n == 0)
 
 
 def gradients(
@@ -61,7 +64,8 @@ def gradients(
     together = layer._together(input, input.dtype) if isinstance(layer, SmallMapConv2d) else 1
     columns = input.shape[3]
     if together > 1:
-        gradient, input = _side_by_side(gradient, together), _side_by_side(input, together)
+        place, stride = _place(columns, layer.stride[1]), layer.stride[1]
+        gradient, input = _side_by_side(gradient, together, place // stride), _side_by_side(input, together, place)
     found = torch.ops.aten.convolution_backward(
         gradient, input, weight, weight.shape[:1], layer.stride, layer.padding, (1, 1), False, (0, 0), 1, wanted
     )
@@ -75,17 +79,22 @@ def _arithmetic(input: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if cast else input.dtype
 
 
-def _side_by_side(maps: Tensor, together: int) -> Tensor:
-    """Return ``(B / n, C, H, n (W + 1))`` of ``(B, C, H, W)``, channels last, zeros in each image's last column."""
+def _place(columns: int, stride: int) -> int:
+    """Return the columns that an image takes in a row: a multiple of the stride, so that the next begins on a step."""
+    return stride * (columns // stride + 1)
+
+
+def _side_by_side(maps: Tensor, together: int, place: int) -> Tensor:
+    """Return ``(B / n, C, H, n * place)`` of ``(B, C, H, W)``, channels last, zeros behind the W columns of each."""
     images, channels, rows, columns = maps.shape
     pixels = maps.permute(0, 2, 3, 1).reshape(images // together, together, rows, columns, channels).transpose(1, 2)
-    wide = functional.pad(pixels, (0, 0, 0, 1)).reshape(images // together, rows, together * (columns + 1), channels)
-    return wide.permute(0, 3, 1, 2)
+    wide = functional.pad(pixels, (0, 0, 0, place - columns))
+    return wide.reshape(images // together, rows, together * place, channels).permute(0, 3, 1, 2)
 
 
 def _apart(wide: Tensor, together: int, columns: int) -> Tensor:
-    """Undo :func:`_side_by_side`, with what stands in the columns between left out."""
-    rows_of_images, channels, rows, _ = wide.shape
-    pixels = wide.permute(0, 2, 3, 1).reshape(rows_of_images, rows, together, columns + 1, channels)
+    """Undo :func:`_side_by_side`, with what stands behind each image's columns left out."""
+    rows_of_images, channels, rows, across = wide.shape
+    pixels = wide.permute(0, 2, 3, 1).reshape(rows_of_images, rows, together, across // together, channels)
     apart = pixels[..., :columns, :].transpose(1, 2).reshape(rows_of_images * together, rows, columns, channels)
     return apart.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)  # a copy for one row of images only

@@ -42,7 +42,7 @@ from spiking_rl.state import (
     verify,
 )
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
-from spiking_rl.tracking import layer_columns, odd_thresholds, spoiled_layer
+from spiking_rl.tracking import layer_columns, layer_scalars, odd_thresholds, spoiled_layer
 from spiking_rl.vision.building import (
     build,
     convert,
@@ -513,9 +513,7 @@ class Trainer:
         scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
         if energy.accumulates_per_mac is not None:
             scalars |= {"val/energy_ratio": energy.ratio, "val/accumulates_per_mac": energy.accumulates_per_mac}
-        scalars |= {f"spikes/{layer}": rate for layer, rate in rates.items()}
-        scalars |= {n.replace("_", "/"): value for n, value in columns.items() if not n.startswith("spike_rate")}
-        for tag, value in scalars.items():
+        for tag, value in (scalars | layer_scalars(columns)).items():
             self.board.add_scalar(tag, value, step)
 
     def _warn(self, warnings: list[str]) -> None:

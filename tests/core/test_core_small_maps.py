@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from spiking_rl import NETWORKS
-from spiking_rl.vision.small_maps import SmallMapConv2d
+from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
 
 
 def _pair(bias: bool, channels: tuple[int, int] = (3, 5), **options: int) -> tuple[SmallMapConv2d, nn.Conv2d]:
@@ -25,16 +25,17 @@ def _pair(bias: bool, channels: tuple[int, int] = (3, 5), **options: int) -> tup
     images=st.integers(1, 30),
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
+    stride=st.sampled_from([1, 2]),
     bias=st.booleans(),
     narrow=st.booleans(),
     channels_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_values_and_gradients_are_those_of_the_plain_convolution(
-    images: int, rows: int, columns: int, bias: bool, narrow: bool, channels_last: bool, seed: int
+    images: int, rows: int, columns: int, stride: int, bias: bool, narrow: bool, channels_last: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    small, plain = _pair(bias)
+    small, plain = _pair(bias, stride=stride)
     x = torch.randn(images, 3, rows, columns)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -53,7 +54,33 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=3e-2 if narrow else 1e-5)
 
 
-@pytest.mark.parametrize("options", [{"stride": 2}, {"kernel_size": 1, "padding": 0}, {"padding": 0}, {"dilation": 2}])
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 30),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    stride=st.sampled_from([1, 2]),
+    wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 1000),
+)
+def test_gradients_are_those_of_autograd(
+    images: int, rows: int, columns: int, stride: int, wanted: tuple[bool, bool, bool], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    small, plain = _pair(True, stride=stride)
+    x = torch.randn(images, 3, rows, columns, requires_grad=True)
+    y = plain(x)
+    gradient = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, plain.weight, plain.bias), gradient)
+    for ours, theirs, asked in zip(
+        gradients(small, gradient, x.detach(), small.weight, wanted), expected, wanted, strict=True
+    ):
+        if asked:
+            assert ours is not None
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("options", [{"stride": 3}, {"kernel_size": 1, "padding": 0}, {"padding": 0}, {"dilation": 2}])
 def test_other_convolutions_are_left_as_they_are(options: dict[str, int]) -> None:
     small, plain = _pair(True, **options)
     x = torch.randn(8, 3, 4, 4)
@@ -74,6 +101,10 @@ def test_narrow_maps_reach_the_kernel_side_by_side(monkeypatch: pytest.MonkeyPat
     assert {shape[0] for shape in seen if shape[3] >= 16 and shape[2] >= 8} == {24}  # wide ones come alone
     last = seen[-1]  # 2 x 2 pixels: 12 images of 3 columns in a row
     assert last == (2, last[1], 2, 36)
+    seen.clear()
+    network = NETWORKS["resnet20"]((3, 32, 32), 10, neuron="relu", width=0.05)
+    network(torch.randn(1, 24, 3, 32, 32))
+    assert (4, 13, 4, 36) in seen  # at stride 2, from 4 x 4 pixels: 6 images of 6 columns in a row
 
 
 def test_images_of_a_batch_do_not_touch() -> None:

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from conftest import Cli, as_flags, copy_run, last_json, write_shades
+from conftest import Cli, as_flags, copy_run, curves_of, last_json, write_shades
 from test_report import needs_browser, on_a_phone
 
 from spiking_rl import load_checkpoint
@@ -72,7 +72,24 @@ def test_one_command_trains_prunes_and_scores(finished: tuple[Path, dict[str, ob
         "checkpoints/T1/model.safetensors",
     ):
         assert (run / name).stat().st_size > 0
-    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_tensorboard_has_the_curves_of_the_run(finished: tuple[Path, dict[str, object]]) -> None:
+    run, _ = finished
+    rows = dict(enumerate(RunFolder(run).read_progress(), 1))
+    tags = {"score": "val/accuracy", "loss": "train/loss", "learning_rate": "train/learning_rate"}
+    expected = {tag: {step: row[column] for step, row in rows.items()} for column, tag in tags.items()}
+    tags = {"energy_ratio": "val/energy_ratio", "accumulates_per_mac": "val/accumulates_per_mac"}
+    for i in range(1, 6):
+        tags |= {f"spike_rate_layer{i}": f"spikes/layer{i}"}
+        tags |= {f"{quantity}_layer{i}": f"{quantity}/layer{i}" for quantity in ("threshold", "leak")}
+    spiking = {step: row for step, row in rows.items() if row["timesteps"]}
+    assert len(rows) > len(spiking) > 1
+    expected |= {tag: {step: row[column] for step, row in spiking.items()} for column, tag in tags.items()}
+    found = curves_of(run)
+    assert set(found) == set(expected)
+    for tag, curve in expected.items():
+        assert found[tag] == pytest.approx(curve, rel=1e-6), tag
 
 
 @pytest.mark.parametrize("which", ["T1", "relu"])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SMALL, Cli, as_flags, copy_run, environment, last_json
+from conftest import SMALL, Cli, as_flags, copy_run, curves_of, environment, last_json
 
 from spiking_rl import load_checkpoint
 from spiking_rl.agents import SpikingPQN, load_agent
@@ -64,7 +64,6 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
         "videos/T2.mp4",
     ):
         assert (run / name).stat().st_size > 0, name
-    assert list((run / "tensorboard").glob("events*"))
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["seed"] == 0
     assert config["timesteps"] == 3
@@ -82,6 +81,19 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
         spikes = row["timesteps"] * (16 * 16 * rates[0] + 16 * 2 * rates[1])
         energy = (64 + 48 + row["timesteps"] * 48) * 4.6 + spikes * 0.9
         assert row["energy_ratio"] == pytest.approx((64 + 256 + 32) * 4.6 / energy)
+
+
+def test_tensorboard_has_the_curves_of_the_run(whole_job: tuple[Path, dict[str, object]]) -> None:
+    run, _ = whole_job
+    tags = {"score": "eval/mean_return", "energy_ratio": "eval/energy_ratio", "timesteps": "train/timesteps_T"}
+    for i in (1, 2):
+        tags |= {f"spike_rate_layer{i}": f"spikes/layer{i}"}
+        tags |= {f"{quantity}_layer{i}": f"{quantity}/layer{i}" for quantity in ("threshold", "leak")}
+    progress, found = RunFolder(run).read_progress(), curves_of(run)
+    assert len(progress) > 2
+    for column, tag in tags.items():
+        assert found[tag] == pytest.approx({row["agent_steps"]: row[column] for row in progress}, rel=1e-6), tag
+    assert set(found) >= {"train/loss", "train/learning_rate"}
 
 
 def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
