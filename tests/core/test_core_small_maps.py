@@ -12,6 +12,13 @@ from torch.nn import functional
 from spiking_rl import NETWORKS
 from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
 
+SIZES = {
+    "images": st.integers(1, 30),
+    "rows": st.integers(1, 9),
+    "columns": st.integers(1, 9),
+    "stride": st.sampled_from([1, 2]),
+}
+
 
 def _pair(bias: bool, channels: tuple[int, int] = (3, 5), **options: int) -> tuple[SmallMapConv2d, nn.Conv2d]:
     options = {"kernel_size": 3, "padding": 1, **options}
@@ -22,10 +29,7 @@ def _pair(bias: bool, channels: tuple[int, int] = (3, 5), **options: int) -> tup
 
 @settings(max_examples=60, deadline=None)
 @given(
-    images=st.integers(1, 30),
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 9),
-    stride=st.sampled_from([1, 2]),
+    **SIZES,
     bias=st.booleans(),
     narrow=st.booleans(),
     channels_last=st.booleans(),
@@ -58,10 +62,7 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    images=st.integers(1, 30),
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 9),
-    stride=st.sampled_from([1, 2]),
+    **SIZES,
     wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 1000),
 )
