@@ -25,7 +25,7 @@ class SmallMapConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kind = _arithmetic(input)
         together = self._together(input, kind)
-        if together == 1:
+        if not together:
             return self._convolve(input, weight, bias)
         columns, stride = input.shape[3], self.stride[1]
         wide = self._convolve(_side_by_side(input.to(kind), together, _place(columns, stride)), weight, bias)
@@ -35,18 +35,21 @@ class SmallMapConv2d(nn.Conv2d):
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
     def _together(self, input: Tensor, kind: torch.dtype) -> int:
-        """Return how many images to lay side by side."""
+        """Return how many images to lay side by side; 0: convolve them as they are."""
         plain = self.kernel_size == (3, 3) and self.stride in ((1, 1), (2, 2)) and self.padding == (1, 1)
         if not plain or self.dilation != (1, 1) or self.groups != 1 or self.padding_mode != "zeros":
-            return 1
+            return 0
         if input.device.type != "cpu" or input.dim() != 4:
-            return 1
+            return 0
         if torch.compiler.is_compiling():
-            return 1  # what is exported shall take batches of any size
+            return 0  # what is exported shall take batches of any size
         images, columns = input.shape[0], input.shape[3]
         if not images or columns > _NARROW.get(kind, 0):
-            return 1
-        return next(n for n in range(_WIDE // _place(columns, self.stride[1]), 0, -1) if images % n == 0)
+            return 0
+        stride = self.stride[1]
+        together = next(n for n in range(_WIDE // _place(columns, stride), 0, -1) if images % n == 0)
+        # A single column at stride 2 is made wider even alone: torch 2.13 leaves gradients unwritten (bfloat16).
+        return together if together > 1 or columns < stride else 0
 
 
 def gradients(
@@ -61,16 +64,16 @@ def gradients(
         weight: of the layer, of the same type as the others.
         wanted: which of the three.
     """
-    together = layer._together(input, input.dtype) if isinstance(layer, SmallMapConv2d) else 1
+    together = layer._together(input, input.dtype) if isinstance(layer, SmallMapConv2d) else 0
     columns = input.shape[3]
-    if together > 1:
+    if together:
         place, stride = _place(columns, layer.stride[1]), layer.stride[1]
         gradient, input = _side_by_side(gradient, together, place // stride), _side_by_side(input, together, place)
     found = torch.ops.aten.convolution_backward(
         gradient, input, weight, weight.shape[:1], layer.stride, layer.padding, (1, 1), False, (0, 0), 1, wanted
     )
     of_input, of_weight, of_bias = found
-    return (_apart(of_input, together, columns) if together > 1 and wanted[0] else of_input), of_weight, of_bias
+    return (_apart(of_input, together, columns) if together and wanted[0] else of_input), of_weight, of_bias
 
 
 def _arithmetic(input: Tensor) -> torch.dtype:

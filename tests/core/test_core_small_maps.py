@@ -110,6 +110,21 @@ def test_narrow_maps_reach_the_kernel_side_by_side(monkeypatch: pytest.MonkeyPat
     assert (4, 13, 4, 36) in seen  # at stride 2, from 4 x 4 pixels: 6 images of 6 columns in a row
 
 
+@pytest.mark.parametrize("images", [1, 41])  # 41 cannot be divided
+def test_gradients_of_a_single_column_hold_no_unwritten_memory(images: int) -> None:
+    torch.manual_seed(0)
+    for _ in range(300):
+        unwritten = [torch.full((size,), torch.nan) for size in (135, 270, 540, 1000, 5000, 20000)]
+        del unwritten
+        small, _ = _pair(False, stride=2)
+        x = torch.randn(images, 3, 2, 1, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            small(x).float().sum().backward()
+        for gradient in (small.weight.grad, x.grad):
+            assert gradient is not None
+            assert gradient.isfinite().all()
+
+
 def test_images_of_a_batch_do_not_touch() -> None:
     torch.manual_seed(0)
     small, _ = _pair(False)
