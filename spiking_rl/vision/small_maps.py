@@ -24,32 +24,32 @@ class SmallMapConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         kind = _arithmetic(input)
-        together = self._together(input, kind)
+        together, place = self._layout(input, kind)
         if not together:
             return self._convolve(input, weight, bias)
-        columns, stride = input.shape[3], self.stride[1]
-        wide = self._convolve(_side_by_side(input.to(kind), together, _place(columns, stride)), weight, bias)
-        return _apart(wide, together, math.ceil(columns / stride))
+        wide = self._convolve(_side_by_side(input.to(kind), together, place), weight, bias)
+        return _apart(wide, together, math.ceil(input.shape[3] / self.stride[1]))
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
-    def _together(self, input: Tensor, kind: torch.dtype) -> int:
-        """Return how many images to lay side by side; 0: convolve them as they are."""
+    def _layout(self, input: Tensor, kind: torch.dtype) -> tuple[int, int]:
+        """Return how many images to lay side by side, 0 for none, and the columns that each takes."""
         plain = self.kernel_size == (3, 3) and self.stride in ((1, 1), (2, 2)) and self.padding == (1, 1)
         if not plain or self.dilation != (1, 1) or self.groups != 1 or self.padding_mode != "zeros":
-            return 0
+            return 0, 0
         if input.device.type != "cpu" or input.dim() != 4:
-            return 0
+            return 0, 0
         if torch.compiler.is_compiling():
-            return 0  # what is exported shall take batches of any size
+            return 0, 0  # what is exported shall take batches of any size
         images, columns = input.shape[0], input.shape[3]
         if not images or columns > _NARROW.get(kind, 0):
-            return 0
+            return 0, 0
         stride = self.stride[1]
-        together = next(n for n in range(_WIDE // _place(columns, stride), 0, -1) if images % n == 0)
+        place = stride * (columns // stride + 1)  # a multiple of the stride: the next image begins on a step
+        together = next(n for n in range(_WIDE // place, 0, -1) if images % n == 0)
         # A single column at stride 2 is made wider even alone: torch 2.13 leaves gradients unwritten (bfloat16).
-        return together if together > 1 or columns < stride else 0
+        return (together, place) if together > 1 or columns < stride else (0, 0)
 
 
 def gradients(
@@ -64,11 +64,11 @@ def gradients(
         weight: of the layer, of the same type as the others.
         wanted: which of the three.
     """
-    together = layer._together(input, input.dtype) if isinstance(layer, SmallMapConv2d) else 0
+    together, place = layer._layout(input, input.dtype) if isinstance(layer, SmallMapConv2d) else (0, 0)
     columns = input.shape[3]
     if together:
-        place, stride = _place(columns, layer.stride[1]), layer.stride[1]
-        gradient, input = _side_by_side(gradient, together, place // stride), _side_by_side(input, together, place)
+        gradient = _side_by_side(gradient, together, place // layer.stride[1])
+        input = _side_by_side(input, together, place)
     found = torch.ops.aten.convolution_backward(
         gradient, input, weight, weight.shape[:1], layer.stride, layer.padding, (1, 1), False, (0, 0), 1, wanted
     )
@@ -80,11 +80,6 @@ def _arithmetic(input: Tensor) -> torch.dtype:
     """Return the type in which a CPU convolves: autocast's, which leaves doubles alone."""
     cast = torch.is_autocast_enabled("cpu") and input.dtype != torch.float64
     return torch.get_autocast_dtype("cpu") if cast else input.dtype
-
-
-def _place(columns: int, stride: int) -> int:
-    """Return the columns that an image takes in a row: a multiple of the stride, so that the next begins on a step."""
-    return stride * (columns // stride + 1)
 
 
 def _side_by_side(maps: Tensor, together: int, place: int) -> Tensor:
