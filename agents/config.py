@@ -191,9 +191,9 @@ class TrainConfig(MainSettings):
             raise UserError("kappa", self.kappa, "must be 0 or positive, and finite")
         for name, value in self.coding().items():
             if self.stateful:
-                raise UserError(name, value, "is for fresh membranes; leave out stateful")
+                raise UserError(name, value, "is for fresh membranes; use it with --no-stateful")
         if self.stateful and self.neuron == "relu":
-            raise UserError("stateful", True, "a ReLU network has no membrane to carry; leave it out")
+            raise UserError("stateful", True, "a ReLU network has no membrane to carry; use --no-stateful")
         if self.trains_ann and self.stateful:
             atari = parse_atari(self.env)
             if atari is None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3 import DQN
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
@@ -127,13 +127,17 @@ class SpikingDQN(StagedAlgorithm, DQN):
         )
 
     def _setup_model(self) -> None:
-        wanted = self.buffer_size
+        if self.env is not None:  # of a zip that was saved by an agent that only played, too
+            self.plays_only = False
+        wanted = self.buffer_size, self.replay_buffer_class, self.replay_buffer_kwargs
         if self.plays_only:
             self.buffer_size = 1
         try:
             self._setup_with_replay()
         finally:
-            self.buffer_size = wanted
+            self.buffer_size = wanted[0]
+            if self.plays_only:  # what environment it may learn in decides on the replay
+                _, self.replay_buffer_class, self.replay_buffer_kwargs = wanted
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As in Stable-Baselines3; an agent that was loaded to play gets its replay buffer, and can learn on."""
@@ -161,6 +165,11 @@ class SpikingDQN(StagedAlgorithm, DQN):
             raise UserError("replay_buffer", str(path), remedy)
         found.device = self.device
         self.replay_buffer = found  # type: ignore[assignment]
+        # What is played next does not go on where these games were left.
+        if isinstance(found, (SequenceReplay, FrameReplayBuffer)):
+            found.cut()
+        else:
+            _cut(found)
 
     def _setup_with_replay(self) -> None:
         self.episode_starts = np.ones(self.n_envs, dtype=bool)
@@ -169,19 +178,21 @@ class SpikingDQN(StagedAlgorithm, DQN):
             if given is not None and given is not SequenceReplay:
                 remedy = "a stateful agent replays sequences (SequenceReplay); leave it out"
                 raise UserError("replay_buffer_class", given.__name__, remedy)
-            span = self.burn_in + self.sequence_length + self.n_steps
-            if self.env is not None and self.buffer_size // self.n_envs < span:
-                raise UserError(
-                    "buffer_size", self.buffer_size, f"holds no sequence; {span * self.n_envs} frames are the least"
-                )
+            span, stride = self.burn_in + self.sequence_length + self.n_steps, max(1, self.sequence_length // 2)
+            # Rows are whole strides, and the oldest of them are being overwritten.
+            least = stride * -(-(span + stride - 1) // stride) * self.n_envs
+            if self.env is not None and self.buffer_size < least:
+                raise UserError("buffer_size", self.buffer_size, f"holds no sequence; {least} frames are the least")
             self.replay_buffer_class = SequenceReplay  # type: ignore[assignment]
-            self.replay_buffer_kwargs = {"span": span, "stride": max(1, self.sequence_length // 2)}
+            self.replay_buffer_kwargs = {"span": span, "stride": stride}
             self._setup_without_warning()
         elif isinstance(self.env, AtariVecEnv) and self.replay_buffer_class is None:
             self.replay_buffer_class = FrameReplayBuffer  # type: ignore[assignment]
             self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma}
             self._setup_without_warning()
         else:
+            if self.replay_buffer_class is NStepReplayBuffer:  # of a zip, where Stable-Baselines3 chose it
+                self.replay_buffer_class = None
             super()._setup_model()
         if self.stateful and self._vec_normalize_env is not None:
             raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")
@@ -380,9 +391,22 @@ class SpikingDQN(StagedAlgorithm, DQN):
             )
         elif isinstance(self.replay_buffer, FrameReplayBuffer):
             self.replay_buffer.end_episodes(self._last_obs)
+        elif self.replay_buffer is not None:
+            _cut(self.replay_buffer)
         super().end_episodes()
 
     def begin_stage(self, timesteps: int) -> None:
         """As in :class:`StagedAlgorithm`; the target network starts equal to the online one."""
         super().begin_stage(timesteps)
         self.policy.q_net_target.load_state_dict(self.policy.q_net.state_dict())
+
+
+def _cut(replay: ReplayBuffer) -> None:
+    """Let no return of Stable-Baselines3's replay reach beyond its latest step: the episode is left there.
+
+    As where time is up: the last observation of each environment, which is stored, still has a value.
+    """
+    if replay.size() and replay.handle_timeout_termination and not replay.optimize_memory_usage:
+        running = replay.dones[replay.pos - 1] == 0
+        replay.timeouts[replay.pos - 1, running] = 1
+        replay.dones[replay.pos - 1, running] = 1

@@ -14,6 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.deployed import DeployedAgent
 from spiking_rl.agents.policies import SpikingQNetwork, q_network
+from spiking_rl.encoding import PoissonEncoder
 from spiking_rl.energy import SpikeCounter, measured_energy
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
@@ -187,7 +188,8 @@ def _play(
             before = seen[episode] if q_net.stateful else 0
             seen[episode] = hash((before, np.asarray(observation).tobytes()))
         groups: dict[int, int] = {}
-        if q_net.network.exit_margin is not None:  # rows that stop early cannot be counted for others
+        # Rows that stop early cannot be counted for others, and spikes that are drawn differ.
+        if q_net.network.exit_margin is not None or isinstance(q_net.network.encoder, PoissonEncoder):
             seen = list(range(len(seeds)))
         group = [groups.setdefault(seen[episode], len(groups)) for _, episode, _ in playing]
         first = [group.index(g) for g in range(len(groups))]

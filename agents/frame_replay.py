@@ -29,8 +29,9 @@ class FrameReplayBuffer(BaseBuffer):
 
     Args:
         buffer_size: rows kept, over all environments.
-        observation_space: uint8 ``(stack, H, W)``, oldest frame first, zero before an episode's first
-            frame (as ``AtariVectorEnv`` and ``VecFrameStack`` do it).
+        observation_space: uint8 ``(stack, H, W)``, oldest frame first; as a rule zero before an episode's first frame
+            (as ``AtariVectorEnv`` and ``VecFrameStack`` do it). Other frames there, such as those before a lost life,
+            are kept in rows of their own.
         action_space: Discrete.
         device: of the sampled tensors.
         n_envs: environments.
@@ -103,20 +104,37 @@ class FrameReplayBuffer(BaseBuffer):
             reward: ``(N,)``.
             done: the episode ended here, ``(N,)``.
             infos: ``TimeLimit.truncated`` is looked at.
-
-        Raises:
-            UserError: an episode's first observation has older frames that are not zero.
         """
-        if self.opens.any() and self.stack > 1 and obs[self.opens, :-1].any():
-            raise UserError(
-                "env", "a first observation", "has older frames that are not zero; FrameReplayBuffer needs zero-filling"
-            )
+        starts = self._opened(obs) if self.stack > 1 else self.opens
         everyone = np.arange(self.n_envs)
         done = np.asarray(done, dtype=bool)
         truncated = np.array([bool(i.get("TimeLimit.truncated", False)) for i in infos])
-        self._write(everyone, obs, np.reshape(action, -1), reward, self.opens, done & ~truncated, True)
+        self._write(everyone, obs, np.reshape(action, -1), reward, starts, done & ~truncated, True)
         self.opens = done.copy()
         self._close(np.flatnonzero(done), next_obs)
+
+    def _opened(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
+        """Tell which rows begin their episode; of an episode that goes on from older frames those do."""
+        # A learner that begins anew (Stable-Baselines3's `learn`) resets its environments without a word.
+        everyone = np.arange(self.n_envs)
+        last = self.frames[(self.written - 1) % self.buffer_size, everyone]
+        self.cut(~self.opens & (obs[:, -2] != last).any((1, 2)))
+        older = np.flatnonzero(self.opens)
+        older = older[obs[older, :-1].any((1, 2, 3))]
+        if len(older):
+            for back in range(self.stack - 1, 0, -1):
+                self._write(older, obs[older, :-back], 0, 0.0, back == self.stack - 1, False, False)
+        starts = self.opens.copy()
+        starts[older] = False
+        return starts
+
+    def cut(self, running: NDArray[np.bool_] | None = None) -> None:
+        """Make final observations of the latest rows ``(N,)``; None: wherever an episode is running."""
+        rows = np.flatnonzero(~self.opens if running is None else running)
+        at = (self.written[rows] - 1) % self.buffer_size
+        for array in (self.actions, self.rewards, self.terminal, self.decisions):
+            array[at, rows] = 0
+        self.opens[rows] = True
 
     def end_episodes(self, observations: NDArray[Any]) -> None:
         """Cut all running episodes, which were left at these observations, ``(N, stack, H, W)``."""
@@ -144,10 +162,14 @@ class FrameReplayBuffer(BaseBuffer):
 
     @property
     def transitions(self) -> int:
-        """Rows that can be drawn, about: final observations, which have no action, count where others do too."""
-        counts = self._candidates()[1]
-        # Two final observations never follow each other.
-        return int(counts.sum()) if (counts > 1).any() else 0
+        """Rows that can be drawn, about: those without an action count where others do too."""
+        first, counts = self._candidates()
+        # No more than a stack of rows without an action follow each other.
+        drawn = (counts > self.stack).any() or any(
+            self.decisions[(first[row] + np.arange(counts[row])) % self.buffer_size, row].any()
+            for row in range(self.n_envs)
+        )
+        return int(counts.sum()) if drawn else 0
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """Draw transitions at random, with numpy's global generator as SB3 does.
@@ -158,12 +180,8 @@ class FrameReplayBuffer(BaseBuffer):
         """
         if env is not None:
             raise UserError("env", "VecNormalize", "FrameReplayBuffer does not normalise; leave it out")
-        # The oldest rows lack frames before them, the newest rewards after them.
-        first = np.maximum(0, self.written - self.buffer_size) + np.where(
-            self.written > self.buffer_size, self.stack, 0
-        )
-        counts = np.maximum(0, self.written - self.n_steps - first)
-        if not counts.sum():
+        first, counts = self._candidates()
+        if not self.transitions:
             raise UserError("batch_size", batch_size, "nothing to sample yet; the buffer has too few steps")
         rows = np.empty(0, dtype=np.int64)
         at = np.empty(0, dtype=np.int64)

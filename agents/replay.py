@@ -118,6 +118,13 @@ class SequenceReplay(BaseBuffer):
         if len(rows):
             self._write(rows, observations[rows], membranes[rows], 0, 0.0, False, False, False)
 
+    def cut(self) -> None:
+        """Make final frames of the latest: what is written next does not follow them."""
+        rows = np.flatnonzero(self.written)
+        at = (self.written[rows] - 1) % self.buffer_size
+        for array in (self.actions, self.rewards, self.terminal, self.decisions):
+            array[at, rows] = 0
+
     def _write(
         self, rows: NDArray[np.int64], observations: NDArray[Any], membranes: NDArray[np.float32], *rest: Any
     ) -> None:

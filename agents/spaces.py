@@ -42,7 +42,9 @@ def space_from_json(described: dict[str, Any]) -> spaces.Space[Any]:
     dtype = np.dtype(described["dtype"])
     if dtype.kind not in "fiub" or len(shape) > 4 or np.prod(shape) > 2**26:
         raise TypeError(f"observation of shape {shape}, dtype {dtype} is not one an agent could have")
-    low, high = (np.asarray(described[name], dtype=np.float64) for name in ("low", "high"))
+    # Large whole numbers are none in floating point.
+    stored = dtype if dtype.kind in "iu" else np.dtype(np.float64)
+    low, high = (np.asarray(described[name], dtype=stored) for name in ("low", "high"))
     with np.errstate(all="raise"):  # a bound that its dtype cannot hold is none
         return spaces.Box(
             low=np.broadcast_to(low.reshape(shape if low.ndim else ()), shape).astype(dtype),

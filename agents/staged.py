@@ -287,7 +287,7 @@ class StagedAlgorithm(BaseAlgorithm):
             self.average = {name: tensor.clone() for name, tensor in weights.items()}
             return
         for name, tensor in weights.items():
-            if "running_" in name:
+            if "running_" in name or not tensor.is_floating_point():
                 self.average[name].copy_(tensor)
             else:
                 self.average[name].lerp_(tensor, 1 - self.average_decay)

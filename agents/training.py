@@ -27,6 +27,7 @@ from spiking_rl.pruning import TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.settings import changed_settings, continued, settings_from_dict
 from spiking_rl.stopping import check_hours
+from spiking_rl.surrogate import DEFAULT_GAMMA
 
 CHANGEABLE = ("agent_steps", "prune_steps", "last_steps", "report_episodes", "video_episodes", "threads")
 """Settings of a run under way that may change: how long stages train, what its end shows, and threads."""
@@ -205,6 +206,27 @@ def change_run(session: TrainingSession, changes: Mapping[str, Any]) -> None:
         change_run(session.ann, {"threads": config.threads})
 
 
+PRUNING_SETTINGS = (
+    "average_decay",
+    "eval_episodes",
+    "eval_every",
+    "goal",
+    "imitation",
+    "last_steps",
+    "num_envs",
+    "prune_lr_factor",
+    "report_also",
+    "report_episodes",
+    "rescale_leak",
+    "save_every",
+    "seed",
+    "teacher",
+    "threads",
+    "video_episodes",
+)
+"""Settings that :func:`prune` takes."""
+
+
 def train(
     env: str = "cartpole",
     *,
@@ -258,7 +280,8 @@ def prune(
         agent_steps: of each stage.
         run: folder that keeps the run; None keeps nothing but the model.
         progress: show progress on standard error.
-        settings: fields of the config that govern evaluation, such as ``eval_every``.
+        settings: fields of the config that :data:`PRUNING_SETTINGS` names, such as ``eval_every``. What else decides on
+            learning is the model's own.
 
     Returns:
         The same model, with the best weights at ``to``.
@@ -270,14 +293,24 @@ def prune(
     now = model.policy.timesteps
     own = {name: getattr(model, name) for name in model.hyperparameters if hasattr(config, name)}
     network = model.policy.q_net_kwargs["network_kwargs"]
-    shared = ("hidden", "neuron", "layer_norm", "first_layer_norm", "per_channel", "leak", "time_constants")
+    shared = ["hidden", "neuron", "layer_norm", "first_layer_norm", "per_channel", "leak", "time_constants"]
+    shared += ["encoding", "single_spike", "kappa"]
     own |= {name: network[name] for name in shared if name in network}
-    own["stateful"] = model.stateful
+    own |= {"stateful": model.stateful, "surrogate_gamma": network.get("gamma", DEFAULT_GAMMA)}
+    rates = model.lr_schedule(1.0), model.lr_schedule(0.0)
+    own |= {"learning_rate": float(rates[0]), "final_learning_rate": float(rates[1])}
+    if isinstance(model, SpikingDQN):
+        own["return_steps"] = model.n_steps
+    for name in settings.keys() & {field.name for field in dataclasses.fields(config)}:
+        if name not in PRUNING_SETTINGS and (name not in own or settings[name] != own[name]):
+            is_there = f", there {own[name]!r}" if name in own else ""
+            raise UserError(name, settings[name], f"is the model's own{is_there}; give it where that is made")
     # A recipe's way to its first stage is behind the model.
     own |= {"ann_steps": 0, "start_from": None, "imitation": 0.0, "teacher": None}
     own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "last_steps": 0}
     own["num_envs"] = model.n_envs
     config = replace_settings(config, {**own, **settings})
+    model.teacher, model.imitation = None, 0.0
     config.check()
     if to >= now:
         raise UserError("to", to, f"the model is at T={now} already; choose a smaller number")
@@ -326,5 +359,6 @@ def _with_best_weights(session: TrainingSession) -> SpikingPQN | SpikingDQN:
     if model.policy.has_target:
         model.policy.q_net_target.load_state_dict(model.policy.q_net.state_dict())
     model.average = None
+    model.teacher, model.imitation = None, 0.0  # a later `learn` learns from returns
     model._custom_logger = False  # the run's TensorBoard is closed: a later `learn` makes its own logger
     return model

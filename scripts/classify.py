@@ -21,6 +21,7 @@ from spiking_rl.scripts.options import (
     AsTheRun,
     changes_of,
     first_argument,
+    kept_instead,
     parse,
     parse_over_run,
     parse_settings,
@@ -148,8 +149,8 @@ class EvaluateOptions(Place):
     """T of the run to score, or relu for its ReLU network; default everything it holds."""
     predictions: Path | None = None
     """Also write the predicted classes of every T there."""
-    dataset: str = "cifar10"
-    """Of a file of predicted classes."""
+    dataset: str | None = None
+    """Of a file of predicted classes; none: cifar10."""
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -237,6 +238,8 @@ def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig,
     changes = changes_of(folder, saved, asked, args, ("network", "dataset"), CHANGEABLE)
     with _held(folder):
         trainer = _open(folder, where)
+        if kept := kept_instead(saved, asked, args):
+            trainer.note(f"{', '.join(kept)}: as the run was started, not as the recipe has it")
         if changes:
             change_run(trainer, changes)
             trainer.note(told(saved, changes))
@@ -277,14 +280,21 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
     options = parse(EvaluateOptions, "classify evaluate RUN", rest, EVALUATE)
     path = Path(str(name))
     if path.suffix == ".json":
-        images = _images(ClassifyConfig(dataset=options.dataset), options.data)
-        checked = check_predictions(path, images, options.dataset)
+        for name in ("timesteps", "predictions"):
+            if getattr(options, name) is not None:
+                remedy = "is for a run; a file of predicted classes is counted as it stands, leave it out"
+                raise UserError(name, getattr(options, name), remedy)
+        dataset = options.dataset or ClassifyConfig.dataset
+        images = _images(ClassifyConfig(dataset=dataset), options.data)
+        checked = check_predictions(path, images, dataset)
         for row in checked:
             print(f"T={row['timesteps'] or 'ReLU'}: {row['top1']:.2f} %, as claimed")
-        return {"dataset": options.dataset, "rows": checked}
+        return {"dataset": dataset, "rows": checked}
     folder = RunFolder(path)
     folder.require()
     config = load_config(folder.config)
+    if options.dataset not in (None, config.dataset):
+        raise UserError("dataset", options.dataset, f"is {config.dataset} in {path}; leave it out")
     rows = _rows(folder, config, _images(config, options.data), resolve_device(options.device), options)
     return {"rows": [_without_classes(row) for row in rows]}
 

@@ -61,6 +61,8 @@ def run(args: list[str]) -> dict[str, Any]:
         print(f"checkpoint: {folder}")
         return {"file": str(folder), "format": options.format, "environment": agent.trained_in}
     path = options.output or Path("agent.zip")
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.zip")  # as Stable-Baselines3 would name it
     path.parent.mkdir(parents=True, exist_ok=True)
     agent.model.save(path)
     loader = type(agent.model).__name__

@@ -15,7 +15,7 @@ import tyro
 from spiking_rl.checkpoint import read_json
 from spiking_rl.errors import UserError
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import published_runs, write_results
+from spiking_rl.scripts.published import checked_rows, published_runs, write_results
 
 DESCRIPTION = """Gather the final tables of runs that were trained one by one.
 
@@ -43,7 +43,7 @@ def main() -> None:
             raise UserError("runs", str(folder.path), "has no final table yet; go on with train --resume")
         results = read_json(folder.results, "results")
         about = {key: results.get(key) for key in _ABOUT_THE_RUN}
-        rows += [{"run": folder.path.name, **row, **about} for row in results["rows"]]
+        rows += [{"run": folder.path.name, **row, **about} for row in checked_rows(results, folder.results)]
     write_results(options.output, "gather", rows)
     print(f"{len(rows)} rows: {options.output}")
 

@@ -104,8 +104,7 @@ def changes_of(
         UserError: naming the setting.
     """
     found = {}
-    flags = {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
-    given = {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+    given = _given(args)
     for field in dataclasses.fields(asked):
         value, own = getattr(asked, field.name), getattr(saved, field.name)
         if field.name not in given.union(always) or value == own:
@@ -116,6 +115,29 @@ def changes_of(
             remedy = "keep to that to go on with it, or start another run"
             raise UserError(field.name, value, f"the run in {folder.path} was started with {own!r}; {remedy}")
     return found
+
+
+def kept_instead(saved: Any, asked: Any, args: list[str]) -> list[str]:
+    """Return the settings in which a resumed run differs from the recipe that the command line names.
+
+    They are no mistake, as most of them are those of the command that began the run.
+
+    Args:
+        saved: as for :func:`changes_of`.
+        asked: likewise.
+        args: likewise.
+    """
+    given = _given(args)
+    if "recipe" not in given:
+        return []
+    names = [field.name for field in dataclasses.fields(asked) if field.name not in given]
+    return [name for name in names if getattr(asked, name) != getattr(saved, name)]
+
+
+def _given(args: list[str]) -> set[str]:
+    """Return the names of the settings that a command line has flags for."""
+    flags = {arg.split("=")[0].removeprefix("--").replace("_", "-") for arg in args if arg.startswith("--")}
+    return {flag.removeprefix("no-").replace("-", "_") for flag in flags}
 
 
 def told(saved: Any, changes: dict[str, Any]) -> str:

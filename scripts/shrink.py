@@ -101,6 +101,8 @@ def main() -> None:
     name = options.output.name.removesuffix(".tar.xz")
     inside = f"checkpoints/{options.checkpoint}"
     packed = io.BytesIO()
+    about = {key: value for key, value in about.items() if key != "val_accuracy"}  # of the weights as they were
+    about |= {"bits": options.bits, "dense_bits": options.dense_bits}
     with tempfile.TemporaryDirectory() as made, lzma.open(packed, "wb", filters=_FILTERS) as stream:
         save_checkpoint(Path(made) / inside, small, about)
         (Path(made) / "config.yaml").write_bytes(folder.config.read_bytes())

@@ -38,6 +38,9 @@ def balance_thresholds(
     - temporal pruning (Chowdhury, Rathi, Roy 2022): ``percentile=90, timesteps=500``;
     - the blocks of ResNets: ``residual=0.4``.
 
+    Inputs are presented directly and neurons fire as often as they can, whatever the network does by itself: for codes
+    and single spikes take :func:`spiking_rl.calibrate_thresholds`, which runs the network as it is.
+
     The percentile is exact, by nearest rank over all images and neurons at once. Spikes of one layer
     are kept over the timesteps, at one bit each; currents are computed again where they are needed.
 

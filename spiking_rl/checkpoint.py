@@ -39,8 +39,10 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
         config: JSON-serialisable; ``format``, ``format_version`` and ``sha256`` are added.
 
     Raises:
+        UserError: something else than a checkpoint is there, which would be lost. Nothing is written then.
         OSError: the folder cannot be written; the old checkpoint stays.
     """
+    _require_own(Path(folder))
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with replace_folder(Path(folder)) as partial:
         blob = safetensors.torch.save(plain)
@@ -53,6 +55,17 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
         # Ours win over a config that was loaded with an older checkpoint.
         full = own | {name: value for name, value in config.items() if name not in own}
         (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False) + "\n")
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse to replace what holds more than a checkpoint."""
+    remedy = "would be lost; name a new folder, or one with a checkpoint alone"
+    if folder.exists() and not folder.is_dir():
+        raise UserError("folder", str(folder), f"is a file, which {remedy}")
+    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in others if name not in (WEIGHTS, CONFIG)]
+    if others:
+        raise UserError("folder", str(folder), f"holds {', '.join(others[:3])}, which {remedy}")
 
 
 def read_json(path: Path, field: str = "checkpoint") -> dict[str, Any]:
@@ -122,7 +135,7 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], origin: Path | str)
     """Load tensors into a module, refusing any mismatch with one line.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes differ. What fits may have been loaded then.
     """
     try:
         module.load_state_dict(tensors)

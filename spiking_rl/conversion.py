@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,10 @@ def calibrate_thresholds(
         three quarters of the spikes that the lowest threshold would give.
 
     Raises:
-        UserError: rate outside (0, 1), fewer than 2 inputs, or inputs that are not finite.
+        UserError: a ReLU network, rate outside (0, 1), fewer than 2 inputs, or inputs that are not finite.
     """
-    return _calibrate(network, inputs, rate, starts)
+    with _at_rest(network):
+        return _calibrate(network, inputs, rate, starts)
 
 
 @torch.no_grad()
@@ -119,14 +121,20 @@ def convert(
         assert isinstance(neuron, LIF)
         behind[layer].mul_(neuron.threshold.flatten()[0])  # calibration gives all channels the same
 
-    if rate is None:
-        wanted = relu(inputs.unsqueeze(0))[0]
-        errors = {}
-        for candidate in _RATES:
-            balance(candidate)
-            errors[candidate] = float((spiking(inputs.unsqueeze(0))[0] - wanted).square().mean())
-        rate = min(errors, key=lambda candidate: errors[candidate])
-    return balance(rate)
+    with _at_rest(relu), _at_rest(spiking):
+        if rate is None:
+            wanted = relu(inputs.unsqueeze(0))[0]
+            errors = {}
+            for candidate in _RATES:
+                balance(candidate)
+                errors[candidate] = float((spiking(inputs.unsqueeze(0))[0] - wanted).square().mean())
+            rate = min(errors, key=lambda candidate: errors[candidate])
+        return balance(rate)
+
+
+def _at_rest(network: LayeredNetwork) -> AbstractContextManager[None]:
+    """Put a network that is in training into evaluation mode; one that is not may be measuring its batch norm."""
+    return evaluating(network) if network.training else nullcontext()
 
 
 @torch.no_grad()
@@ -192,6 +200,8 @@ def _calibrate(
     calibrated: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Calibrate every layer; ``calibrated(i)`` is called when layer i is, before the next one runs."""
+    if not network.spiking:
+        raise UserError("network", "relu", "has no thresholds; build it with spiking neurons")
     _check(inputs, rate, starts)
     opens = scan_starts(starts, network.timesteps)
     reached = []

@@ -12,7 +12,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.fused import FreshScan
-from spiking_rl.networks import LayeredNetwork, NetworkState
+from spiking_rl.networks import LayeredNetwork, NetworkState, closing
 from spiking_rl.neurons import LIF, LIFState
 from spiking_rl.surrogate import fire
 
@@ -99,15 +99,18 @@ def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
     folded = fold_batch_norm(network).eval().requires_grad_(False)
     for i, neuron in enumerate(folded.neurons):
         assert isinstance(neuron, LIF)
-        shifted = _shift(folded.maps[i], -neuron.threshold)
+        shifted = _shift(folded, i, -neuron.threshold)
         folded.neurons[i] = Step(None if shifted else neuron.threshold.detach())
     folded.spiking = False  # to the network these are plain functions, as ReLU
     return folded
 
 
-def _shift(layer: nn.Module, by: Tensor) -> bool:
+def _shift(network: LayeredNetwork, layer: int, by: Tensor) -> bool:
     """Add ``by``, one number or one per channel, to what a map gives; False where nothing in it can take that."""
-    last = list(layer.modules())[-1]
+    last = closing(network.maps[layer])
+    elsewhere = [*network.maps[:layer], *network.maps[layer + 1 :], network.readout, *network.shortcuts.values()]
+    if any(module is last for other in elsewhere for module in other.modules()):
+        return False  # a map that is used twice
     if isinstance(last, (nn.Conv2d, nn.Linear)):
         channels = last.weight.shape[0]
     elif isinstance(last, nn.GroupNorm) or (isinstance(last, nn.LayerNorm) and len(last.normalized_shape) == 1):

@@ -72,13 +72,17 @@ class Encoder(nn.Module):
             numbers = [value] if isinstance(value, (int, float)) else list(value)
             if not all(math.isfinite(v) and (name == "zero" or v > 0) for v in numbers):
                 raise UserError(f"input_{name}", value, "must be finite, and a span positive")
-            tensor = torch.tensor(numbers, dtype=torch.float32)
-            # One per channel: (C, 1, 1). They follow from the settings, so no checkpoint needs them.
-            self.register_buffer(name, tensor[:, None, None] if len(numbers) > 1 else tensor, persistent=False)
+            # They follow from the settings, so no checkpoint needs them.
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32), persistent=False)
 
     def level(self, inputs: Tensor) -> Tensor:
-        """Return the inputs on the scale of the code."""
-        return (inputs - self.zero) / self.span
+        """Return the inputs ``(B, C, ...)`` on the scale of the code."""
+        return (inputs - self.per_channel(self.zero, inputs)) / self.per_channel(self.span, inputs)
+
+    @staticmethod
+    def per_channel(numbers: Tensor, inputs: Tensor) -> Tensor:
+        """Return numbers ``(C,)``, or ``(1,)`` for all channels, so that they broadcast against ``(B, C, ...)``."""
+        return numbers.reshape(-1, *[1] * (inputs.dim() - 2))
 
 
 class HybridEncoder(Encoder):
@@ -122,7 +126,7 @@ class PoissonEncoder(Encoder):
         """Return ``(T, B, *I)`` of inputs ``(B, *I)``."""
         level = self.level(inputs)
         drawn = torch.rand(timesteps, *level.shape, device=level.device)
-        return (drawn < level.abs()) * (level.sign() * self.span)
+        return (drawn < level.abs()) * (level.sign() * self.per_channel(self.span, inputs))
 
 
 def build_encoder(encoding: str, zero: float | Sequence[float], span: float | Sequence[float]) -> Encoder | None:
@@ -135,4 +139,8 @@ def build_encoder(encoding: str, zero: float | Sequence[float], span: float | Se
         raise UserError("encoding", encoding, f"must be one of {', '.join(ENCODINGS)}")
     if encoding == "direct":
         return None
-    return HybridEncoder(zero, span) if encoding == "hybrid" else PoissonEncoder(0.0, span)
+    if encoding == "hybrid":
+        return HybridEncoder(zero, span)
+    if any([zero] if isinstance(zero, (int, float)) else zero):
+        raise UserError("input_zero", zero, "must be 0 for poisson, whose spikes are as many as inputs are far from 0")
+    return PoissonEncoder(0.0, span)

@@ -71,7 +71,10 @@ def _operations(network: LayeredNetwork) -> dict[nn.Module, _Operations]:
         # Each output element costs one product per weight of its row or filter.
         macs = output[0].numel() * weight[0].numel()
         earlier = found[module].macs if module in found else 0
-        found[module] = _Operations(earlier + macs, args[0][0].numel())
+        inputs = args[0][0].numel()
+        if isinstance(module, nn.Linear):  # which may take means over places by itself
+            inputs = output[0].numel() // module.out_features * module.in_features
+        found[module] = _Operations(earlier + macs, inputs)
 
     linear = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     handles = [m.register_forward_hook(hook) for m in linear]
@@ -114,7 +117,8 @@ def spikes_per_input(network: LayeredNetwork, rates: Mapping[str, float]) -> lis
     stored so; no multiplication is needed, and an input of 3/4 costs three additions. So at equal
     rates a pooled layer has four times the accumulates per input. Counting inputs that are not zero
     would give less and need a multiplication or a shift for each; the papers do not say what they
-    count. Spikes of a border that a pool leaves out are counted too.
+    count. Spikes of a border that a pool leaves out are counted too; windows of a pool are taken not to overlap, and a
+    maximum as a mean.
 
     A shortcut's convolution accumulates the spikes of its own source; one without weights adds 1 to
     the current of a neuron for every spike.

@@ -94,12 +94,14 @@ def _siblings(folder: Path) -> tuple[Path, Path, Path]:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the place of ``folder``.
+    """Yield an empty folder to fill; on success it takes the place of ``folder``, or of that which a link names.
 
     A crash at any moment leaves the old folder, or a complete new one that :func:`recover_folder`
     puts in place. If the body raises, the old folder is untouched.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
     partial, ready, _ = _siblings(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
@@ -122,13 +124,13 @@ def being_replaced(folder: Path) -> Path | None:
 
     Readers use it: only the writer may move folders about.
     """
-    _, ready, old = _siblings(folder.absolute())
+    _, ready, old = _siblings(folder.resolve())
     return next((path for path in (ready, old) if path.is_dir()), None)
 
 
 def recover_folder(folder: Path) -> None:
     """Finish a replacement that a crash interrupted; does nothing where there was none."""
-    folder = folder.absolute()  # "." has no name to derive others from
+    folder = folder.resolve()  # "." has no name to derive others from
     _, ready, old = _siblings(folder)
     if ready.is_dir():
         if folder.is_dir():

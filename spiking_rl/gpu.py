@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from spiking_rl.compiling import SWITCH
-from spiking_rl.fused import Arriving, FusedScan, Job, Leaving, Loops, Options, Plan, Wanted, fused_scan, plan_for
+from spiking_rl.fused import Arriving, FusedScan, Job, Leaving, Loops, Options, Plan, Wanted, plan_for
+from spiking_rl.neurons import lif_scan_reference
 
 try:
     from spiking_rl import gpu_kernels as kernels
@@ -25,6 +26,7 @@ except ImportError:  # torch for CPUs comes without Triton
 
 _TILE = 1024  # neurons of a program
 _TINY = 1e-30  # as in lif_scan.c
+_GAMMA = 0.3  # of the surrogate gradient, in the check
 
 
 class _Grid(NamedTuple):
@@ -55,6 +57,8 @@ def triton_plan(current: Tensor, leak: Tensor, threshold: Tensor) -> Plan | None
     """Return how a scan over ``current`` (S, B, *N) goes in one kernel, or None where it does not."""
     if type(current) is not Tensor or (not _interpreted() and not current.is_cuda) or torch.compiler.is_compiling():
         return None
+    if not leak.device == threshold.device == current.device:  # torch takes single numbers from the CPU
+        return None
     return plan_for(current, leak, threshold) if _usable(current.device) else None
 
 
@@ -76,20 +80,27 @@ def _usable(device: torch.device) -> bool:
 
 
 def _agrees(device: torch.device) -> bool:
+    """Compare spikes and gradients of both kernels; of one sample too, for which Triton compiles others."""
+    return all(_agrees_on(device, batch) for batch in (3, 1))
+
+
+def _agrees_on(device: torch.device, batch: int) -> bool:
     draw = torch.Generator().manual_seed(0)
-    current = torch.rand(4, 3, 40, generator=draw).to(device)
+    current, weights = (torch.rand(4, batch, 40, generator=draw).to(device) for _ in range(2))
     leak, threshold = torch.full((), 0.5, device=device), torch.full((40,), 0.75, device=device)
     plan = plan_for(current, leak, threshold)
     assert plan is not None, "plain layouts always have one"
-    spikes, _, _ = fused_scan(current, None, leak, threshold, None, Options(plan, 0.3, 1, False, False), KERNELS)
-    membrane = torch.zeros_like(current[0])
-    for now, spike in zip(current, spikes, strict=True):
-        membrane = leak * membrane + now
-        clear = (membrane - threshold).abs() > 1e-5
-        if not torch.equal((membrane > threshold).float()[clear], spike[clear]):
-            return False
-        membrane = membrane - threshold * spike
-    return True
+    found = []
+    with torch.enable_grad():
+        for own in (True, False):
+            leaves = [tensor.clone().requires_grad_() for tensor in (current, leak, threshold)]
+            if own:
+                options = Options(plan, _GAMMA, 1, False, False)
+                spikes = FusedScan.apply(leaves[0], None, *leaves[1:], None, options, KERNELS)[0]  # type: ignore[no-untyped-call]
+            else:
+                spikes = lif_scan_reference(leaves[0], None, *leaves[1:], gamma=_GAMMA).spikes
+            found.append([spikes, *torch.autograd.grad((spikes * weights).sum(), leaves)])
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*found, strict=True))
 
 
 def _forward(job: Job, wanted: Wanted) -> None:

@@ -57,7 +57,7 @@ def forward(
 ):
     """Scan forwards; pointers may be None where their capital flag says that they are not there."""
     sample, c, inside, at = _tile(channels, places, channel_stride, place_stride, TILE_P, TILE_C)
-    every = batch.to(tl.int64) * channels * places
+    every = tl.cast(batch, tl.int64) * channels * places  # a batch of 1 is a constant, which has no .to
     own_leak = tl.load(leak + c * LEAKS, mask=c < channels, other=1.0)
     limit = tl.load(threshold + c * THRESHOLDS, mask=c < channels, other=1.0)
     membrane = tl.zeros((TILE_P, TILE_C), tl.float32)
@@ -116,7 +116,7 @@ def backward(
 ):
     """Scan backwards; ``of_leak`` and ``of_threshold`` get a row of channels per program, to be summed up."""
     sample, c, inside, at = _tile(channels, places, channel_stride, place_stride, TILE_P, TILE_C)
-    every = batch.to(tl.int64) * channels * places
+    every = tl.cast(batch, tl.int64) * channels * places  # a batch of 1 is a constant, which has no .to
     own_leak = tl.load(leak + c * LEAKS, mask=c < channels, other=1.0)
     limit = tl.load(threshold + c * THRESHOLDS, mask=c < channels, other=1.0)
     start = tl.zeros((TILE_P, TILE_C), tl.float32)

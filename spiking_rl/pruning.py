@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 from spiking_rl.errors import UserError
@@ -88,12 +89,17 @@ def check_pruning(start: int, stop: int) -> None:
         UserError: naming ``timesteps`` or ``prune_to``.
     """
     for field, value in (("timesteps", start), ("prune_to", stop)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise UserError(field, value, "must be a whole number of at least 1")
         if value > MAX_TIMESTEPS:
             raise UserError(field, value, f"must be at most {MAX_TIMESTEPS}")
     if stop > start:
         raise UserError("prune_to", stop, f"is above timesteps = {start}; pruning only lowers T, choose 1 to {start}")
+
+
+def _plain(budget: float) -> float:
+    """Return a number of NumPy's or torch's as Python's own, whole where it is whole: it is saved as JSON."""
+    return int(budget) if isinstance(budget, Integral) else float(budget)
 
 
 class TemporalPruning:
@@ -109,7 +115,7 @@ class TemporalPruning:
         last_budget: what the stage at ``stop`` may spend, where it is not the first; None: as every later stage.
 
     Raises:
-        UserError: stop above start, or a number that is not positive.
+        UserError: stop above start, or a number that is not positive, or a budget without an end.
     """
 
     def __init__(
@@ -127,17 +133,15 @@ class TemporalPruning:
             raise UserError("goal_reports", goal_reports, "must be at least 1")
         budgets = {"first_budget": first_budget, "stage_budget": stage_budget, "last_budget": last_budget}
         for field, value in budgets.items():
-            if value is not None and not value > 0:
-                raise UserError(field, value, "must be positive")
-        self.start = start
-        self.stop = stop
-        self.first_budget = first_budget
-        self.stage_budget = stage_budget
-        self.last_budget = last_budget
-        self.goal = goal
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(field, value, "must be positive and finite")
+        self.start = int(start)
+        self.stop = int(stop)
+        self.set_budgets(first_budget, stage_budget, last_budget)
+        self.goal = None if goal is None else float(goal)
         self.goal_reports = goal_reports
         self.finished = False
-        self.stages = [StageRecord(start)]
+        self.stages = [StageRecord(self.start)]
 
     @property
     def timesteps(self) -> int:
@@ -184,6 +188,7 @@ class TemporalPruning:
         if self.finished:
             raise RuntimeError("pruning is finished; call extend(stop) to lower T further")
         stage = self.stages[-1]
+        score = float(score)  # a mean of NumPy's or torch's too: it is saved as JSON
         improved = not math.isnan(score) and (stage.best is None or score >= stage.best)
         if improved:
             stage.best = score
@@ -235,7 +240,8 @@ class TemporalPruning:
 
     def set_budgets(self, first_budget: float, stage_budget: float, last_budget: float | None) -> None:
         """Set all three without a look at what is spent: where a saved pruning goes on with its caller's settings."""
-        self.first_budget, self.stage_budget, self.last_budget = first_budget, stage_budget, last_budget
+        self.first_budget, self.stage_budget = _plain(first_budget), _plain(stage_budget)
+        self.last_budget = None if last_budget is None else _plain(last_budget)
 
     @property
     def _budgets_left(self) -> set[str]:
@@ -261,8 +267,8 @@ class TemporalPruning:
         if stop >= self.timesteps:
             raise UserError("to", stop, f"the run is at T={self.timesteps} already; choose a smaller number")
         if stage_budget is not None:
-            self.stage_budget, self.last_budget = stage_budget, None
-        self.stop = stop
+            self.stage_budget, self.last_budget = _plain(stage_budget), None
+        self.stop = int(stop)
         self.finished = False
         checkpoint = self.checkpoint
         self.stages.append(StageRecord(self.timesteps - 1))

@@ -57,7 +57,7 @@ def spoiled_layer(network: LayeredNetwork) -> str | None:
     if not spoiled or len(spoiled) == len(named):
         return "weights of every layer" if spoiled else None
     part, *inner = spoiled[0].split(".")
-    layer = network.layer_names[int(inner[0])] if inner[0].isdigit() else part
+    layer = network.layer_names[int(inner[0])] if part in ("maps", "neurons", "shortcuts") else part
     return f"{inner[-1]} of {layer}"
 
 

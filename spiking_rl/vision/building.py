@@ -98,6 +98,9 @@ def build(config: ClassifyConfig, images: ImageFacts, *, spiking: bool) -> Layer
         images: give the input's shape and the number of classes.
         spiking: in spiking form; else ReLU.
     """
+    if not min(images.std) > 0:
+        remedy = "as std of the channels: one that never changes cannot be standardised; use images of three colours"
+        raise UserError("data", list(images.std), remedy)
     folded = spiking and config.fold_first
     options: dict[str, Any] = {"batch_norm": config.batch_norm and not folded, "bias": folded}
     options |= {"dropout": config.dropout, "width": config.width}
@@ -171,16 +174,17 @@ def load_relu(run: Path, config: ClassifyConfig, images: ImageFacts) -> tuple[La
     Args:
         run: that run's folder.
         config: settings of the run that starts from it.
-        images: its data set, with as many classes.
+        images: its data set, of the same classes and on the same scale.
 
     Raises:
-        UserError: no such run, without a ReLU network, or with another network.
+        UserError: no such run, without a ReLU network, with another network, or trained on other images.
     """
     with _told_of(str(run)):
         folder = RunFolder(run)
         theirs = _alike(folder, config)
         relu = build(theirs, images, spiking=False)
         checkpoint = load_checkpoint(folder.checkpoint(None))
+        require_same_images(checkpoint.config, images, run)
         load_into(relu, checkpoint.tensors, folder.checkpoint(None))
     return relu.eval(), checkpoint
 
@@ -198,12 +202,12 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
     Args:
         checkpoint: ``RUN/checkpoints/T1`` or the like.
         config: settings of the run that starts from it.
-        images: its data set, with as many classes.
+        images: its data set, of the same classes and on the same scale.
         inputs: a batch ``(B, C, H, W)`` as in training, to set thresholds on: those that follow T, and the outputs'
             where the other network has none.
 
     Raises:
-        UserError: no such checkpoint, or it holds no spiking network, or another one.
+        UserError: no such checkpoint, or it holds no spiking network, or another one, or one trained on other images.
     """
     with _told_of(str(checkpoint)):
         theirs = _alike(RunFolder(origin_of(str(checkpoint))[0]), config)
@@ -213,6 +217,7 @@ def load_spiking(checkpoint: Path, config: ClassifyConfig, images: ImageFacts, i
         before = about.get("timesteps")
         if before is None:
             raise UserError("checkpoint", str(checkpoint), "holds a ReLU network; name its run instead")
+        require_same_images(about, images, checkpoint)
         source = build(theirs, images, spiking=True)
         source.set_timesteps(before)
         load_into(source, tensors, checkpoint)

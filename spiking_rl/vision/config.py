@@ -251,9 +251,24 @@ class ClassifyConfig(MainSettings):
         if self.dataset == "imagenet" and (self.crop != ClassifyConfig.crop or not self.flip or self.cutout):
             text = "crop, flip and cutout mean nothing for imagenet, which is cropped and mirrored as it is decoded"
             found.append(f"warning: {text}")
+        found += [f"warning: {line}" for line in self._idle()]
         if self.firing_rate is None and (self.encoding != "direct" or self.single_spike or self.kappa):
             text = "a percentile sets thresholds as for direct encoding and neurons that fire again"
             found.append(f"warning: {text}; see --firing-rate, which sets them as they will be used")
+        return found
+
+    def _idle(self) -> list[str]:
+        """Return what settings that were changed mean nothing beside the others."""
+        found = []
+        if self.firing_rate is not None:
+            for name in ("percentile", "threshold_scale", "calibration_timesteps"):
+                if getattr(self, name) != getattr(ClassifyConfig, name):
+                    found.append(f"{name} means nothing where a firing rate sets the thresholds, see --firing-rate")
+        if self.workers != ClassifyConfig.workers and self.dataset != "imagenet":
+            found.append(f"workers means nothing for {self.dataset}: they decode imagenet, the rest lies in memory")
+        lower = self.prune_to < self.timesteps or self.start_from is not None
+        if self.rescale_thresholds and not lower:
+            found.append("rescale_thresholds means nothing where T stays as it is, see --prune-to")
         return found
 
 

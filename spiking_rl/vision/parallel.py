@@ -2,7 +2,7 @@
 
 Started by torchrun, on one machine or on several that share the run folder:
 
-    torchrun --nproc_per_node 2 -m spiking_rl.scripts classify train vgg16 cifar10 ...
+    torchrun --nproc_per_node 2 -m -- spiking_rl.scripts classify train vgg16 cifar10 ...
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class Team:
         """Return the number that the first process gives; the others' is ignored."""
         given = torch.tensor([0.0 if number is None else number], dtype=torch.float64)
         if self.size > 1:
-            given = given.cuda() if dist.get_backend() == "nccl" else given
             self._together(lambda: dist.broadcast(given, 0))
         return float(given)
 
@@ -81,7 +80,7 @@ class Team:
             operation()
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:120]
-            remedy = f"one of them died ({reason}); what was saved is intact, go on with --resume"
+            remedy = f"one of them died or is out of reach ({reason}); what was saved is intact, go on with --resume"
             raise UserError("processes", self.size, remedy) from None
 
 
@@ -97,7 +96,8 @@ def join() -> Team:
         try:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
+            # Both: --device cpu may be asked for beside a GPU, and a number is told from the CPU.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             problem = f"cannot be joined ({reason}); see torchrun"

@@ -155,10 +155,42 @@ def test_prune_leaves_leaks_alone_where_it_is_told_to(follows: bool) -> None:
     model.learn(1500)
     before = model.policy.q_net.network.neurons[0].leak.detach().clone()
     settings = {"eval_every": 10_000, "eval_episodes": 1, "n_steps": 8, "rescale_leak": follows}
-    prune(model, "CartPole-v1", to=1, agent_steps=128, **settings)
+    with pytest.raises(UserError, match=r"n_steps = 8: is the model's own, there 32"):
+        prune(model, "CartPole-v1", to=1, agent_steps=128, **settings)
+    with pytest.raises(UserError, match=r"learning_rate = 1e-09: is the model's own, there 0.001"):
+        prune(model, "CartPole-v1", to=1, learning_rate=1e-9)
+    prune(model, "CartPole-v1", to=1, agent_steps=128, **{**settings, "n_steps": 32})
     after = model.policy.q_net.network.neurons[0].leak.detach()
     expected, other = (before**2, before) if follows else (before, before**2)
     assert (after - expected).abs().mean() < 0.3 * (after - other).abs().mean()
+
+
+class OneWay(gym.Env[np.ndarray, int]):
+    """Always begins alike, and ends with the first action 1."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:
+        super().reset(seed=seed)
+        return np.full(3, 0.5, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        return np.full(3, 0.5, np.float32), 1.0, action == 1, False, {}
+
+
+def test_every_episode_of_a_poisson_code_draws_its_own_spikes() -> None:
+    gym.register("OneWay-v0", entry_point=OneWay, max_episode_steps=50)
+    kwargs = {"timesteps": 1, "network_kwargs": {"hidden": [16], "encoding": "poisson", "layer_norm": False}}
+    model = SpikingPQN("MlpPolicy", OneWay(), policy_kwargs=kwargs, seed=0)
+    readout = model.policy.q_net.network.readout
+    with torch.no_grad():
+        readout.weight.normal_()
+        for neuron in model.policy.q_net.network.neurons:
+            neuron.threshold.fill_(0.05)
+    result = evaluate(model, "OneWay-v0", episodes=40, measure_latency=False)
+    assert len(set(result.returns)) > 1
+    assert result.ci95 > 0
 
 
 class Endless(gym.Env[np.ndarray, int]):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from spiking_rl import UserError
 from spiking_rl.agents.frame_replay import FrameReplayBuffer
+from spiking_rl.envs import make_vectorised
 
 STACK = 3
 IMAGES = spaces.Box(0, 10_000, (STACK, 2, 2), np.int32)
@@ -22,7 +23,8 @@ GAMMA = 0.5
 class Games:
     """Environments whose n-th frame is full of n: an observation tells where it comes from."""
 
-    def __init__(self, n_envs: int, seed: int) -> None:
+    def __init__(self, n_envs: int, seed: int, *, older: bool = False) -> None:
+        self.older = older  # games begin with frames from before
         self.rng = np.random.default_rng(seed)
         self.n_envs = n_envs
         self.frame = 0
@@ -37,7 +39,8 @@ class Games:
         return self.frame
 
     def reset(self, row: int) -> None:
-        self.obs[row] = 0
+        for back in range(STACK):
+            self.obs[row, back] = self.new_frame() if self.older else 0
         self.obs[row, -1] = self.new_frame()
 
     def step(self, buffer: FrameReplayBuffer, end: float) -> None:
@@ -139,6 +142,51 @@ def test_a_cut_episode_bootstraps_from_where_it_was_left() -> None:
     check(buffer, games, 3)
 
 
+@pytest.mark.parametrize("rows", [24, 400])
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_games_that_begin_with_older_frames(n_steps: int, rows: int) -> None:
+    """As those after a lost life, in Breakout: the observation is that of a game that goes on."""
+    np.random.seed(0)
+    buffer = FrameReplayBuffer(2 * rows, IMAGES, ACTIONS, "cpu", 2, n_steps=n_steps, gamma=GAMMA)
+    games = Games(2, 0, older=True)
+    for step in range(60):
+        games.step(buffer, 0.2)
+        if step > 20 or (rows == 400 and step > 4):
+            assert check(buffer, games, n_steps) >= 3
+    opening = [episode[0][0] for episode in games.finished]
+    drawn = {batch.tobytes() for batch in buffer.sample(5_000).observations.numpy()}
+    if rows == 400:
+        assert len(opening) > 10
+        assert all(obs.tobytes() in drawn for obs in opening)
+
+
+def test_games_that_were_begun_anew_without_a_word_are_cut() -> None:
+    np.random.seed(0)
+    buffer = FrameReplayBuffer(200, IMAGES, ACTIONS, "cpu", 2, n_steps=3, gamma=GAMMA)
+    games = Games(2, 0)
+    for _ in range(4):
+        for _ in range(7):
+            games.step(buffer, 0.0)
+        for row in range(2):
+            games.episodes[row].pop()  # its observation is the last that was seen
+            games.finish(row)
+            games.reset(row)
+    games.step(buffer, 0.0)
+    assert check(buffer, games, 3) > 30
+
+
+def test_what_holds_no_decision_gives_no_transition() -> None:
+    buffer = FrameReplayBuffer(100, IMAGES, ACTIONS, "cpu", 1, n_steps=1, gamma=GAMMA)
+    games = Games(1, 0, older=True)
+    games.step(buffer, 1.0)  # two older frames, a decision, a final observation
+    assert buffer.transitions == 3
+    buffer.cut(np.array([True]))
+    buffer.decisions[:] = False
+    assert buffer.transitions == 0
+    with pytest.raises(UserError, match="nothing to sample"):
+        buffer.sample(1)
+
+
 def test_a_frame_is_stored_once() -> None:
     pixels = spaces.Box(0, 255, (4, 84, 84), np.uint8)
     buffer = FrameReplayBuffer(1000, pixels, ACTIONS, "cpu", 4)
@@ -158,6 +206,22 @@ def test_mistakes_are_told() -> None:
     buffer = FrameReplayBuffer(100, IMAGES, ACTIONS, "cpu", 1, gamma=GAMMA)
     with pytest.raises(UserError, match="nothing to sample"):
         buffer.sample(1)
-    full = np.ones((1, *IMAGES.shape), dtype=np.int32)
-    with pytest.raises(UserError, match="zero"):
-        buffer.add(full, full, np.zeros(1), np.zeros(1), np.zeros(1), [{}])
+
+
+def test_a_replay_takes_games_that_go_on_after_a_lost_life() -> None:
+    env = make_vectorised("ALE/Breakout-v5?sticky_actions=0&frame_stack=4&episodic_life=1", 2, 0)
+    replay = FrameReplayBuffer(4000, env.observation_space, env.action_space, "cpu", 2)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    seen, lost, played = env.reset(), 0, set()
+    for _ in range(300):
+        actions = rng.integers(4, size=2)
+        after, rewards, done, infos = env.step(actions)
+        final = after.copy()
+        for row in np.flatnonzero(done):
+            final[row] = infos[row]["terminal_observation"]
+            lost += bool(after[row, :-1].any())
+        replay.add(seen, final, actions, rewards, done, infos)
+        played |= {observation.tobytes() for observation in seen}
+        seen = after
+    assert lost > 4
+    assert played >= {observation.tobytes() for observation in replay.sample(2000).observations.numpy()}

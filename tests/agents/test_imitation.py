@@ -12,6 +12,7 @@ from conftest import Cli, as_flags, last_json
 
 from spiking_rl import UserError, load_checkpoint
 from spiking_rl.agents import SpikingPQN, evaluate, prune, train
+from spiking_rl.agents.config import PQNConfig, load_config
 from spiking_rl.agents.imitation import Teacher, imitation_loss
 from spiking_rl.agents.policies import SpikingQNetwork
 from spiking_rl.agents.starting import imitate
@@ -199,6 +200,20 @@ def test_one_command_takes_single_frame_pong_from_its_relu_network_to_the_table(
     assert rows[None]["environment"] == PONG.format(4)
     assert rows[None]["also"][0]["environment"] == "ALE/Pong-v5?sticky_actions=0.25&frame_stack=4"
     assert rows[1]["also"][0]["environment"] == "ALE/Pong-v5?sticky_actions=0.25&frame_stack=1"
+
+
+def test_nobody_is_imitated_once_training_is_over(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**TINY, "ann_steps": 64, "agent_steps": 64, "imitation": 1.0, "report_episodes": 0}
+    settings |= {"prune_to": 2, "learning_rate": 0.002, "surrogate_gamma": 0.7}
+    model = train("CartPole-v1", **settings)
+    assert (model.teacher, model.imitated()) == (None, None)
+    run = tmp_path / "run"
+    prune(model, "CartPole-v1", to=1, agent_steps=64, run=run, eval_episodes=1, report_episodes=0, video_episodes=0)
+    assert model.imitated() is None
+    config = load_config(run / "config.yaml")
+    assert isinstance(config, PQNConfig)
+    found = config.imitation, config.n_steps, config.learning_rate, config.surrogate_gamma
+    assert found == (0.0, 4, 0.002, 0.7), "what the model has, and no recipe's"
 
 
 @pytest.mark.usefixtures("short_games")

@@ -205,6 +205,17 @@ def test_the_weight_average_lags_behind_and_is_what_evaluation_sees() -> None:
     assert model.average is None
 
 
+def test_the_weight_average_has_the_counters_of_batch_norm_as_they_are() -> None:
+    model = learner("pqn")
+    model.average_decay = 0.5
+    model.policy.q_net.register_buffer("batches", torch.tensor(1))
+    model.update_average()
+    model.policy.q_net.get_buffer("batches").fill_(4)
+    model.update_average()
+    assert model.average is not None
+    assert model.average["batches"] == 4
+
+
 def test_learning_again_after_pruning_keeps_its_learning_rate_in_bounds() -> None:
     model = learner("pqn").learn(1024)
     model.begin_stage(1)

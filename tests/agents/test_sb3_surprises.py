@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from spiking_rl.agents import (
     TemporalPruningCallback,
     load_agent,
 )
+from spiking_rl.agents.replay import SequenceReplay
+from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.errors import UserError
 
 SMALL = {"timesteps": 1, "network_kwargs": {"hidden": [8]}}
@@ -49,6 +52,94 @@ def test_an_agent_loaded_to_play_learns_on_in_an_environment(tmp_path: Path) -> 
     assert not all(torch.equal(a, b) for a, b in zip(weights, loaded.q_net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_zip_of_an_agent_that_was_loaded_to_play_learns(tmp_path: Path, stateful: bool, later: bool) -> None:
+    options = {"learning_starts": 50, "buffer_size": 500, "policy_kwargs": SMALL}
+    SpikingDQN("MlpPolicy", "CartPole-v1", stateful=stateful, **options).save_checkpoint(  # type: ignore[arg-type]
+        tmp_path / "agent", environment="CartPole-v1"
+    )
+    load_agent(tmp_path / "agent").model.save(tmp_path / "agent.zip")
+    env = gym.make("CartPole-v1")
+    model = SpikingDQN.load(tmp_path / "agent.zip", env=None if later else env)
+    if later:
+        model.set_env(env)
+    model.learn(300)
+    assert model._n_updates > 10
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.size() > 250
+
+
+def test_an_agent_loaded_to_play_leaves_the_kind_of_replay_to_its_environment(tmp_path: Path) -> None:
+    model = SpikingDQN("MlpPolicy", "CartPole-v1", buffer_size=500, n_steps=3, policy_kwargs=SMALL)
+    model.save_checkpoint(tmp_path / "agent", environment="CartPole-v1")
+    loaded = load_agent(tmp_path / "agent").model
+    assert isinstance(loaded, SpikingDQN)
+    assert loaded.replay_buffer_class is None
+    loaded.set_env(gym.make("CartPole-v1"))
+    assert type(loaded.replay_buffer) is type(model.replay_buffer)
+
+
+class Counting(gym.Env[np.ndarray, int]):
+    """Observes 1000 times its episode's number, plus the step in it; pays the number."""
+
+    observation_space = gym.spaces.Box(0, 1e6, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    made = 0
+
+    def _observation(self) -> np.ndarray:
+        return np.array([1000 * self.episode + self.time], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:
+        super().reset(seed=seed)
+        Counting.made += 1
+        self.episode, self.time = Counting.made, 0
+        return self._observation(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        self.time += 1
+        return self._observation(), float(self.episode), self.time % 17 == 0, False, {}
+
+
+@pytest.mark.parametrize("how", ["again", "another env", "from a file"])
+@pytest.mark.parametrize("stateful", [False, True])
+def test_no_return_reaches_into_another_episode(tmp_path: Path, stateful: bool, how: str) -> None:
+    options = {"buffer_size": 500, "learning_starts": 400, "n_steps": 3, "gamma": 1.0, "reward_scale": 1.0}
+    model = SpikingDQN("MlpPolicy", Counting(), stateful=stateful, policy_kwargs=SMALL, **options)  # type: ignore[arg-type]
+    model.learn(40)
+    if how == "another env":
+        model.set_env(Counting())
+    if how == "from a file":
+        model.save(tmp_path / "model")
+        model.save_replay_buffer(tmp_path / "replay")
+        model = SpikingDQN.load(tmp_path / "model", env=Counting())
+        model.load_replay_buffer(tmp_path / "replay")
+    model.learn(40, reset_num_timesteps=how != "from a file")
+    replay = model.replay_buffer
+    assert replay is not None
+    if isinstance(replay, SequenceReplay):
+        episodes = replay.observations[: replay.pos or int(replay.written[0]), 0, 0] // 1000
+        decisions = replay.decisions[: len(episodes), 0]
+        changes = np.flatnonzero(np.diff(episodes))
+        assert len(changes) >= 4
+        assert not decisions[changes].any(), "an episode ends with a frame without action"
+        return
+    batch = replay.sample(2000)
+    before, after = batch.observations.flatten() // 1000, batch.next_observations.flatten() // 1000
+    assert torch.equal(before, after)
+    assert set((batch.rewards.flatten() / before).unique().tolist()) <= {1.0, 2.0, 3.0}
+    assert len(before.unique()) >= 5
+
+
+def test_the_least_replay_of_a_stateful_agent_is_one_to_learn_from() -> None:
+    options = {"n_steps": 3, "burn_in": 8, "sequence_length": 16, "learning_starts": 20, "policy_kwargs": SMALL}
+    with pytest.raises(UserError, match=r"buffer_size = 39: holds no sequence; 40 frames are the least"):
+        SpikingDQN("MlpPolicy", "CartPole-v1", stateful=True, buffer_size=39, **options)  # type: ignore[arg-type]
+    model = SpikingDQN("MlpPolicy", "CartPole-v1", stateful=True, buffer_size=40, **options)  # type: ignore[arg-type]
+    model.learn(120)
+    assert model._n_updates > 10
+
+
 @pytest.mark.parametrize("stateful", [False, True])
 def test_replay_buffers_are_saved_and_loaded(tmp_path: Path, stateful: bool) -> None:
     options = {"buffer_size": 1000, "learning_starts": 50, "policy_kwargs": SMALL}
@@ -64,6 +155,14 @@ def test_replay_buffers_are_saved_and_loaded(tmp_path: Path, stateful: bool) -> 
     other = SpikingDQN("MlpPolicy", "CartPole-v1", stateful=not stateful, **options)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"replay_buffer = .*which this agent learns from"):
         other.load_replay_buffer(tmp_path / "replay")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"), [(0, 2**63 - 1, np.int64), (0, 2**64 - 1, np.uint64), (-np.inf, 0.1, np.float32)]
+)
+def test_spaces_come_back_as_they_are(low: float, high: float, dtype: type[np.generic]) -> None:
+    space = gym.spaces.Box(low, high, (3,), dtype)  # type: ignore[arg-type]
+    assert space_from_json(json.loads(json.dumps(space_to_json(space)))) == space
 
 
 def test_a_stateful_agent_takes_no_other_replay() -> None:

@@ -77,6 +77,34 @@ def test_a_checkpoint_is_replaced_whole(folder: Path) -> None:
     assert "network" not in config
 
 
+def test_a_folder_that_holds_more_than_a_checkpoint_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "thesis.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.chdir(folder)
+    for place in (folder, Path()):
+        with pytest.raises(UserError, match=r"folder = .*holds thesis.txt, which would be lost"):
+            save_checkpoint(place, {"w": torch.zeros(1)}, {})
+    with pytest.raises(UserError, match=r"thesis.txt'?: is a file"):
+        save_checkpoint(folder / "thesis.txt", {"w": torch.zeros(1)}, {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing hidden is left"
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    save_checkpoint(empty, {"w": torch.zeros(1)}, {})
+    assert load_checkpoint(empty).tensors["w"] == 0
+
+
+def test_a_link_to_a_checkpoint_stays_a_link(folder: Path) -> None:
+    link = folder.parent / "elsewhere" / "best"
+    link.parent.mkdir()
+    link.symlink_to(folder)
+    for number in range(3):
+        save_checkpoint(link, {"w": torch.tensor(number)}, {})
+        assert link.is_symlink()
+        assert load_checkpoint(link).tensors["w"] == load_checkpoint(folder).tensors["w"] == number
+    assert [path.name for path in link.parent.iterdir()] == ["best"]
+
+
 def test_a_loaded_config_can_be_saved_with_other_weights(folder: Path) -> None:
     save_checkpoint(folder, {"w": torch.zeros(3)}, load_checkpoint(folder).config)
     tensors, config = load_checkpoint(folder)

@@ -33,6 +33,33 @@ def test_every_layer_reaches_the_rate(timesteps: int, rate: float, options: dict
     assert all(len(t.unique()) == 1 for t in thresholds(network))
 
 
+def test_a_network_in_training_is_calibrated_and_converted_as_one_at_rest() -> None:
+    def networks() -> tuple[LayeredNetwork, LayeredNetwork]:
+        torch.manual_seed(0)
+        options = {"width": 1 / 32, "batch_norm": True, "dropout": 0.5}
+        made = [build_network("vgg6", (3, 32, 32), 3, neuron=neuron, **options) for neuron in ("relu", "lif")]
+        made[0](2 * torch.randn(1, 64, 3, 32, 32))  # statistics that are not those of the inputs below
+        return made[0], made[1]
+
+    inputs = torch.randn(64, 3, 32, 32)
+    found = []
+    for training in (True, False):
+        relu, spiking = networks()
+        before = {name: tensor.clone() for name, tensor in relu.state_dict().items()}
+        reached = convert(relu.train(training), spiking.train(training), inputs)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in relu.state_dict().items())
+        again = calibrate_thresholds(spiking, inputs, 0.15)
+        assert (relu.training, spiking.training, relu.maps[0].training) == (training,) * 3
+        found.append((reached, again, spiking.state_dict()))
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.equal(tensor, found[1][2][name]) for name, tensor in found[0][2].items())
+
+
+def test_a_relu_network_has_nothing_to_calibrate() -> None:
+    with pytest.raises(UserError, match="network = 'relu': has no thresholds"):
+        calibrate_thresholds(network_of(1, neuron="relu"), torch.randn(8, 4))
+
+
 def test_calibration_is_repeatable_and_changes_thresholds_alone() -> None:
     network = network_of(3)
     inputs = torch.randn(200, 4)

@@ -177,6 +177,34 @@ def test_layers_of_other_kinds(end: nn.Module) -> None:
     torch.testing.assert_close(deploy(network)(inputs), outputs_of(network, inputs))
 
 
+class Doubled(nn.Module):
+    """A map of somebody's own, that goes on behind its last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.norm(torch.tanh(self.linear(x)))
+
+
+@TIMESTEPS
+@pytest.mark.parametrize("maps", ["own", "inside", "twice"])
+def test_maps_of_somebodys_own_and_maps_used_twice(maps: str, timesteps: int) -> None:
+    torch.manual_seed(0)
+    twice = nn.Linear(5, 5)
+    layers = {
+        "own": [Doubled(), Doubled()],
+        "inside": [nn.Sequential(nn.Linear(5, 5), Doubled()), nn.Linear(5, 5)],
+        "twice": [nn.Linear(5, 5), twice, nn.Sequential(twice)],
+    }[maps]
+    neurons = [LIF(5, threshold=0.3) for _ in layers]
+    network = LayeredNetwork(layers, neurons, nn.Linear(5, 3), input_shape=(5,), timesteps=timesteps).double().eval()
+    inputs = torch.randn(200, 5, dtype=torch.float64)
+    torch.testing.assert_close(deploy(network)(inputs), outputs_of(network, inputs))
+
+
 @TIMESTEPS
 def test_the_network_stays_as_it_is_and_may_go_on_learning(timesteps: int) -> None:
     network, inputs = network_and_inputs("resnet12", timesteps, batch_norm=True)

@@ -196,6 +196,23 @@ def test_membrane_traffic() -> None:
     assert membrane_traffic(build_network("mlp", (4,), 2, neuron="relu")) == 0
 
 
+def test_a_spike_behind_a_mean_over_places_costs_an_addition_per_output() -> None:
+    network = build_network("resnet12", (3, 96, 96), 10, timesteps=1, width=1 / 16)
+    assert network.neuron_shapes()[-1] == (32, 3, 3)
+    rates = dict.fromkeys(network.layer_names, 0.1)
+    *_, readout = spikes_per_input(network, rates)
+    assert readout == pytest.approx(9 * 0.1)
+    assert macs_per_layer(network)[-1] == 32 * 10
+
+
+def test_a_linear_map_of_the_last_axis_alone() -> None:
+    layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    readout = nn.Sequential(nn.Flatten(), nn.Linear(40, 2))
+    network = LayeredNetwork(layers, [LIF(5, 2), LIF(5, 2)], readout, input_shape=(5, 8), timesteps=1)
+    assert macs_per_layer(network) == [5 * 64, 5 * 64, 80]
+    assert spikes_per_input(network, {"layer1": 0.2, "layer2": 0.1}) == pytest.approx([0.2, 0.1])
+
+
 @pytest.mark.parametrize("name", ["vgg9", "resnet12", "nature_cnn"])
 def test_a_spike_costs_what_the_count_says(name: str) -> None:
     shape = (4, 84, 84) if name == "nature_cnn" else (3, 32, 32)

@@ -113,3 +113,59 @@ def test_a_kernel_that_fires_otherwise_is_found_out(monkeypatch: pytest.MonkeyPa
     assert gpu._agrees(device)
     monkeypatch.setattr(gpu, "KERNELS", COMPILED._replace(forward=otherwise))
     assert not gpu._agrees(device)
+
+
+def test_so_is_one_whose_gradient_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spiking_rl import gpu
+    from spiking_rl.fused import COMPILED
+
+    def otherwise(job: Any, arriving: Any, leaving: Any) -> Any:
+        return COMPILED.backward(job._replace(options=job.options._replace(gamma=0.5)), arriving, leaving)
+
+    monkeypatch.setattr(gpu, "KERNELS", COMPILED._replace(backward=otherwise))
+    assert not gpu._agrees(torch.device("cpu"))
+
+
+def test_numbers_that_lie_elsewhere_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spiking_rl import gpu
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "_usable", lambda _: True)
+    here = [torch.ones(4, 1, 8), torch.tensor(0.5), torch.tensor(1.0)]
+    assert gpu.triton_plan(*here) is not None
+    for i in (1, 2):
+        mixed = [tensor.to("meta") if i == j else tensor for j, tensor in enumerate(here)]
+        assert gpu.triton_plan(*mixed) is None
+
+
+COMPILING = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from spiking_rl import gpu_kernels
+
+NUMBERS = {"steps": 5, "repeat": 1, "channels": 64, "places": 1, "channel_stride": 1, "place_stride": 1}
+FLAGS = {"TILE_P": 1, "TILE_C": 64, "BY_SPIKES": True, "TINY": 1e-30}  # the other capitals: nothing is there
+NONE = "before", "keep", "potentials", "after", "by_potentials", "by_after", "of_before"
+for kernel in (gpu_kernels.forward, gpu_kernels.backward):
+    for batch in (1, 3, 32):
+        numbers = NUMBERS | {"batch": batch}
+        signature, constants = {}, {}
+        for place, name in enumerate(kernel.arg_names):
+            if name.isupper() or name in NONE or numbers.get(name) == 1:  # a 1 is a constant to the compiler
+                constants[place,] = FLAGS.get(name, False) if name.isupper() else numbers.get(name)
+                signature[name] = "constexpr"
+            else:
+                signature[name] = "i32" if name in numbers else "fp32" if name == "gamma" else "*fp32"
+        triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+print("compiled")
+"""
+
+
+@needs_triton
+def test_the_kernels_compile_for_a_gpu_whatever_the_batch(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(COMPILING)
+    done = subprocess.run([sys.executable, str(script)], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("compiled\n")

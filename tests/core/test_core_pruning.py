@@ -6,7 +6,9 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,6 +62,18 @@ def test_a_stage_ends_early_once_its_goal_is_reached_often_enough() -> None:
     for goal_reports in (0, -1):
         with pytest.raises(UserError, match="goal_reports"):
             TemporalPruning(2, 1, 10, 10, goal=1.0, goal_reports=goal_reports)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_saved(kind: Any) -> None:
+    pruning = TemporalPruning(np.int64(3), np.int32(1), np.int64(2), np.float32(1), last_budget=np.float64(1))
+    pruning.report(kind(0.5), np.int64(1))
+    assert isinstance(pruning.report(kind(0.25), np.int64(2)), Next)
+    state = json.loads(json.dumps(pruning.state_dict()))
+    assert state == pruning.state_dict()
+    again = TemporalPruning.from_state_dict(pruning.state_dict())
+    assert (again.stages, again.start, again.budget) == (pruning.stages, 3, 1)
+    assert (again.stages[0].best, again.stages[0].last) == (0.5, 0.25)
 
 
 def test_start_equal_to_stop_is_one_stage() -> None:
@@ -216,7 +230,7 @@ def test_an_extension_with_no_budget_is_refused_before_anything_changes(budget: 
 
 
 @pytest.mark.parametrize("field", ["first_budget", "stage_budget", "last_budget"])
-@pytest.mark.parametrize("budget", [0, -1, NAN])
+@pytest.mark.parametrize("budget", [0, -1, NAN, float("inf")])
 def test_budgets_must_be_positive(field: str, budget: float) -> None:
     budgets = {"first_budget": 10.0, "stage_budget": 10.0, field: budget}
     with pytest.raises(UserError, match="must be positive") as caught:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spiking_rl import UserError, build_network
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.encoding import HybridEncoder, PoissonEncoder
+from spiking_rl.encoding import HybridEncoder, PoissonEncoder, build_encoder
 from spiking_rl.energy import CodedInput, SpikeCounter, energy_pj, energy_ratio, macs_per_layer, spikes_per_input
 from spiking_rl.neurons import LIFState, SpikeTimeScore, lif_scan, lif_scan_reference
 
@@ -69,6 +69,26 @@ def test_levels_are_per_channel() -> None:
     coded = HybridEncoder([0.0, 9.0], [1.0, 1.0])(images, 4)
     assert torch.equal(coded[1, 0, 0], torch.zeros(2, 2))
     assert torch.equal(coded[1, 0, 1], torch.ones(2, 2)), "as far above its zero as can be: fires first"
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 5), (4, 5, 6)])
+def test_levels_per_channel_of_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    inputs = torch.rand(4, *shape)  # as many as channels
+    spans = [0.5, 1.0, 2.0, 4.0]
+    for code in (HybridEncoder, PoissonEncoder):
+        torch.manual_seed(0)
+        coded = code([0.0] * 4, spans)(inputs, 3)
+        assert coded.shape == (3, *inputs.shape)
+        for channel, span in enumerate(spans):
+            torch.manual_seed(0)
+            alone = code(0.0, span)(inputs, 3)
+            assert torch.equal(coded[:, :, channel], alone[:, :, channel])
+
+
+def test_a_poisson_code_from_another_zero_is_refused() -> None:
+    for zero in (0.5, [0.0, 0.5]):
+        with pytest.raises(UserError, match=r"input_zero = .*must be 0 for poisson"):
+            build_encoder("poisson", zero, 1.0)
 
 
 def test_a_poisson_code_means_the_analog_input() -> None:

@@ -225,6 +225,8 @@ def test_a_missing_or_foreign_shard(tmp_path: Path) -> None:
     write_cifar10_parquet(tmp_path)
     write_parquet(tmp_path / "train-00001-of-00003.parquet", [b""], [0], [*NAMES[:-1], "another"])
     refused(tmp_path, "train-00001-of-00003.parquet", "other classes")
+    (tmp_path / "train-00001-of-00003.parquet").rename(tmp_path / "train-00001-of-00099.parquet")
+    refused(tmp_path, "3 file(s)", "remove what is left over")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "BMP", "TEXT"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import pickle
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,6 +187,23 @@ def test_a_damaged_image_is_told_by_name_whoever_meets_it(data: Path, workers: i
     with pytest.raises(UserError, match="cannot be decoded") as caught:
         collect(ImageStream(data, size=8).batches(4, augmented=True, workers=workers))
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_the_trainer(data: Path, number: int) -> None:
+    batches = ImageStream(data, size=8).batches(4, augmented=True, workers=2)
+    first, _ = next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, number)
+    rest, _ = collect(batches)
+    whole, _ = collect(ImageStream(data, size=8).batches(4, augmented=True, workers=2))
+    assert torch.equal(torch.cat([first, rest]), whole)
+    for worker in workers:
+        worker.join(20)
+        assert worker.exitcode == 0, "they end by themselves"
 
 
 def test_a_file_that_vanishes_is_told_by_name(tmp_path: Path) -> None:

@@ -527,6 +527,13 @@ def test_an_arithmetic_that_is_emulated_is_told_of(
         ),
         ({"dataset": "imagenet"}, []),
         ({"cutout": 8}, []),
+        ({"percentile": 99.7, "threshold_scale": 0.5}, ["percentile means", "threshold_scale means"]),
+        ({"percentile": 99.7, "firing_rate": None}, []),
+        ({"workers": 4}, ["workers means nothing for cifar10"]),
+        ({"workers": 4, "dataset": "imagenet"}, []),
+        ({"rescale_thresholds": True}, []),
+        ({"rescale_thresholds": True, "prune_to": 5}, ["rescale_thresholds means nothing"]),
+        ({"rescale_thresholds": True, "prune_to": 5, "start_from": "runs/a/checkpoints/T5"}, []),
         *(({"recipe": name}, []) for name in sorted(recipes())),
     ],
 )
@@ -538,6 +545,29 @@ def test_settings_that_do_not_go_together_are_told_of(changes: dict[str, object]
     assert all(
         words in line and ("see --" in line or "imagenet" in line) for words, line in zip(told, found, strict=True)
     )
+
+
+@pytest.mark.parametrize("checkpoint", [None, 2])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"classes": ["a", "b", "c"]}, "classes"), ({"mean": (0.49, 0.49, 0.5)}, "mean"), ({"std": (0.3,) * 3}, "std")],
+)
+def test_a_network_of_other_images_is_none_to_start_from(
+    whole: Trainer, tmp_path: Path, checkpoint: int | None, changes: dict[str, object], told: str
+) -> None:
+    folder = whole.folder.path if checkpoint is None else whole.folder.checkpoint(checkpoint)
+    config = dataclasses.replace(SMALL, start_from=str(folder), distill=0.5)
+    images = dataset()._replace(**changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"start_from = .*data = .*as .*{told}.* are not those"):
+        Trainer(config, RunFolder(tmp_path), images, CPU)
+
+
+@pytest.mark.parametrize("ann_epochs", [0, 1])
+def test_a_colour_that_never_changes(tmp_path: Path, ann_epochs: int) -> None:
+    config = dataclasses.replace(SMALL, ann_epochs=ann_epochs)
+    images = dataset()._replace(std=(0.27, 0.0, 0.27))
+    with pytest.raises(UserError, match=r"data = .*one that never changes cannot be standardised"):
+        Trainer(config, RunFolder(tmp_path), images, CPU)
 
 
 def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:

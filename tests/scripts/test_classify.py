@@ -133,6 +133,15 @@ def test_a_score_is_evaluated_again_and_its_predictions_checked(
     refused = cli("classify", "evaluate", path, "--data", data, "--dataset", "folder")
     assert refused.returncode == 2
     assert "claims" in refused.stderr
+    for what, flags, words in (
+        (path, ("--timesteps", 1), "timesteps = 1: is for a run"),
+        (path, ("--predictions", tmp_path / "never.json"), "predictions = "),
+        (run, ("--dataset", "cifar10"), "dataset = 'cifar10': is folder in"),
+    ):
+        refused = cli("classify", "evaluate", what, "--data", data, *flags)
+        assert refused.returncode == 2
+        assert words in refused.stderr
+    assert not (tmp_path / "never.json").exists()
 
 
 def test_one_of_a_runs_networks_is_scored_alone(finished: tuple[Path, dict[str, object]], cli: Cli, data: Path) -> None:
@@ -161,6 +170,8 @@ def test_a_network_packed_small_is_one_to_start_from(
         archive.extractall(tmp_path, filter="data")
     before, after = (load_checkpoint(folder) for folder in (own, tmp_path / "small" / "checkpoints" / "T1"))
     assert before.tensors.keys() == after.tensors.keys()
+    assert "val_accuracy" not in after.config, "the rounded weights were not scored"
+    assert (after.config["bits"], after.config["dense_bits"]) == (6, 4)
     for name, tensor in before.tensors.items():
         if tensor.dim() not in (2, 4):
             assert torch.equal(after.tensors[name], tensor), name
@@ -256,6 +267,13 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
     changed = cli(*own, "--resume", "--weight-decay", 0.1)
     assert changed.returncode == 2
     assert "weight_decay = 0.1" in changed.stderr
+    changed = cli(*own, "--resume", "--no_flip")
+    assert changed.returncode == 2
+    assert "flip = False" in changed.stderr
+    other = cli(*own, "--resume", "--recipe", "temporal-pruning", "--hours", 1e-9)
+    assert other.returncode == 0, other.stderr
+    assert ", fold_first, dropout, " in other.stdout
+    assert ": as the run was started, not as the recipe has it" in other.stdout
     changed = cli(*shlex.split(told), "--epochs", 3, "--save-every", 5.5, "--hours", 1e-9)
     assert changed.returncode == 0, changed.stderr
     assert "from here: epochs 3, was 2, save_every 5.5, was 10.0" in changed.stdout

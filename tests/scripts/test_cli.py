@@ -140,6 +140,9 @@ def test_the_scores_of_several_runs_are_published_together(
 
     unfinished = tmp_path / "unfinished"
     shutil.copytree(whole_job[0], unfinished)
+    (unfinished / "results.json").write_text("{}")
+    refused = gather(unfinished, "--output", output)
+    assert (refused.returncode, "rows" in refused.stderr) == (2, True), refused.stderr
     (unfinished / "results.json").unlink()
     refused = gather(whole_job[0], unfinished, "--output", output)
     assert refused.returncode == 2

@@ -128,6 +128,13 @@ def test_a_run_at_more_timesteps(cli: Cli, small_run: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(values, expected, atol=1e-4)
 
 
+def test_a_zip_is_where_it_is_said_to_be(cli: Cli, tmp_path: Path) -> None:
+    done = cli("export", "cartpole", "--output", tmp_path / "agent.v2" / "mine", "--json")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["file"] == str(tmp_path / "agent.v2" / "mine.zip")
+    assert [path.name for path in (tmp_path / "agent.v2").iterdir()] == ["mine.zip"]
+
+
 def test_refusals(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     done = cli("export", "cartpole", "--format", "onnx", "--output", tmp_path / "agent.zip")
     assert done.returncode == 2

@@ -18,6 +18,7 @@ from spiking_rl.files import require_regular
 from spiking_rl.vision.data.sources import LARGEST_IMAGE_FILE, ImageSource
 
 _SHARD = re.compile(r"(?P<split>[a-z]+)(-(?P<number>\d+)-of-(?P<total>\d+)(-[0-9a-f]+)?)?\.parquet")
+_NUMBERS = (("number", 0), ("total", 1))  # and what a file without them has
 _IMAGE_COLUMNS = ("image", "img")
 # Repetition costs a parquet file nothing: a few bytes may stand for any number of rows.
 _MOST_ROWS = 20_000_000  # of a file; ImageNet has 1.3 million in all
@@ -35,7 +36,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     shards = [(path, match) for path, match in matches if match and match["split"] == split]
     if shards:
         total = int(shards[0][1]["total"] or 1)
-        if [int(match["number"] or 0) for _, match in shards] != list(range(total)):
+        numbers, totals = ([int(match[name] or least) for _, match in shards] for name, least in _NUMBERS)
+        if numbers != list(range(total)) or set(totals) != {total}:
             raise UserError(
                 "data",
                 str(folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -119,8 +120,16 @@ class ImageStream:
                 raise UserError(field, value, f"must be at least {least}")
         plan = _Round(self._source, self._groups, self._size, batch_size, augmented, self._seed, epoch, share)
         # A generator of its own: the loader would advance torch's global one.
-        loader = DataLoader(_Batches(plan), None, num_workers=workers, generator=torch.Generator())
+        loader = DataLoader(
+            _Batches(plan), None, num_workers=workers, generator=torch.Generator(), worker_init_fn=_left_to_the_trainer
+        )
         return _raising(loader)
+
+
+def _left_to_the_trainer(worker: int) -> None:
+    """Let a worker outlive a signal that the whole process group gets: who trains saves first, then ends it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _raising(loader: DataLoader[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
