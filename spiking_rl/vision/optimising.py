@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spiking_rl.networks import LayeredNetwork
+from spiking_rl.neurons import LIF, SpikeTimeScore
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.muon import Muon
 
@@ -51,7 +52,10 @@ def optimiser_of(
         spikes: take the settings of the spiking stages, not those of the ReLU network.
     """
     trained = [p for p in network.parameters() if p.requires_grad]
-    decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    neurons = [m for m in network.modules() if isinstance(m, (LIF, SpikeTimeScore))]
+    own = {id(p) for neuron in neurons for p in neuron.parameters()}  # one per channel has axes, and decays no more
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in own]
+    others = [p for p in trained if p.dim() <= 1 or id(p) in own]
     name, rate, decay = (
         (config.optimizer, config.learning_rate, config.weight_decay)
         if spikes

@@ -208,7 +208,7 @@ def test_a_spike_behind_a_mean_over_places_costs_an_addition_per_output() -> Non
 def test_a_linear_map_of_the_last_axis_alone() -> None:
     layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
     readout = nn.Sequential(nn.Flatten(), nn.Linear(40, 2))
-    network = LayeredNetwork(layers, [LIF(5, 2), LIF(5, 2)], readout, input_shape=(5, 8), timesteps=1)
+    network = LayeredNetwork(layers, [LIF(5, 1), LIF(5, 1)], readout, input_shape=(5, 8), timesteps=1)
     assert macs_per_layer(network) == [5 * 64, 5 * 64, 80]
     assert spikes_per_input(network, {"layer1": 0.2, "layer2": 0.1}) == pytest.approx([0.2, 0.1])
 

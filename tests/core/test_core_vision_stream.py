@@ -191,9 +191,10 @@ def test_a_damaged_image_is_told_by_name_whoever_meets_it(data: Path, workers: i
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_process_group_leaves_the_workers_to_the_trainer(data: Path, number: int) -> None:
+    others = multiprocessing.active_children()
     batches = ImageStream(data, size=8).batches(4, augmented=True, workers=2)
-    first, _ = next(batches)
-    workers = multiprocessing.active_children()
+    first = torch.cat([next(batches)[0], next(batches)[0]])  # one of each worker: both have begun
+    workers = [worker for worker in multiprocessing.active_children() if worker not in others]
     assert len(workers) == 2
     for worker in workers:
         assert worker.pid is not None

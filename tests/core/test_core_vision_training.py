@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from spiking_rl import UserError, arithmetic, load_checkpoint, save_checkpoint
+from spiking_rl import UserError, arithmetic, build_network, load_checkpoint, save_checkpoint
 from spiking_rl.conversion import calibrate_spike_time
 from spiking_rl.energy import accumulate_weights, macs_per_layer
 from spiking_rl.errors import WorkError
@@ -29,7 +29,7 @@ from spiking_rl.vision.continuing import change_run, convert_run, extend_run
 from spiking_rl.vision.data import Dataset, normalise
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Batch
-from spiking_rl.vision.optimising import rate_factor
+from spiking_rl.vision.optimising import optimiser_of, rate_factor
 from spiking_rl.vision.predicting import images_per_pass, predict
 from spiking_rl.vision.training import Trainer
 
@@ -695,6 +695,18 @@ def test_percentiles_that_set_thresholds_for_another_code_are_told() -> None:
         other = dataclasses.replace(plain, **change)  # type: ignore[arg-type]
         assert any("--firing-rate" in line for line in other.unusual())
         assert not dataclasses.replace(other, firing_rate=0.1).unusual()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+def test_thresholds_and_leaks_of_channels_do_not_decay(optimizer: str) -> None:
+    config = dataclasses.replace(SMALL, optimizer=optimizer, weight_decay=0.1)  # type: ignore[arg-type]
+    network = build_network("vgg6", (3, 32, 32), 3, width=1 / 32, per_channel=True)
+    made, _ = optimiser_of(network, config, CPU, spikes=True)
+    decayed = {id(p) for group in made.param_groups if group["weight_decay"] for p in group["params"]}
+    everything = {id(p) for group in made.param_groups for p in group["params"]}
+    for name, parameter in network.named_parameters():
+        assert id(parameter) in everything
+        assert (id(parameter) in decayed) == (parameter.dim() > 1 and not name.startswith("neurons.")), name
 
 
 def test_the_outputs_threshold_is_trained_with_the_others(tmp_path: Path) -> None:
