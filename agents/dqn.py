@@ -191,8 +191,10 @@ class SpikingDQN(StagedAlgorithm, DQN):
             self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma}
             self._setup_without_warning()
         else:
-            if self.replay_buffer_class is NStepReplayBuffer:  # of a zip, where Stable-Baselines3 chose it
-                self.replay_buffer_class = None
+            chosen = {"n_steps": self.n_steps, "gamma": self.gamma}
+            if self.replay_buffer_class is NStepReplayBuffer and self.replay_buffer_kwargs == chosen:
+                # Of a zip, where Stable-Baselines3 chose it: it chooses again, and does not warn.
+                self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
             super()._setup_model()
         if self.stateful and self._vec_normalize_env is not None:
             raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")

@@ -75,6 +75,7 @@ class FrameReplayBuffer(BaseBuffer):
         self.decisions = np.zeros(shape, dtype=bool)
         self.written = np.zeros(n_envs, dtype=np.int64)
         self.opens = np.ones(n_envs, dtype=bool)
+        self.expected: NDArray[Any] | None = None  # observations, of games that go on
 
     @staticmethod
     def row_bytes(observation_space: spaces.Box) -> int:
@@ -104,8 +105,18 @@ class FrameReplayBuffer(BaseBuffer):
             reward: ``(N,)``.
             done: the episode ended here, ``(N,)``.
             infos: ``TimeLimit.truncated`` is looked at.
+
+        Raises:
+            UserError: a game goes on with an observation that is not the one before, moved on by a frame.
         """
-        starts = self._opened(obs) if self.stack > 1 else self.opens
+        going = ~np.asarray(done, dtype=bool)
+        if (next_obs[going, :-1] != obs[going, 1:]).any():
+            remedy = (
+                "is no stack of frames, the newest last, that moves by one at each step; leave FrameReplayBuffer out"
+            )
+            raise UserError("env", "an observation", remedy)
+        starts = self._opened(obs)
+        self.expected = next_obs.copy()
         everyone = np.arange(self.n_envs)
         done = np.asarray(done, dtype=bool)
         truncated = np.array([bool(i.get("TimeLimit.truncated", False)) for i in infos])
@@ -116,9 +127,8 @@ class FrameReplayBuffer(BaseBuffer):
     def _opened(self, obs: NDArray[Any]) -> NDArray[np.bool_]:
         """Tell which rows begin their episode; of an episode that goes on from older frames those do."""
         # A learner that begins anew (Stable-Baselines3's `learn`) resets its environments without a word.
-        everyone = np.arange(self.n_envs)
-        last = self.frames[(self.written - 1) % self.buffer_size, everyone]
-        self.cut(~self.opens & (obs[:, -2] != last).any((1, 2)))
+        if self.expected is not None:
+            self.cut(~self.opens & (obs != self.expected).any((1, 2, 3)))
         older = np.flatnonzero(self.opens)
         older = older[obs[older, :-1].any((1, 2, 3))]
         if len(older):
@@ -164,8 +174,7 @@ class FrameReplayBuffer(BaseBuffer):
     def transitions(self) -> int:
         """Rows that can be drawn, about: those without an action count where others do too."""
         first, counts = self._candidates()
-        # No more than a stack of rows without an action follow each other.
-        drawn = (counts > self.stack).any() or any(
+        drawn = any(
             self.decisions[(first[row] + np.arange(counts[row])) % self.buffer_size, row].any()
             for row in range(self.n_envs)
         )

@@ -388,6 +388,7 @@ class StagedAlgorithm(BaseAlgorithm):
             info: JSON-serialisable facts kept in ``config.json``, such as a score.
 
         Raises:
+            UserError: something else than a checkpoint is in the folder, which would be lost.
             OSError: the folder cannot be written; an older checkpoint stays.
         """
         kwargs = self.policy.q_net_kwargs

@@ -297,8 +297,9 @@ def prune(
     shared += ["encoding", "single_spike", "kappa"]
     own |= {name: network[name] for name in shared if name in network}
     own |= {"stateful": model.stateful, "surrogate_gamma": network.get("gamma", DEFAULT_GAMMA)}
-    rates = model.lr_schedule(1.0), model.lr_schedule(0.0)
-    own |= {"learning_rate": float(rates[0]), "final_learning_rate": float(rates[1])}
+    first, final = float(model.lr_schedule(1.0)), float(model.lr_schedule(0.0))
+    if first > 0:  # one that begins at 0 cannot be told in settings
+        own |= {"learning_rate": first, "final_learning_rate": final}
     if isinstance(model, SpikingDQN):
         own["return_steps"] = model.n_steps
     for name in settings.keys() & {field.name for field in dataclasses.fields(config)}:
@@ -310,7 +311,6 @@ def prune(
     own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "last_steps": 0}
     own["num_envs"] = model.n_envs
     config = replace_settings(config, {**own, **settings})
-    model.teacher, model.imitation = None, 0.0
     config.check()
     if to >= now:
         raise UserError("to", to, f"the model is at T={now} already; choose a smaller number")
@@ -318,6 +318,7 @@ def prune(
         raise UserError("num_envs", config.num_envs, f"the model has {model.n_envs}; load it with as many environments")
     if check_environment(env) != (model.observation_space, model.action_space):
         raise UserError("env", env, "has other spaces than the model")
+    model.teacher, model.imitation = None, 0.0
     if config.imitation and config.teacher is not None:
         imitate(model, config.teacher, config.imitation)
     with _run_folder(run) as folder:

@@ -19,6 +19,7 @@ FORMAT = "spiking-rl checkpoint"
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # of file managers
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_WEIGHT_BYTES = 4 * 2**30  # VGG16 for ImageNet, the largest network here, has 0.55
 
@@ -63,7 +64,7 @@ def _require_own(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError("folder", str(folder), f"is a file, which {remedy}")
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    others = [name for name in others if name not in (WEIGHTS, CONFIG)]
+    others = [name for name in others if name not in (WEIGHTS, CONFIG, *_LITTER)]
     if others:
         raise UserError("folder", str(folder), f"holds {', '.join(others[:3])}, which {remedy}")
 

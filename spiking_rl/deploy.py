@@ -12,7 +12,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.fused import FreshScan
-from spiking_rl.networks import LayeredNetwork, NetworkState, closing
+from spiking_rl.networks import LayeredNetwork, NetworkState
 from spiking_rl.neurons import LIF, LIFState
 from spiking_rl.surrogate import fire
 
@@ -105,12 +105,22 @@ def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
     return folded
 
 
+def _closing(layer: nn.Module) -> nn.Module | None:
+    """Return the module of a plain chain that makes what the chain gives; None of a module of somebody's own.
+
+    What such a one does behind its last layer is not known.
+    """
+    while type(layer) is nn.Sequential and len(layer):
+        layer = layer[-1]
+    ours = type(layer).__module__.partition(".")[0] == "spiking_rl"
+    return layer if ours or type(layer) in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm) else None
+
+
 def _shift(network: LayeredNetwork, layer: int, by: Tensor) -> bool:
     """Add ``by``, one number or one per channel, to what a map gives; False where nothing in it can take that."""
-    last = closing(network.maps[layer])
-    elsewhere = [*network.maps[:layer], *network.maps[layer + 1 :], network.readout, *network.shortcuts.values()]
-    if any(module is last for other in elsewhere for module in other.modules()):
-        return False  # a map that is used twice
+    last = _closing(network.maps[layer])
+    if sum(module is last for _, module in network.named_modules(remove_duplicate=False)) > 1:
+        return False  # it is used twice
     if isinstance(last, (nn.Conv2d, nn.Linear)):
         channels = last.weight.shape[0]
     elif isinstance(last, nn.GroupNorm) or (isinstance(last, nn.LayerNorm) and len(last.normalized_shape) == 1):

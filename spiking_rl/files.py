@@ -88,6 +88,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, text.getvalue())
 
 
+def _real(folder: Path) -> Path:
+    """Return where a folder lies; of links in a circle, one of them."""
+    return Path(os.path.realpath(folder))
+
+
 def _siblings(folder: Path) -> tuple[Path, Path, Path]:
     return tuple(folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "ready", "old"))  # type: ignore[return-value]
 
@@ -99,7 +104,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     A crash at any moment leaves the old folder, or a complete new one that :func:`recover_folder`
     puts in place. If the body raises, the old folder is untouched.
     """
-    folder = folder.resolve()
+    folder = _real(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
     partial, ready, _ = _siblings(folder)
@@ -124,13 +129,13 @@ def being_replaced(folder: Path) -> Path | None:
 
     Readers use it: only the writer may move folders about.
     """
-    _, ready, old = _siblings(folder.resolve())
+    _, ready, old = _siblings(_real(folder))
     return next((path for path in (ready, old) if path.is_dir()), None)
 
 
 def recover_folder(folder: Path) -> None:
     """Finish a replacement that a crash interrupted; does nothing where there was none."""
-    folder = folder.resolve()  # "." has no name to derive others from
+    folder = _real(folder)  # "." has no name to derive others from
     _, ready, old = _siblings(folder)
     if ready.is_dir():
         if folder.is_dir():

@@ -81,7 +81,8 @@ def _usable(device: torch.device) -> bool:
 
 def _agrees(device: torch.device) -> bool:
     """Compare spikes and gradients of both kernels; of one sample too, for which Triton compiles others."""
-    return all(_agrees_on(device, batch) for batch in (3, 1))
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the first scan is made in
+        return all(_agrees_on(device, batch) for batch in (3, 1))
 
 
 def _agrees_on(device: torch.device, batch: int) -> bool:
@@ -91,15 +92,14 @@ def _agrees_on(device: torch.device, batch: int) -> bool:
     plan = plan_for(current, leak, threshold)
     assert plan is not None, "plain layouts always have one"
     found = []
-    with torch.enable_grad():
-        for own in (True, False):
-            leaves = [tensor.clone().requires_grad_() for tensor in (current, leak, threshold)]
-            if own:
-                options = Options(plan, _GAMMA, 1, False, False)
-                spikes = FusedScan.apply(leaves[0], None, *leaves[1:], None, options, KERNELS)[0]  # type: ignore[no-untyped-call]
-            else:
-                spikes = lif_scan_reference(leaves[0], None, *leaves[1:], gamma=_GAMMA).spikes
-            found.append([spikes, *torch.autograd.grad((spikes * weights).sum(), leaves)])
+    for own in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (current, leak, threshold)]
+        if own:
+            options = Options(plan, _GAMMA, 1, False, False)
+            spikes = FusedScan.apply(leaves[0], None, *leaves[1:], None, options, KERNELS)[0]  # type: ignore[no-untyped-call]
+        else:
+            spikes = lif_scan_reference(leaves[0], None, *leaves[1:], gamma=_GAMMA).spikes
+        found.append([spikes, *torch.autograd.grad((spikes * weights).sum(), leaves)])
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*found, strict=True))
 
 

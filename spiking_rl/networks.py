@@ -603,30 +603,10 @@ def spread_time_constants(lif: LIF, limits: Sequence[float], timesteps: int) -> 
     lif.leak.copy_(torch.exp(-1 / (spread * timesteps)).reshape(lif.leak.shape))
 
 
-def closing(layer: nn.Module) -> nn.Conv2d | nn.Linear | nn.GroupNorm | nn.LayerNorm | None:
-    """Return the module of a map that makes what the map gives, where its channels can be scaled and shifted there.
-
-    None for a module of somebody's own: what it does behind its last layer is not known.
-    """
-    while type(layer) is nn.Sequential and len(layer):
-        layer = layer[-1]
-    linear = (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
-    own = type(layer).__module__.partition(".")[0] == "spiking_rl"
-    if type(layer) in linear or (own and isinstance(layer, linear)):
-        return layer  # type: ignore[return-value]
-    return None
-
-
 @torch.no_grad()
 def scale_channels(layer: nn.Module, gain: Tensor) -> None:
-    """Scale the current of each channel of a map by ``gain`` (C,), in its normalisation where it has one.
-
-    Raises:
-        UserError: the map ends with no linear map, convolution or normalisation that has weights.
-    """
-    last = closing(layer)
-    if last is None or last.weight is None:
-        raise UserError("spiking", type(layer).__name__, "must end with a linear map, a convolution or their norm")
+    """Scale the current of each channel of a map by ``gain`` (C,), in its normalisation where it has one."""
+    last = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm))][-1]
     last.weight.mul_(gain.reshape(-1, *[1] * (last.weight.dim() - 1)))
     if last.bias is not None:
         last.bias.mul_(gain)

@@ -159,6 +159,7 @@ def test_prune_leaves_leaks_alone_where_it_is_told_to(follows: bool) -> None:
         prune(model, "CartPole-v1", to=1, agent_steps=128, **settings)
     with pytest.raises(UserError, match=r"learning_rate = 1e-09: is the model's own, there 0.001"):
         prune(model, "CartPole-v1", to=1, learning_rate=1e-9)
+    model.lr_schedule = lambda left: 1e-3 * (1 - left)  # begins at 0
     prune(model, "CartPole-v1", to=1, agent_steps=128, **{**settings, "n_steps": 32})
     after = model.policy.q_net.network.neurons[0].leak.detach()
     expected, other = (before**2, before) if follows else (before, before**2)

@@ -187,6 +187,28 @@ def test_what_holds_no_decision_gives_no_transition() -> None:
         buffer.sample(1)
 
 
+def test_images_that_are_no_stack_of_frames_are_refused() -> None:
+    colours = spaces.Box(0, 255, (3, 8, 8), np.uint8)
+    buffer = FrameReplayBuffer(200, colours, ACTIONS, "cpu", 1)
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 3, 8, 8), dtype=np.uint8)
+    with pytest.raises(UserError, match=r"an observation.*no stack of frames"):
+        buffer.add(images[0], images[1], np.zeros(1), np.zeros(1), np.zeros(1), [{}])
+    assert not buffer.written.any()
+
+
+def test_single_frames_that_were_begun_anew_are_cut_too() -> None:
+    single = spaces.Box(0, 255, (1, 2, 2), np.int32)
+    buffer = FrameReplayBuffer(50, single, ACTIONS, "cpu", 1)
+    frames = np.arange(8)[:, None, None, None, None] * np.ones((1, 1, 1, 2, 2), np.int32)
+    for t in (1, 2, 5, 6):  # the game of 1, 2, 3 was left at 3
+        buffer.add(frames[t], frames[t + 1], np.zeros(1), np.ones(1), np.zeros(1), [{}])
+    batch = buffer.sample(200)
+    pairs = {
+        (int(a[0, 0, 0]), int(b[0, 0, 0])) for a, b in zip(batch.observations, batch.next_observations, strict=True)
+    }
+    assert pairs == {(1, 2), (5, 6)}
+
+
 def test_a_frame_is_stored_once() -> None:
     pixels = spaces.Box(0, 255, (4, 84, 84), np.uint8)
     buffer = FrameReplayBuffer(1000, pixels, ACTIONS, "cpu", 4)

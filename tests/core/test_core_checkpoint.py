@@ -88,6 +88,9 @@ def test_a_folder_that_holds_more_than_a_checkpoint_is_kept(folder: Path, monkey
         save_checkpoint(folder / "thesis.txt", {"w": torch.zeros(1)}, {})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing hidden is left"
+    (folder / "thesis.txt").rename(folder / ".DS_Store")
+    save_checkpoint(folder, {"w": torch.ones(1)}, {})
+    assert load_checkpoint(folder).tensors["w"] == 1
     empty = folder.parent / "empty"
     empty.mkdir()
     save_checkpoint(empty, {"w": torch.zeros(1)}, {})
@@ -103,6 +106,15 @@ def test_a_link_to_a_checkpoint_stays_a_link(folder: Path) -> None:
         assert link.is_symlink()
         assert load_checkpoint(link).tensors["w"] == load_checkpoint(folder).tensors["w"] == number
     assert [path.name for path in link.parent.iterdir()] == ["best"]
+
+
+def test_links_in_a_circle_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        load_checkpoint(tmp_path / "a")
+    with pytest.raises(OSError, match="a"):
+        save_checkpoint(tmp_path / "a", {"w": torch.zeros(1)}, {})
 
 
 def test_a_loaded_config_can_be_saved_with_other_weights(folder: Path) -> None:

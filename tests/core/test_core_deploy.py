@@ -190,7 +190,7 @@ class Doubled(nn.Module):
 
 
 @TIMESTEPS
-@pytest.mark.parametrize("maps", ["own", "inside", "twice"])
+@pytest.mark.parametrize("maps", ["own", "inside", "twice", "twice in one"])
 def test_maps_of_somebodys_own_and_maps_used_twice(maps: str, timesteps: int) -> None:
     torch.manual_seed(0)
     twice = nn.Linear(5, 5)
@@ -198,6 +198,7 @@ def test_maps_of_somebodys_own_and_maps_used_twice(maps: str, timesteps: int) ->
         "own": [Doubled(), Doubled()],
         "inside": [nn.Sequential(nn.Linear(5, 5), Doubled()), nn.Linear(5, 5)],
         "twice": [nn.Linear(5, 5), twice, nn.Sequential(twice)],
+        "twice in one": [nn.Sequential(twice, nn.Tanh(), twice), nn.Linear(5, 5)],
     }[maps]
     neurons = [LIF(5, threshold=0.3) for _ in layers]
     network = LayeredNetwork(layers, neurons, nn.Linear(5, 3), input_shape=(5,), timesteps=timesteps).double().eval()

@@ -111,6 +111,8 @@ def test_a_kernel_that_fires_otherwise_is_found_out(monkeypatch: pytest.MonkeyPa
     device = torch.device("cpu")
     monkeypatch.setattr(gpu, "KERNELS", COMPILED)
     assert gpu._agrees(device)
+    with torch.inference_mode():  # as a deployed network's first scan
+        assert gpu._agrees(device)
     monkeypatch.setattr(gpu, "KERNELS", COMPILED._replace(forward=otherwise))
     assert not gpu._agrees(device)
 
