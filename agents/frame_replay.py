@@ -109,8 +109,8 @@ class FrameReplayBuffer(BaseBuffer):
         Raises:
             UserError: a game goes on with an observation that is not the one before, moved on by a frame.
         """
-        going = ~np.asarray(done, dtype=bool)
-        if (next_obs[going, :-1] != obs[going, 1:]).any():
+        done = np.asarray(done, dtype=bool)
+        if (next_obs[~done, :-1] != obs[~done, 1:]).any():
             remedy = (
                 "is no stack of frames, the newest last, that moves by one at each step; leave FrameReplayBuffer out"
             )
@@ -118,7 +118,6 @@ class FrameReplayBuffer(BaseBuffer):
         starts = self._opened(obs)
         self.expected = next_obs.copy()
         everyone = np.arange(self.n_envs)
-        done = np.asarray(done, dtype=bool)
         truncated = np.array([bool(i.get("TimeLimit.truncated", False)) for i in infos])
         self._write(everyone, obs, np.reshape(action, -1), reward, starts, done & ~truncated, True)
         self.opens = done.copy()
@@ -190,8 +189,9 @@ class FrameReplayBuffer(BaseBuffer):
         if env is not None:
             raise UserError("env", "VecNormalize", "FrameReplayBuffer does not normalise; leave it out")
         first, counts = self._candidates()
-        if not self.transitions:
-            raise UserError("batch_size", batch_size, "nothing to sample yet; the buffer has too few steps")
+        nothing = UserError("batch_size", batch_size, "nothing to sample yet; the buffer has too few steps")
+        if not counts.sum():
+            raise nothing
         rows = np.empty(0, dtype=np.int64)
         at = np.empty(0, dtype=np.int64)
         while len(rows) < batch_size:
@@ -199,6 +199,8 @@ class FrameReplayBuffer(BaseBuffer):
             row = np.searchsorted(np.cumsum(counts), drawn, side="right")
             time = first[row] + drawn - (np.cumsum(counts) - counts)[row]
             decided = self.decisions[time % self.buffer_size, row]  # final observations have no action
+            if not decided.any() and not self.transitions:  # which looks at every row
+                raise nothing
             rows, at = np.append(rows, row[decided]), np.append(at, time[decided])
         return self._transitions(at[:batch_size], rows[:batch_size])
 
