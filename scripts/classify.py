@@ -239,10 +239,10 @@ def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig,
     with _held(folder):
         trainer = _open(folder, where)
         if kept := kept_instead(saved, asked, args):
-            trainer.note(f"{', '.join(kept)}: as the run was started, not as the recipe has it")
+            trainer.record.note(f"{', '.join(kept)}: as the run was started, not as the recipe has it")
         if changes:
             change_run(trainer, changes)
-            trainer.note(told(saved, changes))
+            trainer.record.note(told(saved, changes))
         return _finish(trainer, command, where)
 
 
@@ -333,7 +333,7 @@ def _held(folder: RunFolder) -> AbstractContextManager[None]:
 def _finish(trainer: Trainer, command: str, where: Where) -> dict[str, Any]:
     """Train to the end, then score every T on the test images."""
     folder, config = trainer.folder, trainer.config
-    trainer.note(f"run folder: {folder.path}")
+    trainer.record.note(f"run folder: {folder.path}")
     try:
         trainer.run()
     except Interrupted as stop:

@@ -241,7 +241,6 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifiers")
     for optimizer in ("sgd", "adam"):
         trainer = trainer_in(folder / optimizer, optimizer)
-        trainer.board = None
         trainer.team.alike(trainer.network)
         trainer._epoch()
     return folder
@@ -260,7 +259,6 @@ def test_a_classifiers_state_that_was_tampered_with(
         try:
             trainer = trainer_in(folder, optimizer)
             trainer.restore()
-            trainer.board = None
             if not trainer.finished:
                 trainer._epoch()
         except UserError as error:

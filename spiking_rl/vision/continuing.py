@@ -9,7 +9,8 @@ from typing import Any
 from spiking_rl.errors import UserError
 from spiking_rl.settings import changed_settings, continued
 from spiking_rl.vision.config import ClassifyConfig, save_config
-from spiking_rl.vision.training import Trainer, budgets_of
+from spiking_rl.vision.stages import budgets_of
+from spiking_rl.vision.training import Trainer
 
 _LENGTHS = ("ann_epochs", "rate_epochs", "epochs", "prune_epochs", "last_epochs")
 CHANGEABLE = (*_LENGTHS, "threads", "save_every")
@@ -29,7 +30,7 @@ def convert_run(trainer: Trainer, timesteps: int, prune_to: int, epochs: int, ra
     Raises:
         UserError: the run is not there, or beyond it, or a number is out of range.
     """
-    if trainer.spiking:
+    if trainer.stages.spiking:
         raise UserError("run", str(trainer.folder.path), "has spikes already; lower its T with classify prune")
     if not trainer.finished:
         raise UserError("run", str(trainer.folder.path), "has not finished its ReLU network; go on with --resume")
@@ -39,8 +40,8 @@ def convert_run(trainer: Trainer, timesteps: int, prune_to: int, epochs: int, ra
         trainer.config, timesteps=timesteps, prune_to=prune_to, epochs=epochs, rate_epochs=rate_epochs
     )
     config.check()
-    trainer.config = config
-    trainer.pruning = trainer.new_pruning()
+    trainer.stages.config = config
+    trainer.stages.plan()
     trainer.begin_spikes()
     trainer.save()
     _save_settings(trainer, "by classify convert")
@@ -62,11 +63,12 @@ def change_run(trainer: Trainer, changes: Mapping[str, Any]) -> None:
     before = trainer.config
     config = changed_settings(before, changes, CHANGEABLE, str(trainer.folder.path))
     config.check()
-    when = f"{trainer.label} after {trainer.batches / trainer.batches_per_epoch:.4g} of {trainer.epochs} epochs"
+    spent = trainer.batches / trainer.batches_per_epoch
+    when = f"{trainer.stages.label} after {spent:.4g} of {trainer.stages.epochs} epochs"
     new = {name: getattr(config, name) for name in _LENGTHS if getattr(config, name) != getattr(before, name)}
     if new:
         _check_lengths(trainer, config, new)
-    trainer.config = config
+    trainer.stages.config = config
     _save_settings(trainer, when)  # what is saved of the run takes its lengths from there
 
 
@@ -75,21 +77,21 @@ def _check_lengths(trainer: Trainer, config: ClassifyConfig, new: Mapping[str, i
     if trainer.finished:
         remedy = "cannot change where training is finished; without it --resume scores the run, convert and prune go on"
         raise UserError(next(iter(new)), next(iter(new.values())), remedy)
-    for name, over in (("ann_epochs", trainer.spiking), ("rate_epochs", trainer.on_spikes)):
+    for name, over in (("ann_epochs", trainer.stages.spiking), ("rate_epochs", trainer.stages.on_spikes)):
         if over and name in new:
             kept = getattr(trainer.config, name)
             raise UserError(name, new[name], f"that stage is over, or never was; keep {kept}")
     spent = trainer.batches / trainer.batches_per_epoch
-    own = "rate_epochs" if trainer.on_rates else "ann_epochs"
-    if not trainer.on_spikes and getattr(config, own) <= spent:
+    own = "rate_epochs" if trainer.stages.on_rates else "ann_epochs"
+    if not trainer.stages.on_spikes and getattr(config, own) <= spent:
         raise UserError(own, getattr(config, own), f"{spent:.4g} epochs are trained already; choose more")
-    if trainer.spiking and not config.epochs:
+    if trainer.stages.spiking and not config.epochs:
         raise UserError("epochs", 0, "must be at least 1 where spikes train")
     names = {"epochs": "first_budget", "prune_epochs": "stage_budget", "last_epochs": "last_budget"}
     budgets = budgets_of(config)
     asked = {names[name]: budgets[names[name]] for name in new if name in names}
     try:
-        trainer.pruning.change_budgets(spent if trainer.on_spikes else 0.0, asked)
+        trainer.stages.pruning.change_budgets(spent if trainer.stages.on_spikes else 0.0, asked)
     except UserError as error:
         raise error.renamed({field: name for name, field in names.items()}) from None
 
@@ -106,7 +108,7 @@ def extend_run(trainer: Trainer, to: int, epochs: int | None, rescale_thresholds
     Raises:
         UserError: the run is not finished, has no spikes, or is at ``to`` already.
     """
-    if not trainer.spiking:
+    if not trainer.stages.spiking:
         raise UserError("run", str(trainer.folder.path), "holds a ReLU network alone; see classify convert")
     if not trainer.finished:
         raise UserError("run", str(trainer.folder.path), "has not finished training; continue it with train --resume")
@@ -116,7 +118,7 @@ def extend_run(trainer: Trainer, to: int, epochs: int | None, rescale_thresholds
         trainer.config.prune_epochs, trainer.config.last_epochs = epochs, 0
     if rescale_thresholds is not None:
         trainer.config.rescale_thresholds = rescale_thresholds
-    trainer.next_stage(trainer.pruning.extend(to, epochs))
+    trainer.next_stage(trainer.stages.pruning.extend(to, epochs))
     trainer.config.prune_to = to
     trainer.save()
     _save_settings(trainer, "by classify prune")

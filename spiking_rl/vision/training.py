@@ -16,12 +16,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from spiking_rl.arithmetic import slow_arithmetic
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, load_into, read_json, save_checkpoint
-from spiking_rl.energy import SpikeCounter, measured_energy, odd_layers
+from spiking_rl.energy import SpikeCounter
 from spiking_rl.errors import UserError, WorkError
 from spiking_rl.files import being_replaced, recover_folder, replace_folder
 from spiking_rl.folding import fold_batch_norm
@@ -29,7 +28,7 @@ from spiking_rl.lowering import lower_timesteps, measuring_norms
 from spiking_rl.networks import LayeredNetwork, evaluating
 from spiking_rl.neurons import LIF, clamp_after_step
 from spiking_rl.provenance import memory_columns
-from spiking_rl.pruning import MAX_TIMESTEPS, Next, Stay, TemporalPruning
+from spiking_rl.pruning import Next, Stay
 from spiking_rl.runs import RunFolder
 from spiking_rl.state import (
     REMEDY,
@@ -42,7 +41,7 @@ from spiking_rl.state import (
     verify,
 )
 from spiking_rl.stopping import Interrupted, check_hours, stopping_on_signals
-from spiking_rl.tracking import layer_columns, layer_scalars, odd_thresholds, spoiled_layer
+from spiking_rl.tracking import odd_thresholds, spoiled_layer
 from spiking_rl.vision.building import (
     build,
     convert,
@@ -59,20 +58,13 @@ from spiking_rl.vision.objective import Objective
 from spiking_rl.vision.optimising import autocast, optimiser_of, rate_factor
 from spiking_rl.vision.parallel import Team
 from spiking_rl.vision.predicting import PIXELS, predict
+from spiking_rl.vision.record import Record
+from spiking_rl.vision.stages import Stages
 
 _WATCHED = 4  # images, at least, of each batch that is scored: their spikes are counted
 _BALANCED = 512  # that set the thresholds: the papers' number; for firing rates as many as four passes take
 _ALONE = Team()
 _MOST_EPOCHS = 2**20  # of a stage
-
-
-def budgets_of(config: ClassifyConfig) -> dict[str, Any]:
-    """Return the epochs of the spiking stages as :class:`spiking_rl.TemporalPruning` calls them."""
-    return {
-        "first_budget": max(1, config.epochs),
-        "stage_budget": config.prune_epochs,
-        "last_budget": config.last_epochs or None,
-    }
 
 
 class Trainer:
@@ -101,21 +93,17 @@ class Trainer:
         shown: bool = False,
     ) -> None:
         check_hours(hours)
-        self.config = config
+        self.stages = Stages(config)
         self.folder = folder
         self.images = images
         self.device = device
         self.deadline = None if hours is None else time.monotonic() + 3600 * hours
         self.team = team
-        self.shown = shown and team.leads
-        self.note = note if note and team.leads else (lambda text: None)
-        self.pruning = self.new_pruning()
-        self.spiking = not config.trains_ann
-        self.on_rates = self.spiking and config.rate_epochs > 0
+        remedy = "--percentile and --threshold-scale" if config.firing_rate is None else "--firing-rate"
+        self.record = Record(folder, note if team.leads else None, shown and team.leads, remedy)
         self.batches = 0  # of this stage
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of the epoch under way
         self.best: float | None = None  # of the ReLU network, or on rates
-        self.rows: list[dict[str, Any]] = []
         self.seconds = 0.0
         self._started = time.monotonic()
         self._saved = time.monotonic()
@@ -132,8 +120,8 @@ class Trainer:
         if config.start_from is not None and not begun:
             self._begin(self._started_network(config.start_from))
             return
-        self._begin(build(config, images, spiking=self.spiking))
-        if self.spiking and not begun:
+        self._begin(build(config, images, spiking=self.stages.spiking))
+        if self.stages.spiking and not begun:
             set_thresholds(self.network, config, self._some_inputs())
 
     def _started_network(self, start_from: str) -> LayeredNetwork:
@@ -148,8 +136,13 @@ class Trainer:
             remedy = f"needs a ReLU network to learn from, and {run} has none; 0 without one"
             raise UserError("distill", self.config.distill, remedy)
         follow = " and follow T where it is lower" if self.config.rescale_thresholds else ""
-        self.note(f"thresholds are those of {start_from}{follow}: firing_rate and percentile set none")
+        self.record.note(f"thresholds are those of {start_from}{follow}: firing_rate and percentile set none")
         return load_spiking(checkpoint, self.config, self.images, self._some_inputs())
+
+    @property
+    def config(self) -> ClassifyConfig:
+        """Settings of the run."""
+        return self.stages.config
 
     # -- stages ----------------------------------------------------------------------------------
 
@@ -157,8 +150,8 @@ class Trainer:
         """Take a network for the stage that begins, with a fresh optimiser."""
         config = self.config
         self.network = network.to(self.device)
-        self.network.set_rates(self.on_rates)
-        teacher = self._teacher() if self.spiking and config.distill else None
+        self.network.set_rates(self.stages.on_rates)
+        teacher = self._teacher() if self.stages.spiking and config.distill else None
         self.objective = Objective(self.network, config, self.images, teacher)
         for neuron in network.neurons:
             if isinstance(neuron, LIF):
@@ -166,10 +159,10 @@ class Trainer:
                 neuron.leak.requires_grad_(config.train_leak)
         if network.spike_time is not None:
             network.spike_time.threshold.requires_grad_(config.train_threshold)
-        self.optimizer, self.highest_rate = optimiser_of(network, config, self.device, spikes=self.on_spikes)
+        self.optimizer, self.highest_rate = optimiser_of(network, config, self.device, spikes=self.stages.on_spikes)
         clamp_after_step(self.optimizer, network)
         self.batches = 0
-        self._warn(odd_thresholds(self.network))
+        self.record.warn(odd_thresholds(self.network))
 
     def _teacher(self) -> LayeredNetwork:
         """Return the trained ReLU network, this run's own or the one it started from."""
@@ -193,54 +186,16 @@ class Trainer:
         self._taken = None
 
     @property
-    def on_spikes(self) -> bool:
-        """Whether spikes train, timestep by timestep, and neither ReLU nor firing rates."""
-        return self.spiking and not self.on_rates
-
-    @property
-    def stage(self) -> str:
-        """Name of the stage and of its best checkpoint: ``relu``, ``rates``, or ``T5``."""
-        if self.on_rates:
-            return "rates"
-        return self.pruning.checkpoint if self.spiking else "relu"
-
-    @property
-    def label(self) -> str:
-        """The stage in words: ``ReLU``, ``rates``, or ``T=5``."""
-        if self.on_spikes:
-            return f"T={self.pruning.timesteps}"
-        return "rates" if self.on_rates else "ReLU"
-
-    @property
-    def _stage_number(self) -> int:
-        """A number of the stage's own: from each another order of the images is drawn."""
-        if self.on_rates:
-            return MAX_TIMESTEPS + 1
-        return self.pruning.timesteps if self.spiking else 0
-
-    @property
     def finished(self) -> bool:
         """Whether nothing is left to train; without ``epochs`` that is so after the ReLU network."""
-        if self.spiking or self.config.epochs:
-            return self.pruning.finished
-        return self.batches >= self.epochs * self.batches_per_epoch
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the stage under way."""
-        if self.on_rates:
-            return self.config.rate_epochs
-        return int(self.pruning.budget) if self.spiking else self.config.ann_epochs
-
-    @property
-    def batch_size(self) -> int:
-        """Images per update in the stage under way."""
-        return self.config.batch_size if self.on_spikes else self.config.ann_batch_size
+        if self.stages.spiking or self.config.epochs:
+            return self.stages.pruning.finished
+        return self.batches >= self.stages.epochs * self.batches_per_epoch
 
     @property
     def batches_per_epoch(self) -> int:
         """Updates per epoch; the last, smaller batch is left out."""
-        return max(1, self.feed.count // self.batch_size)
+        return max(1, self.feed.count // self.stages.batch_size)
 
     def run(self) -> None:
         """Train until temporal pruning is done.
@@ -252,14 +207,14 @@ class Trainer:
         self._started = time.monotonic()
         slow = slow_arithmetic(self.config.precision, self.device, "precision")
         for warning in [*([slow] if slow else []), *self.config.unusual()]:
-            self.note(warning)
+            self.record.note(warning)
         self.team.alike(self.network)
         self._take_relu()
         threads = torch.get_num_threads()
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        where = str(self.folder.tensorboard) if self.team.leads else None
-        self.board = SummaryWriter(where, purge_step=len(self.rows) + 1) if where else None
+        if self.team.leads:
+            self.record.open()
         try:
             with stopping_on_signals(self._request_stop):
                 while not self.finished:
@@ -267,8 +222,7 @@ class Trainer:
                 if self.stop_requested and self.team.size == 1:
                     raise Interrupted("interrupt")
         finally:
-            if self.board is not None:
-                self.board.close()
+            self.record.close()
             torch.set_num_threads(threads)
             self.seconds = self._seconds_so_far()
             self._started = time.monotonic()
@@ -278,17 +232,17 @@ class Trainer:
         epoch = self.batches // self.batches_per_epoch
         first, trained = self.batches % self.batches_per_epoch, 0
         ending = (epoch + 1) * self.batches_per_epoch
-        number = self._stage_number * _MOST_EPOCHS + epoch  # a stream draws another order from every number
-        name = self.label
+        number = self.stages.number * _MOST_EPOCHS + epoch  # a stream draws another order from every number
+        title = f"{self.stages.label} epoch {epoch + 1}/{self.stages.epochs}"
         bar = tqdm(
-            desc=f"{name} epoch {epoch + 1}/{self.epochs}",
+            desc=title,
             total=self.batches_per_epoch,
             initial=first,
             unit="batch",
             leave=False,
-            disable=not self.shown,
+            disable=not self.record.shown,
         )
-        batches = iter(self.feed.batches(number, self._generator(epoch), self.batch_size, first))
+        batches = iter(self.feed.batches(number, self._generator(epoch), self.stages.batch_size, first))
         begun = time.monotonic()
         with bar:
             while (loss := self._update(next(batches, None), self._generator(epoch, first + trained))) is not None:
@@ -296,11 +250,12 @@ class Trainer:
                 self.batches, trained = self.batches + 1, trained + 1
                 bar.update()
                 if self.batches < ending and self._save_where_due():  # an epoch is over with its score
-                    self._tell_progress(name, (time.monotonic() - begun) / trained)
+                    done, seconds = first + trained, (time.monotonic() - begun) / trained
+                    self.record.progress(title, done, self.batches_per_epoch, float(self.loss_sum) / done, seconds)
         trained += first
         if not trained:
             remedy = "no process has a batch for every other; use fewer processes or workers, or smaller batches"
-            raise WorkError("batch_size", self.batch_size, f"leaves no update in an epoch: {remedy}")
+            raise WorkError("batch_size", self.stages.batch_size, f"leaves no update in an epoch: {remedy}")
         self.batches = ending  # workers may leave out a batch
         self.team.average_statistics(self.network)
         score, counter = self._score() if self.team.leads else (None, None)
@@ -308,17 +263,18 @@ class Trainer:
         mean_loss = float(self.loss_sum) / max(1, trained)
         self.loss_sum = torch.zeros_like(self.loss_sum)
         self._require_number(mean_loss)
-        self._write(epoch + 1, score, mean_loss, counter)
-        if self.on_spikes:
+        if self.team.leads:
+            self._write(title, score, mean_loss, counter)
+        if self.stages.on_spikes:
             self._report(score, epoch + 1)
         else:
-            name = self.stage
+            name = self.stages.name
             if self.best is None or score >= self.best:
                 self.best = score
                 self._keep(name, score)
-            if epoch + 1 == self.epochs:
+            if epoch + 1 == self.stages.epochs:
                 self._keep(f"{name}-end", score)
-                if self.on_rates:
+                if self.stages.on_rates:
                     self._leave_rates()
                 elif self.config.epochs:
                     self.begin_spikes()
@@ -326,18 +282,9 @@ class Trainer:
         if not self.finished:
             self._save_where_due()
 
-    def _tell_progress(self, name: str, seconds: float) -> None:
-        """Tell where no bar does that a long epoch goes on; a batch takes so many seconds."""
-        if self.shown or not self.team.leads:
-            return
-        epoch, done = divmod(self.batches, self.batches_per_epoch)
-        left = seconds * (self.batches_per_epoch - done) / 60
-        text = f"{name} epoch {epoch + 1}/{self.epochs}  batch {done}/{self.batches_per_epoch}"
-        self.note(f"{text}  loss={float(self.loss_sum) / done:.3f}  {left:.0f} min to go in this epoch")
-
     def _report(self, score: float, epochs: int) -> None:
-        name = self.stage
-        decision = self.pruning.report(score, epochs)
+        name = self.stages.name
+        decision = self.stages.pruning.report(score, epochs)
         if decision.improved:
             self._keep(name, score)
         if isinstance(decision, Stay):
@@ -350,8 +297,8 @@ class Trainer:
         """Go on with spikes, from the ReLU network's best weights."""
         self._load_best("relu")
         inputs = self._some_inputs()
-        self.spiking, self.best = True, None
-        self.on_rates = self.config.rate_epochs > 0
+        self.stages.spiking, self.best = True, None
+        self.stages.on_rates = self.config.rate_epochs > 0
         self._begin(convert(self.network, self.config, self.images, inputs))
         self.team.alike(self.network)
 
@@ -365,16 +312,12 @@ class Trainer:
         """Go on with spikes, from the best weights on rates."""
         self._load_best("rates")
         inputs = self._some_inputs()
-        self.on_rates = False
+        self.stages.on_rates = False
         self._begin(self.network)
         # Currents of spikes vary more than their means.
         with torch.no_grad(), evaluating(self.network), measuring_norms(self.network):
             self.network(inputs.unsqueeze(0))
         self.team.alike(self.network)
-
-    def new_pruning(self) -> TemporalPruning:
-        """Return the spiking stages as the settings have them, none begun."""
-        return TemporalPruning(self.config.timesteps, self.config.prune_to, **budgets_of(self.config))
 
     def next_stage(self, decision: Next) -> None:
         """Begin a stage from the best checkpoint of the one above."""
@@ -395,7 +338,7 @@ class Trainer:
     def _generator(self, *path: int) -> torch.Generator:
         """Return the random generator of a place in the run, the same whenever it is reached."""
         mixed = self.config.seed
-        for number in (self._stage_number, *path):
+        for number in (self.stages.number, *path):
             mixed = (mixed * 1_000_003 + number + 1) % 2**63
         return torch.Generator().manual_seed(mixed)
 
@@ -410,10 +353,9 @@ class Trainer:
             return None
         config = self.config
         self.network.train()
-        progress = self.batches / (self.epochs * self.batches_per_epoch)
-        milestones = config.milestones if self.on_spikes else config.ann_milestones
+        progress = self.batches / (self.stages.epochs * self.batches_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.highest_rate * rate_factor(progress, milestones)
+            group["lr"] = self.highest_rate * rate_factor(progress, self.stages.milestones)
         self.optimizer.zero_grad()
         seed = int(torch.randint(2**31, (1,), generator=generator))
         torch.manual_seed(seed + self.team.rank)  # dropout draws from it
@@ -453,7 +395,7 @@ class Trainer:
 
         In the arithmetic of training, as it only selects; watched neurons take their time, so a tenth is.
         """
-        counter = SpikeCounter(graded=self.on_rates) if self.spiking else None
+        counter = SpikeCounter(graded=self.stages.on_rates) if self.stages.spiking else None
         right, count = 0, 0
         with autocast(self.device, self.config.precision):
             for images, labels in self.images.validation():
@@ -475,7 +417,7 @@ class Trainer:
             "kind": "classifier",
             "network": config.network,
             "dataset": config.dataset,
-            "timesteps": self.network.timesteps if self.spiking else None,
+            "timesteps": self.network.timesteps if self.stages.spiking else None,
             "val_accuracy": score,
             "mean": list(self.images.mean),
             "std": list(self.images.std),
@@ -484,42 +426,18 @@ class Trainer:
         }
         save_checkpoint(self.folder.checkpoints / name, self.network.state_dict(), about)
 
-    def _write(self, epoch: int, score: float, loss: float, counter: SpikeCounter | None) -> None:
-        if self.board is None:  # another process writes
-            return
-        rates = {} if counter is None else counter.rates
-        energy = measured_energy(self.network, counter or SpikeCounter())
-        columns = layer_columns(self.network, rates)
+    def _write(self, title: str, score: float, loss: float, counter: SpikeCounter | None) -> None:
         row = {
-            "epoch": epoch,
+            "epoch": self.batches // self.batches_per_epoch,
             "seconds": round(self._seconds_so_far(), 3),
-            "timesteps": self.network.timesteps if self.spiking else None,
-            **({"on_rates": int(self.on_rates)} if self.config.rate_epochs else {}),
+            "timesteps": self.network.timesteps if self.stages.spiking else None,
+            **({"on_rates": int(self.stages.on_rates)} if self.config.rate_epochs else {}),
             "score": score,
             "loss": loss,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **memory_columns(self.device),
-            "spike_rate": sum(rates.values()) / len(rates) if rates else None,
-            "energy_ratio": energy.ratio,
-            "accumulates_per_mac": energy.accumulates_per_mac,
-            **columns,
         }
-        self.rows.append(row)
-        self.folder.write_progress(self.rows)
-        spikes = "" if counter is None else f"  spikes={row['spike_rate']:.3f}  energy={energy.ratio:.1f}x less"
-        self.note(f"{self.label} epoch {epoch}/{self.epochs}  accuracy={score:.2f}  loss={loss:.3f}{spikes}")
-        self._warn([*odd_layers(rates), *odd_thresholds(self.network)])
-        step = len(self.rows)
-        scalars = {"val/accuracy": score, "train/loss": loss, "train/learning_rate": row["learning_rate"]}
-        if energy.accumulates_per_mac is not None:
-            scalars |= {"val/energy_ratio": energy.ratio, "val/accumulates_per_mac": energy.accumulates_per_mac}
-        for tag, value in (scalars | layer_scalars(columns)).items():
-            self.board.add_scalar(tag, value, step)
-
-    def _warn(self, warnings: list[str]) -> None:
-        setting = "--percentile and --threshold-scale" if self.config.firing_rate is None else "--firing-rate"
-        for warning in warnings:
-            self.note(f"warning: {warning}; see {setting}, and --learning-rate")
+        self.record.epoch(title, row, self.network, counter)
 
     def _seconds_so_far(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -541,10 +459,9 @@ class Trainer:
     def _require_number(self, loss: float) -> None:
         spoiled = spoiled_layer(self.network)
         if not math.isfinite(loss) or spoiled:
-            name = "learning_rate" if self.on_spikes else "ann_learning_rate"
             where = f" and the {spoiled} no number any more" if spoiled else ""
             text = f"is too high: the loss is {loss}{where}; start again with a lower one"
-            raise WorkError(name, self.highest_rate, text)
+            raise WorkError(self.stages.rate_setting, self.highest_rate, text)
 
     def save(self) -> None:
         """Save everything that continuing needs, atomically.
@@ -560,14 +477,12 @@ class Trainer:
         with replace_folder(self.folder.resume) as partial:
             (partial / "tensors.safetensors").write_bytes(safetensors.torch.save({**network, **optimiser}))
             state = {
-                "pruning": self.pruning.state_dict(),
-                "spiking": self.spiking,
-                "on_rates": self.on_rates,
+                **self.stages.state_dict(),
                 "images": {name: list(getattr(self.images, name)) for name in ("classes", "mean", "std")},
                 "batches": self.batches,
                 "best": self.best,
                 "loss_sum": float(self.loss_sum),
-                "rows": self.rows,
+                "rows": self.record.rows,
                 "seconds": self._seconds_so_far(),
                 "optimiser": scalars,
                 "generators": generators(),
@@ -590,25 +505,23 @@ class Trainer:
             verify(folder, state["sha256"])
             require_same_images(state.get("images") or {}, self.images, self.folder.path)
             tensors = read_tensors(folder / "tensors.safetensors")
-            self.pruning = TemporalPruning.from_state_dict(state["pruning"])
-            if not self.pruning.finished:
-                self.pruning.set_budgets(**budgets_of(self.config))
-            if state["spiking"] and not self.spiking:
+            had_spikes = self.stages.spiking
+            self.stages.load_state_dict(state)
+            if self.stages.spiking and not had_spikes:
                 self.network = build(self.config, self.images, spiking=True)
-            self.spiking, self.on_rates = bool(state["spiking"]), bool(state.get("on_rates", False))
-            self.network.set_timesteps(self.pruning.timesteps if self.spiking else 1)
+            self.network.set_timesteps(self.stages.pruning.timesteps if self.stages.spiking else 1)
             self._begin(self.network)
             own = {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
             load_into(self.network, own, folder)
             unpack_optimiser(self.optimizer, tensors, state["optimiser"])
             self.batches = int(state["batches"])
             self.best = None if state["best"] is None else float(state["best"])
-            if not 0 <= self.batches <= self.epochs * self.batches_per_epoch:
+            if not 0 <= self.batches <= self.stages.epochs * self.batches_per_epoch:
                 raise ValueError("it has trained more batches than there are")
-            if not self.epochs and not self.finished:
+            if not self.stages.epochs and not self.finished:
                 raise ValueError("it is in a stage that trains no epochs")
             self.loss_sum.fill_(float(state["loss_sum"]))
-            self.rows, self.seconds = list(state["rows"]), float(state["seconds"])
+            self.record.rows, self.seconds = list(state["rows"]), float(state["seconds"])
             restore_generators(state["generators"])
         except (LookupError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
@@ -618,4 +531,4 @@ class Trainer:
 
     def _request_stop(self) -> None:
         self.stop_requested = True
-        self.note("stopping: saving the run (again to stop at once)")
+        self.record.note("stopping: saving the run (again to stop at once)")

@@ -49,7 +49,7 @@ def strike_first_threshold(trainer: Trainer, value: float) -> None:
 
     def struck() -> None:
         neuron = trainer.network.neurons[0]
-        if trainer.spiking and trainer.batches and isinstance(neuron, LIF):
+        if trainer.stages.spiking and trainer.batches and isinstance(neuron, LIF):
             with torch.no_grad():
                 neuron.threshold.fill_(value)
         epoch()
@@ -62,7 +62,7 @@ def test_a_threshold_that_is_no_number_is_named(whole: Path, tmp_path: Path) -> 
     score = trainer._score
 
     def spoiled() -> tuple[float, dict[str, float]]:
-        if trainer.spiking:
+        if trainer.stages.spiking:
             with torch.no_grad():
                 trainer.network.get_parameter("neurons.0.threshold").fill_(torch.nan)
         return score()
@@ -76,7 +76,7 @@ def test_a_threshold_that_is_no_number_is_named(whole: Path, tmp_path: Path) -> 
 
 def test_a_layer_that_fell_silent_is_told_by_name(tmp_path: Path) -> None:
     trainer, said = new_run(tmp_path / "run"), []
-    trainer.note = said.append
+    trainer.record.note = said.append
     strike_first_threshold(trainer, 1e6)
     trainer.run()
     assert any("layer1 has fallen silent" in line for line in said)
@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(whole: Path, tmp_path: Path
     save, (soft, hard) = trainer.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def failing() -> None:
-        if trainer.spiking and trainer.batches:
+        if trainer.stages.spiking and trainer.batches:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         save()
 

@@ -239,10 +239,10 @@ def test_a_length_that_cannot_be_changes_nothing(
     tmp_path: Path, updates: int, changes: dict[str, int], words: str
 ) -> None:
     run = stopped_after(tmp_path / "run", updates, dataclasses.replace(SMALL, rate_epochs=1, epochs=3))
-    before = run.folder.config.read_bytes(), run.pruning.state_dict(), run.config
+    before = run.folder.config.read_bytes(), run.stages.pruning.state_dict(), run.config
     with pytest.raises(UserError, match=words):
         change_run(run, changes)
-    assert (run.folder.config.read_bytes(), run.pruning.state_dict(), run.config) == before
+    assert (run.folder.config.read_bytes(), run.stages.pruning.state_dict(), run.config) == before
 
 
 def test_rates_come_before_spikes(with_rates: Trainer) -> None:
@@ -260,12 +260,12 @@ def test_spikes_begin_where_rates_ended(with_rates: Trainer, tmp_path: Path) -> 
     """Batch norm's statistics are measured on spikes: before any update the network knows what it knew on rates."""
     config = dataclasses.replace(with_rates.config, start_from=str(with_rates.folder.path))
     trainer = new_run(tmp_path / "run", config)
-    assert trainer.stage == "rates"
+    assert trainer.stages.name == "rates"
     update = trainer._update
     found: list[float] = []
 
     def watched(batch: Batch | None, generator: torch.Generator) -> torch.Tensor | None:
-        if trainer.on_spikes and not found:
+        if trainer.stages.on_spikes and not found:
             images, labels = stripes(128, 3)
             predicted = predict(trainer.network, images, (0.49,) * 3, (0.27,) * 3)
             found.append(100 * float((predicted == labels).float().mean()))
@@ -286,7 +286,7 @@ def test_spikes_begin_where_rates_ended(with_rates: Trainer, tmp_path: Path) -> 
 
 def test_the_last_stage_may_be_longer(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, timesteps=3, epochs=2, prune_epochs=1, last_epochs=4)
-    assert new_run(tmp_path / "run", config).pruning.remaining == 2 + 1 + 4
+    assert new_run(tmp_path / "run", config).stages.pruning.remaining == 2 + 1 + 4
 
 
 def test_step_by_step_gives_what_one_command_gives(whole: Trainer, tmp_path: Path) -> None:
@@ -488,8 +488,8 @@ def test_bfloat16_trains_and_is_scored_in_float32(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in kept.tensors.values() if tensor.is_floating_point()} == {torch.float32}
     exact = new_run(tmp_path / "exact")
     exact.run()
-    assert trainer.rows[0]["loss"] != exact.rows[0]["loss"]
-    assert trainer.rows[0]["loss"] == pytest.approx(exact.rows[0]["loss"], rel=0.1)
+    assert trainer.record.rows[0]["loss"] != exact.record.rows[0]["loss"]
+    assert trainer.record.rows[0]["loss"] == pytest.approx(exact.record.rows[0]["loss"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ def test_an_arithmetic_that_is_emulated_is_told_of(
     monkeypatch.setattr(arithmetic, "has_bfloat16", lambda device: instructions)
     notes: list[str] = []
     trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, precision=precision))
-    trainer.note = notes.append
+    trainer.record.note = notes.append
     trainer.stop_requested = True
     with pytest.raises(Interrupted):
         trainer.run()
@@ -583,7 +583,7 @@ def test_spikes_start_from_another_run(whole: Trainer, tmp_path: Path) -> None:
     thresholds = [n.threshold.detach().clone() for n in trainer.network.neurons if isinstance(n, LIF)]
     trainer.run()
     assert trainer.folder.checkpoint_timesteps() == [1, None]
-    assert [row["timesteps"] for row in trainer.rows] == [1]
+    assert [row["timesteps"] for row in trainer.record.rows] == [1]
     theirs, ours = (f.checkpoint(None) for f in (whole.folder, trainer.folder))
     assert load_checkpoint(ours).config["sha256"] == load_checkpoint(theirs).config["sha256"]
     after = [n.threshold.detach() for n in trainer.network.neurons if isinstance(n, LIF)]
@@ -753,7 +753,7 @@ def spiking_source(folder: Path, **changes: object) -> tuple[Path, LayeredNetwor
             parameter.normal_()
     if trainer.network.spike_time is not None:
         calibrate_spike_time(trainer.network, trainer._some_inputs())
-    trainer._keep(trainer.stage, 0.0)
+    trainer._keep(trainer.stages.name, 0.0)
     return trainer.folder.checkpoint(config.timesteps), trainer.network
 
 
@@ -863,7 +863,7 @@ def test_a_score_comes_with_its_cost(whole: Trainer) -> None:
 def test_the_cost_of_every_epoch_is_kept_and_told(tmp_path: Path) -> None:
     told: list[str] = []
     trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, rate_epochs=1, epochs=1))
-    trainer.note = told.append
+    trainer.record.note = told.append
     trainer.run()
     relu, *spiking = trainer.folder.read_progress()
     assert relu["energy_ratio"] == 1
@@ -883,7 +883,7 @@ def test_the_cost_of_every_epoch_is_kept_and_told(tmp_path: Path) -> None:
 
 def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, epochs=0))
-    trainer.shown = True
+    trainer.record.shown = True
     trainer.run()
     shown = capsys.readouterr().err
     assert "ReLU epoch 1/1" in shown
@@ -894,7 +894,7 @@ def test_a_bar_shows_how_far_an_epoch_is(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_long_epoch_tells_how_far_it_is_where_no_bar_does(tmp_path: Path, shown: bool) -> None:
     told: list[str] = []
     trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, ann_epochs=1, epochs=0, save_every=1e-9))
-    trainer.note, trainer.shown = told.append, shown
+    trainer.record.note, trainer.record.shown = told.append, shown
     trainer.run()
     within = [line for line in told if " batch " in line]
     assert len(within) == (0 if shown else 15), "one per save, and none at the end of the epoch"
