@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from spiking_rl.envs.atari import parse_atari
 from spiking_rl.errors import UserError
-from spiking_rl.networks import check_time_constants
+from spiking_rl.initialisation import check_time_constants
 from spiking_rl.pruning import check_pruning
 from spiking_rl.settings import load_settings, recipes_of, save_settings, settings_from_dict
 

@@ -12,8 +12,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from spiking_rl.agents.policies import check_observation_space, observation_scaling
-from spiking_rl.networks import build_network
 from spiking_rl.neurons import LIF
+from spiking_rl.registry import build_network
 
 
 class SpikingFeaturesExtractor(BaseFeaturesExtractor):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from spiking_rl.agents.optimisation import equip_optimizer
 from spiking_rl.errors import UserError
-from spiking_rl.networks import NetworkState, Observer, build_network
+from spiking_rl.networks import NetworkState, Observer
 from spiking_rl.neurons import LIFState
+from spiking_rl.registry import build_network
 
 _OPTIMIZERS = (torch.optim.Adam, torch.optim.RAdam)  # ours and SB3's, with options of ours
 TIME_CONSTANTS = (0.2, 8.0)

@@ -22,9 +22,10 @@ from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.deploy import SparseLinear, deploy
 from spiking_rl.envs.make import make_vectorised
 from spiking_rl.events import EventMap, runs_on_events
-from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.onnx_graph import require
 from spiking_rl.onnx_model import onnx_model
+from spiking_rl.registry import build_network
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.provenance import peak_rss_mb
+from spiking_rl.registry import build_network
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 from spiking_rl.vision.data import ImageStream, augment, normalise

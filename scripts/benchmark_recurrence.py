@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spiking_rl.agents.policies import TIME_CONSTANTS
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.networks import build_network
+from spiking_rl.registry import build_network
 from spiking_rl.scripts.options import parse, script
 from spiking_rl.scripts.published import write_results
 

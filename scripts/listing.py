@@ -6,7 +6,7 @@ from typing import Any
 
 from spiking_rl.agents.config import recipes
 from spiking_rl.agents.loading import pretrained
-from spiking_rl.networks import NETWORKS
+from spiking_rl.registry import NETWORKS
 from spiking_rl.vision import config as vision
 from spiking_rl.vision.data import DATASETS
 

@@ -4,7 +4,7 @@ This package is the core: neurons, networks, calibration, temporal pruning, chec
 knows no environment and no agent; those are ``spiking_rl.envs`` and ``spiking_rl.agents``.
 """
 
-from spiking_rl import vision  # registers the networks for images
+from spiking_rl import mlp, vision  # noqa: F401  they register networks
 from spiking_rl.allocator import keep_memory
 from spiking_rl.balancing import balance_thresholds, convert_balanced
 from spiking_rl.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -24,10 +24,11 @@ from spiking_rl.energy import (
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.lowering import lower_timesteps
-from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, register_network
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF, LIFScan, LIFState, clamp_after_step, lif_scan, lif_scan_reference
 from spiking_rl.pruning import Done, Next, Stay, TemporalPruning
 from spiking_rl.rates import firing_rate
+from spiking_rl.registry import NETWORKS, build_network, register_network
 from spiking_rl.surrogate import fire
 
 __version__ = "0.1.0"

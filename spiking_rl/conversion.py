@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import scan_starts
 from spiking_rl.errors import UserError
+from spiking_rl.initialisation import scale_channels
 from spiking_rl.layerwise import bisect, fire, layer_by_layer
-from spiking_rl.networks import LayeredNetwork, evaluating, scale_channels
+from spiking_rl.networks import LayeredNetwork, evaluating
 from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore
 
 _RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)

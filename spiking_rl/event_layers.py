@@ -24,7 +24,7 @@ from torch.nn.modules import module as modules
 from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.compiling import built_events
 from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes, threads_of
-from spiking_rl.vision.small_maps import gradients
+from spiking_rl.small_maps import gradients
 
 _STORED = (torch.float32, torch.bfloat16)
 _FEWEST = 2  # frames: for one, weights are read once in any case, and all that is asked about it costs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spiking_rl.compiling import built_events
-from spiking_rl.vision.small_maps import SmallMapConv2d
+from spiking_rl.small_maps import SmallMapConv2d
 
 _FEW = 8  # frames up to which a map is bound by reading its weights, and dense kernels are at their worst
 _LONGEST = 2**16 - 1  # side of a picture that the loops can count

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.group_norm import GroupNorm
+from spiking_rl.small_maps import SmallMapConv2d
 from spiking_rl.vision.resnet import Head
-from spiking_rl.vision.small_maps import SmallMapConv2d
 
 OPSET = 17  # the first with LayerNormalization
 _IR_VERSION = 8  # of its time

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spiking_rl.conversion import calibrate_thresholds
-from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.registry import build_network
 
 LEAK = 0.5  # an exact power of two: every library's way to write the decay rounds alike, so spikes can be compared
 _CALIBRATED_ON = 8  # inputs

@@ -14,7 +14,7 @@ from spiking_rl.networks import LayeredNetwork
 from spiking_rl.scripts.speed.cases import CASES, Case, build_case
 from spiking_rl.scripts.speed.timing import interleave, median_ratio, times_of
 from spiking_rl.scripts.speed.variants import OURS, RELU, Pass, build_pass
-from spiking_rl.vision.small_maps import SmallMapConv2d
+from spiking_rl.small_maps import SmallMapConv2d
 
 _CASES = (CASES["vgg16"], Case("resnet20", (3, 32, 32), 10, 64, (1,), True))
 _PRECISIONS = ("float32", "bfloat16")

@@ -11,16 +11,16 @@ from torch import nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.group_norm import GroupNorm
-from spiking_rl.networks import (
-    LayeredNetwork,
+from spiking_rl.initialisation import (
     check_time_constants,
-    register_network,
     scale_channels,
     spread_time_constants,
     unit_gain,
     zero_readout,
 )
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
+from spiking_rl.registry import register_network
 from spiking_rl.surrogate import DEFAULT_GAMMA
 
 _NATURE_CONVOLUTIONS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride

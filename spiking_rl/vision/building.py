@@ -18,7 +18,8 @@ from spiking_rl.conversion import calibrate_spike_time, calibrate_thresholds, li
 from spiking_rl.errors import UserError
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.lowering import lower_timesteps, measuring_norms
-from spiking_rl.networks import NETWORKS, LayeredNetwork, build_network, evaluating
+from spiking_rl.networks import LayeredNetwork, evaluating
+from spiking_rl.registry import NETWORKS, build_network
 from spiking_rl.runs import RunFolder
 from spiking_rl.vision.config import LARGEST_IMAGE, ClassifyConfig, load_config
 

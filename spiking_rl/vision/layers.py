@@ -11,7 +11,7 @@ from torch import nn
 
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF
-from spiking_rl.vision.small_maps import SmallMapConv2d
+from spiking_rl.small_maps import SmallMapConv2d
 
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.networks import LayeredNetwork, register_network
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.registry import register_network
 from spiking_rl.surrogate import DEFAULT_GAMMA
 from spiking_rl.vision.layers import check_dropout, check_options, convolution, neurons, scaled
 

@@ -8,7 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from spiking_rl.networks import LayeredNetwork, register_network, zero_readout
+from spiking_rl.initialisation import zero_readout
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.registry import register_network
 from spiking_rl.surrogate import DEFAULT_GAMMA
 from spiking_rl.vision.layers import check_dropout, check_options, convolution, he_normal, neurons, scaled
 

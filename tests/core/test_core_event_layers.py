@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spiking_rl import build_network, calibrate_thresholds, compiling, event_layers
 from spiking_rl.event_layers import through_events
-from spiking_rl.vision.small_maps import SmallMapConv2d
+from spiking_rl.small_maps import SmallMapConv2d
 
 CLEARLY = event_layers._CLEARLY
 

@@ -25,7 +25,7 @@ from spiking_rl import build_network, calibrate_thresholds, compiling
 from spiking_rl import events as event_maps
 from spiking_rl.deploy import deploy, deploy_stateful
 from spiking_rl.events import EventMap, runs_on_events
-from spiking_rl.vision.small_maps import SmallMapConv2d
+from spiking_rl.small_maps import SmallMapConv2d
 
 needs_compiler = pytest.mark.skipif(compiling.built_events() is None, reason="no C compiler here")
 pytestmark = needs_compiler

@@ -10,8 +10,8 @@ from spiking_rl import LIF, NETWORKS, LayeredNetwork, build_network, register_ne
 
 
 def test_registering_makes_a_network_buildable_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spiking_rl.networks.NETWORKS", dict(NETWORKS))
-    from spiking_rl import networks
+    monkeypatch.setattr("spiking_rl.registry.NETWORKS", dict(NETWORKS))
+    from spiking_rl import registry
 
     @register_network("tiny")
     def tiny(input_shape: tuple[int, ...], outputs: int, *, timesteps: int, neuron: str) -> LayeredNetwork:
@@ -22,7 +22,7 @@ def test_registering_makes_a_network_buildable_once(monkeypatch: pytest.MonkeyPa
     assert made.neuron_shapes() == [(2,)]
     with pytest.raises(ValueError, match="'tiny' is registered already"):
         register_network("tiny")(tiny)
-    assert networks.NETWORKS["tiny"] is tiny
+    assert registry.NETWORKS["tiny"] is tiny
 
 
 @pytest.mark.parametrize(("per_channel", "shapes"), [(False, [(), ()]), (True, [(8,), (5,)])])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from spiking_rl import NETWORKS
-from spiking_rl.vision.small_maps import SmallMapConv2d, gradients
+from spiking_rl.small_maps import SmallMapConv2d, gradients
 
 SIZES = {
     "images": st.integers(1, 30),

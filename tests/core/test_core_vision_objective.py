@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from spiking_rl.energy import SpikeCost
-from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.networks import LayeredNetwork
 from spiking_rl.neurons import LIF
+from spiking_rl.registry import build_network
 from spiking_rl.vision.config import ClassifyConfig
 from spiking_rl.vision.objective import Objective
 

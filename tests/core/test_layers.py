@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,30 @@ def breaches(source: str, package: str, layer: str) -> list[str]:
     # The bare names are other people's packages, for everybody.
     refused = [*UPPER, *(f"spiking_rl.{upper}" for upper in FORBIDDEN[layer])]
     return [name for name in imported(source, package) if any(f"{name}.".startswith(f"{r}.") for r in refused)]
+
+
+def at_import(source: str, known: set[str], name: str) -> set[str]:
+    """Return which of the ``known`` modules a module of that name needs before it is there itself."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):  # what functions import, and what only types need, comes later
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            node.body = [ast.Pass()]
+    package = name if f"{name}.__init__" in known else name.rpartition(".")[0]
+    parts = [found.split(".") for found in imported(ast.unparse(tree), package)]
+    needed = {".".join(part[: i + 1]) for part in parts for i in range(len(part))}
+    return {n for n in needed & known if not f"{name}.".startswith(f"{n}.")}  # packages around it have begun
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {path for layer in FORBIDDEN for path in files_of(layer)} - {PACKAGE / "__init__.py"}
+    names = {".".join(["spiking_rl", *path.relative_to(PACKAGE).with_suffix("").parts]): path for path in files}
+    modules = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    known = modules.keys() | names.keys()
+    graph = {name: at_import(path.read_text(), known, name) for name, path in modules.items()}
+    assert "spiking_rl.neurons" in graph["spiking_rl.networks"]
+    list(TopologicalSorter(graph).static_order())  # CycleError names them
 
 
 @pytest.mark.parametrize("layer", FORBIDDEN)

@@ -14,7 +14,8 @@ from conftest import Cli, as_flags
 from torch import Tensor, nn
 
 from spiking_rl import UserError, lif_scan
-from spiking_rl.networks import LayeredNetwork, build_network
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.registry import build_network
 from spiking_rl.scripts import benchmark as measuring
 from spiking_rl.scripts.benchmark import main
 from spiking_rl.scripts.published import add_results

@@ -1,0 +1,54 @@
+"""Networks by name: everybody can register builders of their own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from spiking_rl.errors import UserError
+from spiking_rl.networks import LayeredNetwork
+from spiking_rl.surrogate import DEFAULT_GAMMA
+
+_CODING = ("encoding", "single_spike", "kappa", "input_zero", "input_span")
+
+NETWORKS: dict[str, Callable[..., LayeredNetwork]] = {}
+"""Registered builders by name."""
+
+
+def register_network(name: str) -> Callable[[Callable[..., LayeredNetwork]], Callable[..., LayeredNetwork]]:
+    """Register ``builder(input_shape, outputs, *, timesteps, neuron, **options)`` under a name."""
+
+    def add(builder: Callable[..., LayeredNetwork]) -> Callable[..., LayeredNetwork]:
+        if name in NETWORKS:
+            raise ValueError(f"network {name!r} is registered already")
+        NETWORKS[name] = builder
+        return builder
+
+    return add
+
+
+def build_network(name: str, input_shape: Sequence[int], outputs: int, **options: Any) -> LayeredNetwork:
+    """Build a registered network.
+
+    Args:
+        name: a key of :data:`NETWORKS`.
+        input_shape: shape of one input.
+        outputs: number of actions or classes.
+        options: passed to the builder; ``encoding``, ``single_spike``, ``kappa``, ``input_zero`` and ``input_span``
+            to :meth:`LayeredNetwork.set_coding`.
+
+    Raises:
+        UserError: unknown name, or an option that the builder refuses.
+    """
+    if name not in NETWORKS:
+        raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
+    coding = {option: options.pop(option) for option in _CODING if option in options}
+    known = inspect.signature(NETWORKS[name]).parameters
+    for option, value in options.items():
+        if option not in known:
+            raise UserError(option, value, f"is no option of network {name!r}; it has {', '.join(list(known)[2:])}")
+    network = NETWORKS[name](tuple(input_shape), outputs, **options)
+    if coding:
+        network.set_coding(**coding, gamma=options.get("gamma", DEFAULT_GAMMA))
+    return network
