@@ -32,6 +32,7 @@ MAX_FRAMES = 108_000
 """Frames after which a game is cut: half an hour of play."""
 
 _TRAINING_SEEDS = 10_000_000  # those of evaluations begin here
+_LARGEST_SEED = 2**31 - 1  # of the emulator
 _ID = re.compile(r"(?:ALE/(?P<v5>\w+)-v5|(?P<v4>\w+)NoFrameskip-v4)(?:\?(?P<options>.*))?")
 
 Pixels = NDArray[np.uint8]
@@ -144,6 +145,13 @@ def _native(
     )
 
 
+def _possible(actions: NDArray[np.int64], space: Any) -> NDArray[np.int64]:
+    """Refuse actions that the emulator does not have: it would wait for ever."""
+    if len(actions) and (actions.min() < 0 or actions.max() >= space.n):
+        raise UserError("action", actions.tolist(), f"must lie between 0 and {space.n - 1}")
+    return actions
+
+
 class AtariGame(gym.Env[Pixels, int]):
     """One game, rewards unclipped.
 
@@ -170,7 +178,11 @@ class AtariGame(gym.Env[Pixels, int]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Pixels, dict[str, Any]]:
         """Begin a game; without a seed the generator draws one."""
         super().reset(seed=seed)
-        seeds = np.array([int(self.np_random.integers(_TRAINING_SEEDS)) if seed is None else seed])
+        if seed is None:
+            seed = int(self.np_random.integers(_TRAINING_SEEDS))
+        elif seed > _LARGEST_SEED:  # Gymnasium takes any; the emulator does not
+            seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) & _LARGEST_SEED
+        seeds = np.array([seed])
         observations, _ = self._game.reset(seed=seeds)
         if self._twin is not None:
             self._picture = self._twin.reset(seed=seeds)[0][0, 0]
@@ -178,7 +190,7 @@ class AtariGame(gym.Env[Pixels, int]):
 
     def step(self, action: int) -> tuple[Pixels, SupportsFloat, bool, bool, dict[str, Any]]:
         """Hold an action for four frames."""
-        actions = np.array([action], dtype=np.int64)
+        actions = _possible(np.array([action], dtype=np.int64), self.action_space)
         observations, rewards, terminated, truncated, _ = self._game.step(actions)
         if self._twin is not None:
             pictures, seen, *_ = self._twin.step(actions)
@@ -239,7 +251,7 @@ class AtariVecEnv(VecEnv):
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Remember the actions, ``(N,)``."""
-        self._actions = np.asarray(actions, dtype=np.int64)
+        self._actions = _possible(np.asarray(actions, dtype=np.int64), self.action_space)
 
     def step_wait(self) -> tuple[Pixels, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Play one decision everywhere."""
@@ -271,7 +283,7 @@ class AtariVecEnv(VecEnv):
 
     def close(self) -> None:
         """End the emulators."""
-        del self._games
+        self.__dict__.pop("_games", None)  # a second time as well
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """Return an attribute, the same for all games."""

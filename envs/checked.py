@@ -29,6 +29,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._shape = space.shape if isinstance(space, gym.spaces.Box) else None
         self._floats = self._shape is not None and np.issubdtype(space.dtype, np.floating)
         self._steps = 0  # of the episode
+        self._picture: tuple[int, ...] | None = None  # shape of the first
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset.
@@ -69,6 +70,34 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         if not isinstance(info, dict):
             raise self._wrong(f"returned {str(info)[:100]!r} as its info, which must be a dictionary")
         return observation, reward, terminated, truncated, info
+
+    def render(self) -> Any:
+        """Render.
+
+        Raises:
+            WorkError: the environment raises, or an RGB picture is no array of bytes ``(H, W, 3)``, or of another size
+                than the first.
+        """
+        try:
+            picture = self.env.render()
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._wrong(f"raised {_told(error)} in render()") from error
+        if self.render_mode == "rgb_array":
+            self._check_picture(picture)
+        return picture
+
+    def _check_picture(self, picture: Any) -> None:
+        wanted = "render() must return an array of uint8, (height, width, 3)"
+        if not isinstance(picture, np.ndarray):
+            raise self._wrong(f"returned a picture of type {type(picture).__name__}; {wanted}")
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+            raise self._wrong(f"returned a picture of {picture.dtype}, {picture.shape}; {wanted}")
+        if self._picture is None:
+            self._picture = picture.shape
+        if picture.shape != self._picture:
+            raise self._wrong(f"returned a picture of shape {picture.shape} after one of {self._picture}")
 
     def _check(self, observation: Any) -> None:
         if self._shape is None:

@@ -22,6 +22,8 @@ from spiking_rl.errors import UserError
 from spiking_rl.scripts.options import first_argument, parse, script
 from spiking_rl.scripts.published import write_results
 
+_SHORT = 10  # episodes too short to compare anything in, in a row, after which longer ones are not waited for
+
 DESCRIPTION = """Compare greedy actions after a burn-in with those of the full history of the same play.
 
 RUN is a run folder, a checkpoint or the name of a stateful agent.
@@ -51,6 +53,9 @@ def main() -> None:
     options = parse(Options, "agreement RUN", rest, DESCRIPTION)
     assert name is not None
     agent = load_agent(name, device="cpu")
+    for field, least in (("decisions", 1), ("burn_in", 0), ("length", 1), ("seed", 0)):
+        if getattr(options, field) < least:
+            raise UserError(field, getattr(options, field), f"must be at least {least}")
     if not agent.model.stateful:
         raise UserError("run", name, "is a stateless agent; there is no history to agree with")
     rows = _compare(agent.model.policy.q_net, agent.environment, options)
@@ -63,7 +68,7 @@ def main() -> None:
 @torch.no_grad()
 def _compare(q_net: SpikingQNetwork, env_id: str, options: Options) -> list[dict[str, Any]]:
     span = options.burn_in + options.length
-    same, compared, episode = {"stored": 0, "zero": 0}, 0, 0
+    same, compared, episode, short = {"stored": 0, "zero": 0}, 0, 0, 0
     shapes = q_net.network.neuron_shapes()
     env = make_single(env_id)
     while compared < options.decisions:
@@ -72,7 +77,13 @@ def _compare(q_net: SpikingQNetwork, env_id: str, options: Options) -> list[dict
         # Starts lie inside the episode: at its beginning a zero start would be right.
         firsts = range(options.length, len(actions) - span + 1, options.length)
         if not firsts:
+            short += 1
+            if short == _SHORT:
+                least = 2 * options.length + options.burn_in
+                remedy = f"needs episodes of at least {least} decisions, and {short} in a row were shorter; choose less"
+                raise UserError("length", options.length, remedy)
             continue
+        short = 0
         frames = np.array([[k + t for k in firsts] for t in range(span)])
         obs = torch.as_tensor(observations[frames])
         starts = torch.zeros(frames.shape, dtype=torch.bool)

@@ -156,11 +156,12 @@ class EvaluateOptions(Place):
 def run(args: list[str]) -> dict[str, Any]:
     """Serve one of the commands of ``classify``."""
     commands = {"train": _train, "convert": _convert, "prune": _prune, "evaluate": _evaluate}
-    if not args or args[0] in ("-h", "--help"):
+    if args and args[0] in ("-h", "--help"):
         print(USAGE)
         return {}
-    if args[0] not in commands:
-        raise UserError("command", args[0], f"unknown; choose one of {', '.join(commands)}")
+    if not args or args[0] not in commands:
+        known = f"choose one of {', '.join(commands)}; see classify --help"
+        raise UserError("command", args[0] if args else None, f"{'unknown' if args else 'is missing'}; {known}")
     team = join()
     try:
         return commands[args[0]](args[1:])

@@ -49,9 +49,9 @@ def main() -> None:
         else:
             config = load_config(folder.config)
             settings = {"algo": config.algo, **dataclasses.asdict(config)}
-        if any(row["run"] == folder.path.name for row in rows):
+        if any(row["run"] == folder.name for row in rows):
             raise UserError("runs", str(folder.path), "has the name of another one, and curves are told by it")
-        rows.append({"run": folder.path.name, "settings": settings, "curve": folder.read_progress()})
+        rows.append({"run": folder.name, "settings": settings, "curve": folder.read_progress()})
     write_results(options.output, "curves", rows)
     figure = options.output.with_suffix(".png")
     save_figure(learning_curves({row["run"]: [row["curve"]] for row in rows}, minutes=True), figure)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gymnasium.spaces import Discrete
 from tqdm import tqdm
 
 from spiking_rl.agents.building import resolve_device
@@ -63,7 +64,7 @@ def run(args: list[str]) -> dict[str, Any]:
     folder = RunFolder(Path(str(name)))
     folder.require()
     kept = [t for t in folder.checkpoint_timesteps() if t is not None]
-    timesteps = options.timesteps or max(kept, default=0)
+    timesteps = max(kept, default=0) if options.timesteps is None else options.timesteps
     if timesteps not in kept or timesteps < 2:
         raise UserError("timesteps", timesteps, f"needs a checkpoint of at least 2; {folder.path} holds T = {kept}")
     images = classifies(folder.config)
@@ -95,7 +96,9 @@ def _agent(folder: RunFolder, timesteps: int, options: Options) -> Measured:
     agent = load_agent(folder.path, timesteps, options.device)
     if agent.model.stateful:
         raise UserError("run", str(folder.path), "is stateful; its membranes need every timestep")
-
+    assert isinstance(agent.model.action_space, Discrete)
+    if agent.model.action_space.n < 2:
+        raise UserError("run", str(folder.path), "has a single action; there is nothing to decide early")
     environment = options.env or agent.environment
 
     def measure(margin: float | None) -> dict[str, Any]:

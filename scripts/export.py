@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,14 @@ def run(args: list[str]) -> dict[str, Any]:
         print(f"checkpoint: {folder}")
         return {"file": str(folder), "format": options.format, "environment": agent.trained_in}
     path = options.output or Path("agent.zip")
+    if path.is_dir():
+        raise UserError("output", str(path), "is a folder; name a file, such as agent.zip")
     if not path.suffix:
         path = path.with_name(f"{path.name}.zip")  # as Stable-Baselines3 would name it
     path.parent.mkdir(parents=True, exist_ok=True)
-    agent.model.save(path)
+    blob = io.BytesIO()
+    agent.model.save(blob)
+    write_atomically(path, blob.getvalue())
     loader = type(agent.model).__name__
     print(f"zip: {path} (load with {loader}.load)")
     return {"file": str(path), "format": options.format, "environment": agent.trained_in, "class": loader}

@@ -43,7 +43,7 @@ def main() -> None:
             raise UserError("runs", str(folder.path), "has no final table yet; go on with train --resume")
         results = read_json(folder.results, "results")
         about = {key: results.get(key) for key in _ABOUT_THE_RUN}
-        rows += [{"run": folder.path.name, **row, **about} for row in checked_rows(results, folder.results)]
+        rows += [{"run": folder.name, **row, **about} for row in checked_rows(results, folder.results)]
     write_results(options.output, "gather", rows)
     print(f"{len(rows)} rows: {options.output}")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from spiking_rl.agents.config import recipes
 from spiking_rl.agents.loading import pretrained
+from spiking_rl.errors import UserError
 from spiking_rl.registry import NETWORKS
 from spiking_rl.vision import config as vision
 from spiking_rl.vision.data import DATASETS
@@ -13,6 +14,8 @@ from spiking_rl.vision.data import DATASETS
 
 def run(args: list[str]) -> dict[str, Any]:
     """Print recipes, pretrained agents and networks."""
+    if args and args[0] not in ("-h", "--help"):
+        raise UserError("arguments", " ".join(args), "list takes none; see list --help")
     if args:
         print(
             "usage: spiking-rl list [--json]\n\nList recipes, pretrained agents and networks. Example: spiking-rl list"

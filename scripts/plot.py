@@ -60,8 +60,8 @@ class DrawnRun:
     @property
     def without_seed(self) -> str:
         """What the name says besides the seed."""
-        bare = re.sub(r"[-_.]?seed[-_.]?\d+", "", self.name)
-        return bare if bare != self.name else re.sub(rf"[-_.]s?{self.seed}$", "", self.name)
+        bare = re.sub(r"[-_./]?seed[-_.]?\d+", "", self.name)
+        return bare if bare != self.name else re.sub(rf"[-_./]s?{self.seed}$", "", self.name)
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _draw_run(folder: RunFolder) -> list[Path]:
         about = {"algo": config.algo, "environment": config.env, "seed": config.seed}
         title = f"{config.env}, {config.algo}, seed {config.seed}"
         figure, measured = learning_curve(progress, title), "unseen episodes"
-    about = {"run": folder.path.name, **about}
+    about = {"run": folder.name, **about}
     made = [folder.figures / "learning_curve.png"]
     _save(figure, made[0], [_evaluation(about, row) for row in progress])
     if len([r for r in rows if r["timesteps"] is not None]) > 1:  # of one T results.json says as much
@@ -169,7 +169,9 @@ def read_run(folder: RunFolder) -> DrawnRun:
     Raises:
         UserError: no evaluation yet, or damaged.
     """
-    name, rows = folder.path.resolve().name, folder.read_progress()
+    name, rows = folder.name, folder.read_progress()
+    if re.fullmatch(r"(seed|s)?[-_.]?\d+", name):  # experiment/seed0: the name alone says too little
+        name = f"{folder.path.resolve().parent.name}/{name}"
     if vision.classifies(folder.config):
         classifier = vision.load_config(folder.config)
         rows = [{**row, "epoch": i + 1} for i, row in enumerate(rows)]  # which every stage counts anew

@@ -9,6 +9,7 @@ from typing import Any
 
 from spiking_rl.agents.config import load_config
 from spiking_rl.agents.training import extend_run, resume_run
+from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import AsTheRun, first_argument, parse_over_run
 from spiking_rl.scripts.train import finish
@@ -41,6 +42,10 @@ def run(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
     folder = RunFolder(Path(str(name)))
     options = parse_over_run(Options, "prune RUN", rest, DESCRIPTION, lambda: _own(folder))
+    trained_in = load_config(folder.config).env
+    if options.env not in (None, trained_in):
+        remedy = f"is not what the run trains in, {trained_in!r}; it goes on there, evaluate and render play elsewhere"
+        raise UserError("env", options.env, remedy)
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True, named=options.env)
         extend_run(session, options.to, options.agent_steps, options.rescale_leak)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,14 +22,18 @@ def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
     """Yield the runs that a script gathers into a JSON file.
 
     Raises:
-        UserError: there are none, one is no run, or the file is no JSON.
+        UserError: there are none, one is no run or named twice, or the file is no JSON.
     """
     if not runs:
         raise UserError("runs", None, "name at least one run folder")
     if output.suffix != ".json":
         raise UserError("output", str(output), "must end with .json")
+    seen = set()
     for folder in map(RunFolder, runs):
         folder.require()
+        if folder.path.resolve() in seen:
+            raise UserError("runs", str(folder.path), "is named twice; each run counts once")
+        seen.add(folder.path.resolve())
         yield folder
 
 
@@ -68,7 +73,7 @@ def write_results(path: Path, script: str, rows: Sequence[dict[str, Any]], befor
         rows: one per measurement.
         before: commands that made some of the rows before this one.
     """
-    command = f"python -m spiking_rl.scripts.{script} {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m spiking_rl.scripts.{script} {shlex.join(sys.argv[1:])}".strip()
     commands = " && ".join(dict.fromkeys([*before, command]))
     results = {"command": commands, "commit": commit(), "date": today(), "machine": machine(), "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ def run(args: list[str]) -> dict[str, Any]:
     assert name is not None
     agent = load_agent(name, options.timesteps, device="cpu")
     environment = options.env or agent.environment
-    stem = agent.checkpoint.name + ("-spikes" if options.spikes else "")
+    stem = agent.checkpoint.resolve().name + ("-spikes" if options.spikes else "")
     folder = agent.run.videos if agent.run else Path("videos")
     path = options.output or folder / f"{stem}.mp4"
     try:

@@ -70,7 +70,7 @@ def read_facts(folder: RunFolder) -> Facts:
     """
     settings = read_settings(folder.config)
     provenance = settings.pop("provenance", None)
-    facts = Facts(folder.path.name, settings, provenance if isinstance(provenance, dict) else {})
+    facts = Facts(folder.name, settings, provenance if isinstance(provenance, dict) else {})
     if folder.progress.is_file():
         facts.progress = folder.read_progress()
         if not facts.classifies and any(row.get("agent_steps") is None for row in facts.progress):
@@ -113,7 +113,7 @@ def control_rows(folder: RunFolder) -> list[dict[str, Any]]:
     settings = read_settings(folder.config)
     start = settings.get("timesteps")
     direct = settings.get("prune_to") == start  # there was no stage above it
-    found = [{**row, "run": folder.path.name} for row in rows]
+    found = [{**row, "run": folder.name} for row in rows]
     return [{**row, "method": "trained directly"} if direct and row.get("timesteps") == start else row for row in found]
 
 

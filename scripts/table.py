@@ -18,9 +18,10 @@ from typing import Any
 
 from spiking_rl.agents.config import TrainConfig, load_config, load_recipe
 from spiking_rl.checkpoint import read_json
+from spiking_rl.errors import UserError
 from spiking_rl.plotting import continuum, save_figure
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import write_results
+from spiking_rl.scripts.published import checked_rows, write_results
 
 _SECOND = {"rescaled": ["--rescale-leak"], "fixed-leak": ["--no-rescale-leak"]}
 """What ``prune`` is told by the methods that share their first stage."""
@@ -50,8 +51,8 @@ class Options:
     """Seeds."""
     runs: Path = Path("runs/table")
     """Folder of the runs."""
-    output: Path = Path("results/cartpole.json")
-    """Results."""
+    output: Path | None = None
+    """Results; default results/RECIPE.json."""
     extend: bool = False
     """Keep the lines that the output has already, and all its others."""
     jobs: int = 1
@@ -61,33 +62,70 @@ class Options:
 def main() -> None:
     """Run what is missing, then write the table."""
     options = parse(Options, "table", sys.argv[1:], DESCRIPTION)
+    _check(options)
+    short, config = load_recipe(options.recipe, options.algos[0])
+    output = options.output or Path("results") / f"{short}.json"
     lines = [(s, a, m) for a in options.algos for m in options.methods for s in options.seeds]
-    known = _known(options.output) if options.extend else {}
+    known = _known(output, config.env)
+    lost = [line for line in known if line not in lines]
+    if lost and not options.extend:
+        seed, algo, method = lost[0]
+        remedy = "--extend keeps them, or name another --output"
+        raise UserError("output", str(output), f"holds other lines, such as {algo}, {method}, seed {seed}; {remedy}")
+    known = known if options.extend else {}
     lines = [line for line in lines if line not in known]
     with ThreadPoolExecutor(options.jobs) as pool:
         known |= zip(lines, pool.map(lambda line: _line(options, *line), lines), strict=True)
     rows = [row for part in known.values() for row in part]
-    write_results(options.output, "table", rows)
-    print(f"{len(rows)} rows: {options.output}")
+    write_results(output, "table", rows)
+    print(f"{len(rows)} rows: {output}")
     for algo in options.algos:
-        figure = options.output.with_name(f"{options.output.stem}-{algo}.png")
+        figure = output.with_name(f"{output.stem}-{algo}.png")
         own = [row for row in rows if row["algo"] == algo]
+        if all(row["timesteps"] is None for row in own):
+            continue  # ReLU networks have no timesteps to draw
         seeds = ", ".join(str(s) for s in sorted({row["seed"] for row in own}))
         save_figure(continuum(own, f"{own[0]['environment']}, {algo}, seeds {seeds}; line: mean"), figure)
         print(f"figure: {figure}")
 
 
-def _known(output: Path) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
-    """Return the rows of an earlier, unfinished table by seed, algorithm and method."""
+def _check(options: Options) -> None:
+    """Refuse what cannot be measured before anything is.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in ("algos", "methods", "seeds"):
+        if not getattr(options, name):
+            raise UserError(name, (), "must name at least one")
+    for algo in options.algos:
+        methods = {*_arguments(load_recipe(options.recipe, algo)[1]), *_SECOND}
+        for method in options.methods:
+            if method not in methods:
+                raise UserError("methods", method, f"unknown; choose of {', '.join(sorted(methods - {'first'}))}")
+    if options.jobs < 1:
+        raise UserError("jobs", options.jobs, "must be at least 1")
+    if options.output is not None and options.output.suffix != ".json":
+        raise UserError("output", str(options.output), "must end with .json")
+
+
+def _known(output: Path, environment: str) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+    """Return the rows of an earlier, perhaps unfinished table by seed, algorithm and method.
+
+    Raises:
+        UserError: the file is no table, or one of another environment.
+    """
     found: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
     if output.is_file():
-        for row in read_json(output, "results")["rows"]:
+        for row in checked_rows(read_json(output, "results"), output):
+            if row.get("environment") != environment or not {"seed", "algo", "method"} <= row.keys():
+                raise UserError("output", str(output), f"is no table of {environment}; name another --output")
             found.setdefault((row["seed"], row["algo"], row["method"]), []).append(row)
     return found
 
 
-def _arguments(config: TrainConfig, method: str) -> list[str]:
-    """Return the flags of ``train`` that make a line of the table."""
+def _arguments(config: TrainConfig) -> dict[str, list[str]]:
+    """Return the flags of ``train`` that make a line of the table, by method."""
     stages = config.timesteps - config.prune_to
     # The controls get all the agent steps that the recipe as it stands gets over its stages.
     later = (stages - 1) * config.prune_steps + (config.last_steps or config.prune_steps) if stages else 0
@@ -109,7 +147,7 @@ def _arguments(config: TrainConfig, method: str) -> list[str]:
         "single-spike-1": [*once, "--kappa", "1"],
         # 0.45: a time constant of 1.25 decisions, the middle of the default spread.
         "one-leak": [*direct, "--time-constants", "None", "--leak", "0.45", "--no-per-channel"],
-    }[method]
+    }
 
 
 def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str, Any]]:
@@ -120,7 +158,7 @@ def _line(options: Options, seed: int, algo: str, method: str) -> list[dict[str,
         if method in _SECOND:
             _prune(options, seed, algo, run, method)
         else:
-            _train(options, seed, algo, run, _arguments(config, method))
+            _train(options, seed, algo, run, _arguments(config)[method])
     results = read_json(run / "results.json", "results")
     cost = {key: results.get(key) for key in ("train_seconds", "peak_rss_mb", "commit")}
     scores = ", ".join(f"{row['mean_return']:.1f}" for row in results["rows"])
@@ -134,7 +172,7 @@ def _prune(options: Options, seed: int, algo: str, run: Path, method: str) -> No
     first = run.with_name(f"{short}-{algo}-first-seed{seed}")
     with _FIRST[(algo, seed)]:
         if not (first / "results.json").is_file():
-            _train(options, seed, algo, first, _arguments(config, "first"))
+            _train(options, seed, algo, first, _arguments(config)["first"])
     if not run.is_dir():
         copy = run.with_name(f".{run.name}.partial")  # a copy that was cut short is never taken for a run
         shutil.rmtree(copy, ignore_errors=True)

@@ -76,7 +76,7 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
             _steps_in_thousands(ax)
     if any(runs):
         handles, names = axes[0].get_legend_handles_labels()
-        if max(map(len, names)) > _LONG_NAME:  # it would lie on the curves
+        if max(map(len, names), default=0) > _LONG_NAME:  # it would lie on the curves
             figure.legend(handles, names, frameon=False, loc="outside upper left")
         else:
             axes[0].legend(frameon=False, loc="best")

@@ -49,6 +49,11 @@ class RunFolder:
         self.figures = self.path / "figures"
         self.videos = self.path / "videos"
 
+    @property
+    def name(self) -> str:
+        """The folder's own name, also where the path is ``.``."""
+        return self.path.resolve().name
+
     def require_free(self) -> None:
         """Refuse a folder in which a new run cannot begin.
 

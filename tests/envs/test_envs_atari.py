@@ -119,6 +119,36 @@ def test_one_game_and_a_row_of_many_give_the_same_bytes(sticky: float) -> None:
     one.close()
 
 
+def test_a_game_begins_with_any_seed_that_gymnasium_takes() -> None:
+    env = make_single("ALE/Pong-v5?frame_stack=1")
+
+    def play(seed: int) -> bytes:
+        seen = [env.reset(seed=seed)[0]]
+        seen += [env.step(k % 6)[0] for k in range(80)]
+        return b"".join(frame.tobytes() for frame in seen)
+
+    seeds = [0, 2**31 - 1, 2**31, 2**32 + 5, 2**70]
+    games = [play(seed) for seed in seeds]
+    assert games == [play(seed) for seed in seeds]
+    assert len(set(games)) > 2, "other seeds begin otherwise"
+    env.close()
+
+
+@pytest.mark.parametrize("action", [-1, 6])
+def test_an_action_that_the_game_does_not_have_is_refused(action: int) -> None:
+    env = make_single("ALE/Pong-v5")
+    env.reset(seed=0)
+    with pytest.raises(UserError, match="must lie between 0 and 5"):
+        env.step(action)
+    env.close()
+    venv = make_vectorised("ALE/Pong-v5", 2, 0)
+    venv.reset()
+    with pytest.raises(UserError, match="must lie between 0 and 5"):
+        venv.step(np.array([0, action]))
+    venv.close()
+    venv.close()
+
+
 def test_rewards_are_clipped_for_learning_and_counted_whole() -> None:
     venv = make_vectorised("ALE/MsPacman-v5?frame_stack=1", 2, 0)
     venv.reset()

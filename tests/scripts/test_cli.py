@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,9 @@ def test_the_table_also_plays_elsewhere_and_the_curves_are_published(
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
     assert output.with_suffix(".png").stat().st_size > 0
-    assert "has the name of another one" in curves(run, run, "--output", output).stderr
+    shutil.copytree(run, tmp_path / "elsewhere" / "started")
+    refused = curves(run, tmp_path / "elsewhere" / "started", "--output", output)
+    assert (refused.returncode, "has the name of another one" in refused.stderr) == (2, True)
 
 
 def test_the_scores_of_several_runs_are_published_together(
@@ -147,6 +150,8 @@ def test_the_scores_of_several_runs_are_published_together(
     refused = gather(whole_job[0], unfinished, "--output", output)
     assert refused.returncode == 2
     assert "has no final table yet; go on with train --resume" in refused.stderr
+    refused = gather(whole_job[0], whole_job[0], "--output", output)
+    assert (refused.returncode, "is named twice" in refused.stderr) == (2, True)
     assert not output.exists()
     assert gather(whole_job[0], "--output", output).returncode == 0
     published = json.loads(output.read_text())
@@ -283,6 +288,11 @@ def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> N
     assert _legend(seeds) == ["pqn, 3 seeds, band: min to max"]
     again = copy_run(small_run, tmp_path / "again" / "cart-seed0", seed=0)
     assert _legend([seeds[0], again]) == ["pqn, 2 runs, band: min to max"], "one seed twice is not two seeds"
+    apart = [copy_run(small_run, tmp_path / name / f"seed{seed}", seed=seed) for name in ("a", "b") for seed in (0, 1)]
+    two = "2 seeds, band: min to max"
+    assert _legend(apart) == [f"pqn, a, {two}", f"pqn, b, {two}"], "folders named by the seed alone"
+    bare = [copy_run(small_run, tmp_path / name / str(seed), seed=seed) for name in ("c", "d") for seed in (0, 1)]
+    assert _legend(bare) == [f"pqn, c, {two}", f"pqn, d, {two}"]
     refused = cli("plot", seeds[0], seeds[0])
     assert refused.returncode == 2
     assert "is named twice" in one_line(refused.stderr)
@@ -291,6 +301,29 @@ def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> N
 def _legend(folders: list[Path]) -> list[str]:
     """Return what the legend calls the groups of runs."""
     return list(group_runs([read_run(RunFolder(folder)) for folder in folders]))
+
+
+def test_a_run_has_its_name_where_one_stands_in_it_too(
+    cli: Cli, script: Cli, whole_job: tuple[Path, dict[str, object]], tmp_path: Path
+) -> None:
+    run = tmp_path / "its name-seed0"
+    shutil.copytree(whole_job[0], run)
+    assert cli("plot", ".", cwd=run).returncode == 0
+    with (run / "figures" / "learning_curve.csv").open() as file:
+        assert next(csv.DictReader(file))["run"] == run.name
+    assert cli("report", ".", cwd=run).returncode == 0
+    assert run.name in (run / "report.html").read_text()
+    for name in ("gather", "curves"):
+        done = script(f"spiking_rl.scripts.{name}", ".", "--output", tmp_path / f"{name}.json", cwd=run)
+        assert done.returncode == 0, done.stderr
+        assert {row["run"] for row in json.loads((tmp_path / f"{name}.json").read_text())["rows"]} == {run.name}
+    done = cli("render", ".", "--json", cwd=run / "checkpoints" / "T2")
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["video"] == "videos/T2.mp4"
+    done = script("spiking_rl.scripts.gather", run.name, "--output", "g.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = json.loads((tmp_path / "g.json").read_text())["command"]
+    assert shlex.split(command)[3:] == [run.name, "--output", "g.json"], "it can be pasted again"
 
 
 def test_plot_of_one_run_leaves_pictures_and_their_data(
@@ -326,6 +359,14 @@ def test_prune_continues_a_finished_run(cli: Cli, tmp_path: Path) -> None:
     done = cli("prune", run, "--to", 1)
     assert done.returncode == 2
     assert "to = 1" in done.stderr
+
+
+def test_prune_goes_on_in_the_environment_of_the_run(cli: Cli, small_run: Path) -> None:
+    before = (small_run / "config.yaml").read_bytes()
+    done = cli("prune", small_run, "--to", "1", "--env", "Acrobot-v1")
+    assert done.returncode == 2
+    assert "env = 'Acrobot-v1': is not what the run trains in, 'CartPole-v1'" in one_line(done.stderr)
+    assert (small_run / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.parametrize(("flag", "follows"), [(["--rescale-leak"], True), (["--no-rescale-leak"], False), ([], False)])
@@ -396,6 +437,9 @@ def one_line(text: str) -> str:
         (["train", "cartpole", "--tiemsteps", "3"], ["--tiemsteps"]),
         (["train", "cartpole", "--algo"], ["algo"]),
         (["train", "default"], ["default"]),
+        (["list", "recipes"], ["arguments", "recipes", "list --help"]),
+        (["classify"], ["command", "is missing", "train, convert"]),
+        (["export", "cartpole", "--output", "."], ["output", "is a folder", "agent.zip"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

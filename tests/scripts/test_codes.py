@@ -83,6 +83,7 @@ def test_exit_measures_a_classifier_too(cli: Cli, tmp_path: Path) -> None:
         (("--margins", "-1"), "margins"),
         (("--timesteps", "4"), "timesteps = 4: needs a checkpoint of at least 2"),
         (("--timesteps", "1"), "timesteps = 1"),
+        (("--timesteps", "0"), "timesteps = 0"),
         (("--output", "curve.txt"), "output"),
         (("--episodes", "0"), "episodes"),
     ],

@@ -135,6 +135,15 @@ def test_a_zip_is_where_it_is_said_to_be(cli: Cli, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "agent.v2").iterdir()] == ["mine.zip"]
 
 
+def test_a_full_disk_leaves_the_older_zip(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "agent.zip"
+    path.write_bytes(b"the older one")
+    done = cli("export", "cartpole", "--output", path, file_size=50_000)
+    assert done.returncode == 1, done.stderr
+    assert "free some space" in done.stderr
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("agent.zip", b"the older one")]
+
+
 def test_refusals(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     done = cli("export", "cartpole", "--format", "onnx", "--output", tmp_path / "agent.zip")
     assert done.returncode == 2

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from spiking_rl.agents.config import load_recipe
+from spiking_rl.errors import UserError
 from spiking_rl.scripts import table
 
 
@@ -19,6 +20,7 @@ class Trainer:
     def __init__(self) -> None:
         self.called: list[list[str]] = []
         self.dies_at: str | None = None
+        self.stages: list[None] | None = None  # of every run, instead of those that it is asked for
 
     def __call__(self, run: Path, arguments: list[str]) -> None:
         self.called.append(arguments)
@@ -30,10 +32,15 @@ class Trainer:
         if arguments[0] == self.dies_at:
             self.dies_at = None
             raise KeyboardInterrupt
-        stages = range(5, yaml.safe_load((run / "config.yaml").read_text())["prune_to"] - 1, -1)
+        stages = self.stages or range(5, yaml.safe_load((run / "config.yaml").read_text())["prune_to"] - 1, -1)
         algo, seed = "pqn", int(run.name[-1])
-        shared = {"environment": "E", "ci95": 0.0, "spike_rate": {"layer1": 0.1}, "energy_ratio": 2.0}
-        rows = [{"timesteps": t, "mean_return": t, "algo": algo, "seed": seed, **shared} for t in stages]
+        shared = {
+            "environment": load_recipe("cartpole-masked")[1].env,
+            "ci95": 0.0,
+            "spike_rate": {"layer1": 0.1},
+            "energy_ratio": 2.0,
+        }
+        rows = [{"timesteps": t, "mean_return": t or 0.0, "algo": algo, "seed": seed, **shared} for t in stages]
         (run / "results.json").write_text(json.dumps({"rows": rows}))
 
 
@@ -99,4 +106,39 @@ def test_lines_of_an_unfinished_table_are_kept(
     assert run("--methods", "direct", "one-leak", "--seeds", "3", "--extend") == ["direct 3", "one-leak 3"]
     assert run("--methods", "direct", "--seeds", "4", "--extend") == ["direct 3", "one-leak 3", "direct 4"]
     assert len(trainer.called) == 3
-    assert run("--methods", "direct", "--seeds", "4") == ["direct 4"], "unless asked, a table is made anew"
+    with pytest.raises(UserError, match="holds other lines, such as pqn, direct, seed 3; --extend keeps them"):
+        run("--methods", "direct", "--seeds", "4")
+    with pytest.raises(UserError, match="is no table of CartPole-v1"):
+        run("--recipe", "cartpole", "--methods", "direct", "--seeds", "4", "--extend")
+    output.unlink()
+    assert run("--methods", "direct", "--seeds", "4") == ["direct 4"], "finished runs are not repeated"
+    assert len(trainer.called) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--methods", "direct", "foo"], "methods = 'foo': unknown; choose of converted, direct"),
+        (["--jobs", "0"], "jobs = 0: must be at least 1"),
+        (["--output", "table.txt"], "output = 'table.txt': must end with .json"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["table", "--algos", "pqn", *flags])
+    with pytest.raises(UserError, match=said):
+        table.main()
+    assert not trainer.called
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_relu_networks_alone_has_no_figure(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "stages", [None])
+    monkeypatch.setattr("sys.argv", ["table", "--recipe", "cartpole-masked", "--algos", "pqn", "--methods", "relu"])
+    table.main()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["cartpole-masked.json"]

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import yaml
-from conftest import COMMAND, SMALL, Cli, as_flags, environment, write_shades
+from conftest import COMMAND, SMALL, Cli, as_flags, environment, last_json, write_shades
 
 from spiking_rl import load_checkpoint
 from spiking_rl.envs.checked import CheckedEnv
@@ -174,6 +174,60 @@ def test_what_goes_wrong_in_either_method(
         env.reset() if method == "reset" else env.step(0)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+PICTURE = np.zeros((4, 6, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        ([NotImplementedError("no\nscreen")], "raised NotImplementedError: no screen in render(), 0 steps"),
+        ([None], "of type NoneType"),
+        ([[PICTURE]], "of type list"),
+        ([PICTURE.astype(np.float64)], "a picture of float64"),
+        ([PICTURE[..., 0]], "a picture of uint8, (4, 6);"),
+        ([np.zeros((4, 6, 4), np.uint8)], "(4, 6, 4); render() must return an array of uint8, (height, width, 3)"),
+        ([PICTURE[:0]], "(0, 6, 3)"),
+        ([PICTURE, PICTURE[:2]], "of shape (2, 6, 3) after one of (4, 6, 3)"),
+    ],
+)
+def test_what_an_environment_may_not_draw(pictures: list[object], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn() -> object:
+        picture = pictures[env.env.drawn]
+        env.env.drawn += 1
+        if isinstance(picture, Exception):
+            raise picture
+        return picture
+
+    env = CheckedEnv(Wrong(np.zeros(3, np.float32), 0.0), "Wrong-v0")
+    env.env.drawn, env.env.render_mode = 0, "rgb_array"
+    monkeypatch.setattr(env.env, "render", drawn)
+    env.reset()
+    for _ in pictures[1:]:
+        env.render()
+    with pytest.raises(WorkError) as caught:
+        env.render()
+    assert said in str(caught.value)
+    assert "Wrong-v0" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_training_is_no_worse_for_an_environment_that_cannot_draw(cli: Cli, tmp_path: Path) -> None:
+    drawing = "    metadata = {'render_modes': ['rgb_array'], 'render_fps': 30}\n    render_mode = 'rgb_array'\n"
+    drawing += "    def __init__(self, render_mode=None):\n        pass\n"
+    drawing += "    def render(self):\n        raise RuntimeError('no screen')\n"
+    own = ENVIRONMENT.replace("    def reset", f"{drawing}\n    def reset")
+    (tmp_path / "frail.py").write_text(f"ALGO = 'pqn'\n{own}")
+    flags = as_flags({**SMALL, "timesteps": 1, "prune_to": 1, "agent_steps": 512, "video_episodes": 1})
+    done = cli("train", "frail:Frail-v0", *flags, "--run", "run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert last_json(done.stdout)["rows"]
+    assert "no video: env = 'frail:Frail-v0': raised RuntimeError: no screen in render()" in done.stderr
+    done = cli("render", "run", "--env", "frail:Frail-v0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "raised RuntimeError: no screen in render()" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits file sizes through POSIX")
