@@ -62,10 +62,10 @@ def run(args: list[str]) -> dict[str, Any]:
         print(f"checkpoint: {folder}")
         return {"file": str(folder), "format": options.format, "environment": agent.trained_in}
     path = options.output or Path("agent.zip")
+    if path.name and not path.suffix:
+        path = path.with_name(f"{path.name}.zip")  # as Stable-Baselines3 would name it
     if path.is_dir():
         raise UserError("output", str(path), "is a folder; name a file, such as agent.zip")
-    if not path.suffix:
-        path = path.with_name(f"{path.name}.zip")  # as Stable-Baselines3 would name it
     path.parent.mkdir(parents=True, exist_ok=True)
     blob = io.BytesIO()
     agent.model.save(blob)

@@ -60,8 +60,11 @@ class DrawnRun:
     @property
     def without_seed(self) -> str:
         """What the name says besides the seed."""
-        bare = re.sub(r"[-_./]?seed[-_.]?\d+", "", self.name)
-        return bare if bare != self.name else re.sub(rf"[-_./]s?{self.seed}$", "", self.name)
+        above, _, own = self.name.rpartition("/")
+        bare = re.sub(r"[-_.]?seed[-_.]?\d+", "", own)
+        if bare == own:
+            bare = re.sub(rf"(^|[-_.])s?{self.seed}$", "", own)
+        return "/".join(part for part in (above, bare) if part)
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -170,8 +173,6 @@ def read_run(folder: RunFolder) -> DrawnRun:
         UserError: no evaluation yet, or damaged.
     """
     name, rows = folder.name, folder.read_progress()
-    if re.fullmatch(r"(seed|s)?[-_.]?\d+", name):  # experiment/seed0: the name alone says too little
-        name = f"{folder.path.resolve().parent.name}/{name}"
     if vision.classifies(folder.config):
         classifier = vision.load_config(folder.config)
         rows = [{**row, "epoch": i + 1} for i, row in enumerate(rows)]  # which every stage counts anew

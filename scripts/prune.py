@@ -9,6 +9,7 @@ from typing import Any
 
 from spiking_rl.agents.config import load_config
 from spiking_rl.agents.training import extend_run, resume_run
+from spiking_rl.envs.atari import parse_atari
 from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import AsTheRun, first_argument, parse_over_run
@@ -42,14 +43,20 @@ def run(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder")
     folder = RunFolder(Path(str(name)))
     options = parse_over_run(Options, "prune RUN", rest, DESCRIPTION, lambda: _own(folder))
-    trained_in = load_config(folder.config).env
-    if options.env not in (None, trained_in):
-        remedy = f"is not what the run trains in, {trained_in!r}; it goes on there, evaluate and render play elsewhere"
+    config = load_config(folder.config)
+    own = {config.env, *config.also_reported()}
+    if options.env is not None and not {options.env, _spelled_out(options.env)} & own:
+        remedy = f"is not what the run trains in, {config.env!r}; it goes on there, evaluate and render play elsewhere"
         raise UserError("env", options.env, remedy)
     with folder.locked():
         session = resume_run(folder, device=options.device, hours=options.hours, progress=True, named=options.env)
         extend_run(session, options.to, options.agent_steps, options.rescale_leak)
         return finish(session, shlex.join(["spiking-rl", "prune", *args]))
+
+
+def _spelled_out(env_id: str) -> str:
+    """Return an id as runs have it: of Atari games with all options."""
+    return str(parse_atari(env_id) or env_id)
 
 
 def _own(folder: RunFolder) -> Options:

@@ -99,10 +99,10 @@ def _check(options: Options) -> None:
         if not getattr(options, name):
             raise UserError(name, (), "must name at least one")
     for algo in options.algos:
-        methods = {*_arguments(load_recipe(options.recipe, algo)[1]), *_SECOND}
+        methods = {*_arguments(load_recipe(options.recipe, algo)[1]), *_SECOND} - {"first"}
         for method in options.methods:
             if method not in methods:
-                raise UserError("methods", method, f"unknown; choose of {', '.join(sorted(methods - {'first'}))}")
+                raise UserError("methods", method, f"unknown; choose of {', '.join(sorted(methods))}")
     if options.jobs < 1:
         raise UserError("jobs", options.jobs, "must be at least 1")
     if options.output is not None and options.output.suffix != ".json":

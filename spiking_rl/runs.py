@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from filelock import FileLock, Timeout
 from spiking_rl.errors import UserError
 from spiking_rl.files import read_bounded, write_atomically, write_table
 
+_SEED_ALONE = re.compile(r"(seed|s)?[-_.]?\d+")
 _MAX_PROGRESS_BYTES = 64 * 2**20
 _MOST = 10**15
 _WHOLE = ("agent_steps", "timesteps", "epoch", "images")  # columns of progress.csv that count
@@ -51,8 +53,9 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The folder's own name, also where the path is ``.``."""
-        return self.path.resolve().name
+        """The folder's own name, also where the path is ``.``; a mere seed's with the folder around it, ``a/seed0``."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}" if _SEED_ALONE.fullmatch(path.name) else path.name
 
     def require_free(self) -> None:
         """Refuse a folder in which a new run cannot begin.

@@ -291,6 +291,7 @@ def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> N
     apart = [copy_run(small_run, tmp_path / name / f"seed{seed}", seed=seed) for name in ("a", "b") for seed in (0, 1)]
     two = "2 seeds, band: min to max"
     assert _legend(apart) == [f"pqn, a, {two}", f"pqn, b, {two}"], "folders named by the seed alone"
+    assert RunFolder(apart[0]).name == "a/seed0"
     bare = [copy_run(small_run, tmp_path / name / str(seed), seed=seed) for name in ("c", "d") for seed in (0, 1)]
     assert _legend(bare) == [f"pqn, c, {two}", f"pqn, d, {two}"]
     refused = cli("plot", seeds[0], seeds[0])

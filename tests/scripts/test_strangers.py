@@ -69,6 +69,20 @@ def test_nor_where_the_run_only_reports_in_it(here: Path, capsys: pytest.Capture
     assert not (here / "was-run").exists()
 
 
+def test_prune_takes_the_name_of_another_environment_that_the_run_reports_in(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = here / "run" / "config.yaml"
+    config = {**yaml.safe_load(path.read_text()), "env": "CartPole-v1", "report_also": ["evil:Env-v0"]}
+    path.write_text(yaml.safe_dump(config))
+    assert main.run(["prune", "run", "--to", "1"]) == 2
+    assert "--env evil:Env-v0" in capsys.readouterr().err
+    assert main.run(["prune", "run", "--to", "1", "--env", "evil:Env-v0", "--hours", "0"]) == 2
+    assert "is not what the run trains in" not in capsys.readouterr().err
+    assert main.run(["prune", "run", "--to", "1", "--env", "evil:Other-v0"]) == 2
+    assert "is not what the run trains in" in capsys.readouterr().err
+
+
 def test_what_needs_no_environment_shows_the_run_all_the_same(here: Path) -> None:
     for command in ("inspect", "report", "plot", "export"):
         assert main.run([command, "run"]) == 0

@@ -118,6 +118,7 @@ def test_lines_of_an_unfinished_table_are_kept(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--methods", "first"], "methods = 'first': unknown"),
         (["--methods", "direct", "foo"], "methods = 'foo': unknown; choose of converted, direct"),
         (["--jobs", "0"], "jobs = 0: must be at least 1"),
         (["--output", "table.txt"], "output = 'table.txt': must end with .json"),
