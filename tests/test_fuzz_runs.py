@@ -265,6 +265,15 @@ def test_a_classifiers_state_that_was_tampered_with(
             clear(error)
 
 
+@pytest.mark.parametrize("rows", ["lif", ["lif"], None, [[]]])
+def test_a_classifiers_rows_that_are_none(classifiers: Path, tmp_path: Path, rows: object) -> None:
+    shutil.copytree(classifiers / "adam", tmp_path / "run")
+    path = tmp_path / "run" / "resume" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rows": rows}))
+    with pytest.raises(UserError, match="its rows are no rows of a table"):
+        trainer_in(tmp_path / "run", "adam").restore()
+
+
 RESULTS = {
     "command": "spiking-rl train cartpole",
     "date": "2026-11-24",

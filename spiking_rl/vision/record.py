@@ -31,6 +31,16 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.board: SummaryWriter | None = None
 
+    def restore(self, rows: Any) -> None:
+        """Go on behind the rows of an earlier session.
+
+        Raises:
+            TypeError: they are none.
+        """
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("its rows are no rows of a table")
+        self.rows = list(rows)
+
     def open(self) -> None:
         """Open TensorBoard's file; steps of epochs behind the rows that are there are taken back."""
         self.board = SummaryWriter(str(self.folder.tensorboard), purge_step=len(self.rows) + 1)

@@ -521,7 +521,8 @@ class Trainer:
             if not self.stages.epochs and not self.finished:
                 raise ValueError("it is in a stage that trains no epochs")
             self.loss_sum.fill_(float(state["loss_sum"]))
-            self.record.rows, self.seconds = list(state["rows"]), float(state["seconds"])
+            self.record.restore(state["rows"])
+            self.seconds = float(state["seconds"])
             restore_generators(state["generators"])
         except (LookupError, TypeError, ValueError, RuntimeError, OSError, AttributeError, OverflowError) as error:
             if isinstance(error, UserError):
