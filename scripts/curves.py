@@ -40,7 +40,7 @@ def main() -> None:
     """Write the curves and the figure."""
     options = parse(Options, "curves", sys.argv[1:], DESCRIPTION)
     rows: list[dict[str, Any]] = []
-    folders = list(published_runs(options.runs, options.output))
+    folders = published_runs(options.runs, options.output)
     refuse_mixture(folders)
     for folder in folders:
         # With all its settings a curve has the recipe that made it.

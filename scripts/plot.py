@@ -17,7 +17,7 @@ from spiking_rl.files import write_table
 from spiking_rl.plotting import accuracy_curve, continuum, learning_curve, learning_curves, save_figure
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import parse
-from spiking_rl.scripts.published import checked_rows
+from spiking_rl.scripts.published import checked_rows, distinct_runs
 from spiking_rl.vision import config as vision
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ class DrawnRun:
 def run(args: list[str]) -> dict[str, Any]:
     """Draw figures and say where they are."""
     options = parse(Options, "plot", args, DESCRIPTION)
-    folders = [RunFolder(path) for path in options.runs]
-    if not folders:
-        raise UserError("runs", None, "name at least one run folder")
-    for folder in folders:
-        folder.require()
+    folders = distinct_runs(options.runs)
     if len(folders) == 1 and options.output is None:
         made = draw_run(folders[0])
     else:
@@ -137,17 +133,12 @@ def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
     """Draw the learning curves of several runs.
 
     Raises:
-        UserError: a name with another ending, agents beside classifiers, or a run named twice.
+        UserError: a name with another ending, or agents beside classifiers.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UserError("output", str(path), "must end with .png, .svg or .pdf")
     refuse_mixture(folders)
-    runs, seen = [], set()
-    for folder in folders:
-        if folder.path.resolve() in seen:
-            raise UserError("runs", str(folder.path), "is named twice; each run counts once")
-        seen.add(folder.path.resolve())
-        runs.append(read_run(folder))
+    runs = [read_run(folder) for folder in folders]
     groups = {label: [r.rows for r in group] for label, group in group_runs(runs).items()}
     rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
     _save(learning_curves(groups), path, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,34 @@ _LARGEST = 1e100
 _MOST_TIMESTEPS = 1_000_000
 
 
-def published_runs(runs: Sequence[Path], output: Path) -> Iterator[RunFolder]:
-    """Yield the runs that a script gathers into a JSON file.
+def distinct_runs(runs: Sequence[Path]) -> list[RunFolder]:
+    """Return the runs that a command was given.
 
     Raises:
-        UserError: there are none, one is no run or named twice, or the file is no JSON.
+        UserError: there are none, or one is no run or named twice.
     """
     if not runs:
         raise UserError("runs", None, "name at least one run folder")
-    if output.suffix != ".json":
-        raise UserError("output", str(output), "must end with .json")
+    folders = [RunFolder(path) for path in runs]
     seen = set()
-    for folder in map(RunFolder, runs):
+    for folder in folders:
         folder.require()
         if folder.path.resolve() in seen:
             raise UserError("runs", str(folder.path), "is named twice; each run counts once")
         seen.add(folder.path.resolve())
-        yield folder
+    return folders
+
+
+def published_runs(runs: Sequence[Path], output: Path) -> list[RunFolder]:
+    """Return the runs that a script gathers into a JSON file.
+
+    Raises:
+        UserError: as :func:`distinct_runs`, or the file is no JSON.
+    """
+    folders = distinct_runs(runs)
+    if output.suffix != ".json":
+        raise UserError("output", str(output), "must end with .json")
+    return folders
 
 
 def checked_rows(results: dict[str, Any], path: Path) -> list[dict[str, Any]]:
