@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from spiking_rl.agents.ranges import check_ranges
 from spiking_rl.envs.atari import parse_atari
 from spiking_rl.errors import UserError
 from spiking_rl.initialisation import check_time_constants
@@ -47,8 +48,8 @@ class MainSettings:
     neuron: Neuron = "lif"
     """lif: spiking; relu: the control network of the same shape."""
     start_from: str | None = None
-    """Trained agent to start from, without random play: a run, a checkpoint or a pretrained one; a ReLU network is
-    converted."""
+    """Trained agent to start from, without random play: a run, a checkpoint or a pretrained one (a ReLU network is
+    converted)."""
 
 
 @dataclass(kw_only=True)
@@ -181,10 +182,11 @@ class TrainConfig(MainSettings):
             raise UserError("seed", self.seed, "must be below 10000000, where the seeds of evaluations begin")
         if not 0 <= self.final_learning_rate < float("inf"):
             raise UserError("final_learning_rate", self.final_learning_rate, "must be 0 or positive, and finite")
-        for name in ("gamma", "leak", "exploration_fraction", "exploration_final_eps", "imitation"):
+        check_ranges(dataclasses.asdict(self))
+        for name in ("leak", "imitation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(name, getattr(self, name), "must lie between 0 and 1")
-        for name in ("learning_rate", "surrogate_gamma", "max_grad_norm", "prune_lr_factor", "reward_scale"):
+        for name in ("learning_rate", "surrogate_gamma", "prune_lr_factor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(name, getattr(self, name), "must be positive and finite")
         if not 0 <= self.kappa < float("inf"):
@@ -216,10 +218,6 @@ class TrainConfig(MainSettings):
             raise UserError("goal", self.goal, "must be a score to reach, or none")
         if not 0 <= self.average_decay < 1:
             raise UserError("average_decay", self.average_decay, "must be at least 0 and below 1")
-        if not 1 <= self.exploration_repeat <= 1000:
-            raise UserError("exploration_repeat", self.exploration_repeat, "must lie between 1 and 1000")
-        if not 0 < self.firing_rate < 1:
-            raise UserError("firing_rate", self.firing_rate, "must lie strictly between 0 and 1")
         if not self.hidden or min(self.hidden) < 1:
             raise UserError("hidden", self.hidden, "must list at least one width, each at least 1")
 
@@ -238,15 +236,6 @@ class PQNConfig(TrainConfig):
     """Lambda of the returns."""
 
     algo = "pqn"
-
-    def check(self) -> None:
-        """As in :class:`TrainConfig`."""
-        super().check()
-        for name in ("n_steps", "n_epochs", "n_minibatches"):
-            if getattr(self, name) < 1:
-                raise UserError(name, getattr(self, name), "must be at least 1")
-        if not 0 <= self.lam <= 1:
-            raise UserError("lam", self.lam, "must lie between 0 and 1")
 
 
 @dataclass(kw_only=True)
@@ -281,10 +270,6 @@ class DQNConfig(TrainConfig):
         for name in names:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
-        if self.burn_in < 0:
-            raise UserError("burn_in", self.burn_in, "must not be negative")
-        if self.sequence_length < 1:
-            raise UserError("sequence_length", self.sequence_length, "must be at least 1")
         if not 2 <= self.learning_starts < self.buffer_size:
             raise UserError("learning_starts", self.learning_starts, "must lie between 2 and buffer_size")
         if self.learning_starts >= self.agent_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pathlib
 from typing import Any, ClassVar
 
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3 import DQN
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_pkl
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from torch.nn import functional as F
 
 from spiking_rl.agents.cnn_policies import SpikingCnnPolicy, SpikingDQNCnnPolicy
@@ -22,10 +25,13 @@ from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.imitation import imitation_loss
 from spiking_rl.agents.policies import SpikingDQNPolicy, SpikingMlpPolicy, SpikingQNetwork
 from spiking_rl.agents.replay import SequenceReplay
-from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, split_membranes
+from spiking_rl.agents.staged import StagedAlgorithm, flat_membranes, own_policy_kwargs, split_membranes
 from spiking_rl.agents.targets import double_q_targets, sequence_targets
 from spiking_rl.envs.atari import AtariVecEnv
 from spiking_rl.errors import UserError
+
+_OUT = "leave it out"
+_SCALES_ITSELF = f"a stateful agent scales observations itself; {_OUT}"
 
 
 class SpikingDQN(StagedAlgorithm, DQN):
@@ -37,8 +43,9 @@ class SpikingDQN(StagedAlgorithm, DQN):
         policy: ``"MlpPolicy"``, ``"CnnPolicy"`` or a policy class.
         env: environment, vectorised environment or its id.
         learning_rate: initial learning rate, or a schedule of the progress remaining.
-        learning_starts: random agent steps before learning; observation scaling and thresholds are
-            set on them, so at least 1,000 are worth having.
+        learning_starts: agent steps to replay before learning. They are random, and observation scaling
+            and thresholds are set on them, so at least 1,000 are worth having; a trained agent that goes
+            on plays them itself.
         firing_rate: spikes per neuron and timestep that calibration aims at.
         reward_scale: rewards are multiplied by it for learning (reported returns are not); Q-values
             near 1 suit spikes, whose readout starts at zero.
@@ -62,6 +69,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
         "gamma",
         "gradient_steps",
         "target_update_interval",
+        "tau",
         "exploration_fraction",
         "exploration_initial_eps",
         "exploration_final_eps",
@@ -101,17 +109,12 @@ class SpikingDQN(StagedAlgorithm, DQN):
     ) -> None:
         if learning_starts < 2:
             raise UserError("learning_starts", learning_starts, "calibration needs at least 2, better 1,000")
-        kwargs["policy_kwargs"] = dict(kwargs.get("policy_kwargs") or {})  # a copy: stages change it
-        kwargs["policy_kwargs"].setdefault("stateful", stateful)
+        kwargs["policy_kwargs"] = own_policy_kwargs(kwargs.get("policy_kwargs"), stateful)
         # What serves stock DQN as it is carries no state.
         if policy is SpikingMlpPolicy:
             policy = SpikingDQNPolicy
         elif policy is SpikingCnnPolicy:
             policy = SpikingDQNCnnPolicy
-        if burn_in < 0:
-            raise UserError("burn_in", burn_in, "must not be negative")
-        if sequence_length < 1:
-            raise UserError("sequence_length", sequence_length, "must be at least 1")
         self.burn_in = burn_in
         self.sequence_length = sequence_length
         self.stored_membranes = stored_membranes
@@ -129,83 +132,105 @@ class SpikingDQN(StagedAlgorithm, DQN):
     def _setup_model(self) -> None:
         if self.env is not None:  # of a zip that was saved by an agent that only played, too
             self.plays_only = False
-        wanted = self.buffer_size, self.replay_buffer_class, self.replay_buffer_kwargs
-        if self.plays_only:
-            self.buffer_size = 1
+        self.check_settings()
+        self.episode_starts = np.ones(self.n_envs, dtype=bool)
+        wanted = self.buffer_size, self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps
         try:
-            self._setup_with_replay()
+            replay = self._own_replay()
+            if replay is None:
+                self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs)
+            else:
+                self.replay_buffer_class, self.replay_buffer_kwargs = replay
+                self.n_steps = 1  # Stable-Baselines3 would warn that it sets up no n-step returns for it
+            if self.plays_only:
+                self.buffer_size = 1
+            super()._setup_model()
         finally:
-            self.buffer_size = wanted[0]
-            if self.plays_only:  # what environment it may learn in decides on the replay
-                _, self.replay_buffer_class, self.replay_buffer_kwargs = wanted
+            # What was asked for stays: another environment, or n, may lead to another replay.
+            self.buffer_size, self.replay_buffer_class, self.replay_buffer_kwargs, self.n_steps = wanted
+        if self.stateful and self._vec_normalize_env is not None:
+            raise UserError("env", "VecNormalize", _SCALES_ITSELF)
+        self._finish_setup()
+
+    def _own_replay(self) -> tuple[type[Any], dict[str, Any]] | None:
+        """Return which replay of ours this agent learns from, and its options; None: one of Stable-Baselines3."""
+        given: type[Any] | None = self.replay_buffer_class
+        options = dict(self.replay_buffer_kwargs)
+        if self.policy_kwargs.get("stateful"):
+            if given is not None and given is not SequenceReplay:
+                remedy = "a stateful agent replays sequences (SequenceReplay); leave it out"
+                raise UserError("replay_buffer_class", given.__name__, remedy)
+            if options or self.optimize_memory_usage:
+                name = "replay_buffer_kwargs" if options else "optimize_memory_usage"
+                remedy = "is no option of a stateful agent's replay, which burn_in and sequence_length describe"
+                raise UserError(name, options or True, f"{remedy}; leave it out")
+            span, stride = self.burn_in + self.sequence_length + self.n_steps, max(1, self.sequence_length // 2)
+            # Rows are whole strides, and the oldest of them are being overwritten.
+            least = stride * -(-(span + stride - 1) // stride) * self.n_envs
+            if self.env is not None and self.buffer_size < least:
+                raise UserError("buffer_size", self.buffer_size, f"holds no sequence; {least} frames are the least")
+            return SequenceReplay, {"span": span, "stride": stride}
+        if given is FrameReplayBuffer or (given is None and isinstance(self.env, AtariVecEnv)):
+            returns = {"n_steps": self.n_steps, "gamma": self.gamma}
+            if options not in ({}, returns):
+                raise UserError("replay_buffer_kwargs", options, f"FrameReplayBuffer has the agent's {returns}; {_OUT}")
+            return FrameReplayBuffer, returns
+        return None
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As in Stable-Baselines3; an agent that was loaded to play gets its replay buffer, and can learn on."""
-        super().set_env(env, force_reset)
+        env = self._wrap_env(env, self.verbose)
+        if self.stateful and unwrap_vec_normalize(env) is not None:
+            raise UserError("env", "VecNormalize", _SCALES_ITSELF)
         if self.plays_only:
-            self.plays_only = False
-            learned = self.policy.state_dict()
             self.replay_buffer = None
-            self._setup_model()
-            self.policy.load_state_dict(learned)
+        super().set_env(env, force_reset)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """Load what ``save_replay_buffer`` wrote, of our own buffers too; as all of SB3's it unpickles.
 
         Raises:
-            UserError: a buffer of another kind, or of another number of environments.
+            UserError: a buffer that this agent cannot learn from, or an agent that was loaded to play.
         """
+        if self.plays_only or self.replay_buffer is None:
+            raise UserError("replay_buffer", str(path), "this agent was loaded to play; give it an environment first")
         found = load_from_pkl(path, self.verbose)
-        kind = (SequenceReplay, FrameReplayBuffer) if self.replay_buffer is None else type(self.replay_buffer)
-        if not isinstance(found, kind):
+        if type(found) is not type(self.replay_buffer):
             wanted = type(self.replay_buffer).__name__
             raise UserError("replay_buffer", type(found).__name__, f"is no {wanted}, which this agent learns from")
         if found.n_envs != self.n_envs:
             remedy = f"is of {found.n_envs} environments; give the agent as many, not {self.n_envs}"
             raise UserError("replay_buffer", str(path), remedy)
+        for name in ("obs_shape", "span", "stride", "n_steps", "gamma"):
+            theirs, own = getattr(found, name, None), getattr(self.replay_buffer, name, None)
+            if theirs != own:
+                raise UserError("replay_buffer", str(path), f"has {name} {theirs}, this agent {own}; make them alike")
+        if isinstance(found, SequenceReplay):
+            neurons = sum(map(math.prod, self.q_net.network.neuron_shapes()))
+            if found.membranes.shape[2] not in (0, neurons):
+                remedy = f"has membranes of {found.membranes.shape[2]} neurons, this agent {neurons}"
+                raise UserError("replay_buffer", str(path), f"{remedy}; load one of the same network")
         found.device = self.device
-        self.replay_buffer = found  # type: ignore[assignment]
+        self.replay_buffer = found
         # What is played next does not go on where these games were left.
         if isinstance(found, (SequenceReplay, FrameReplayBuffer)):
             found.cut()
         else:
             _cut(found)
 
-    def _setup_with_replay(self) -> None:
-        self.episode_starts = np.ones(self.n_envs, dtype=bool)
-        if self.policy_kwargs["stateful"]:
-            given: type[Any] | None = self.replay_buffer_class
-            if given is not None and given is not SequenceReplay:
-                remedy = "a stateful agent replays sequences (SequenceReplay); leave it out"
-                raise UserError("replay_buffer_class", given.__name__, remedy)
-            span, stride = self.burn_in + self.sequence_length + self.n_steps, max(1, self.sequence_length // 2)
-            # Rows are whole strides, and the oldest of them are being overwritten.
-            least = stride * -(-(span + stride - 1) // stride) * self.n_envs
-            if self.env is not None and self.buffer_size < least:
-                raise UserError("buffer_size", self.buffer_size, f"holds no sequence; {least} frames are the least")
-            self.replay_buffer_class = SequenceReplay  # type: ignore[assignment]
-            self.replay_buffer_kwargs = {"span": span, "stride": stride}
-            self._setup_without_warning()
-        elif isinstance(self.env, AtariVecEnv) and self.replay_buffer_class is None:
-            self.replay_buffer_class = FrameReplayBuffer  # type: ignore[assignment]
-            self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma}
-            self._setup_without_warning()
-        else:
-            chosen = {"n_steps": self.n_steps, "gamma": self.gamma}
-            if self.replay_buffer_class is NStepReplayBuffer and self.replay_buffer_kwargs == chosen:
-                # Of a zip, where Stable-Baselines3 chose it: it chooses again, and does not warn.
-                self.replay_buffer_class, self.replay_buffer_kwargs = None, {}
-            super()._setup_model()
-        if self.stateful and self._vec_normalize_env is not None:
-            raise UserError("env", "VecNormalize", "a stateful agent scales observations itself; leave it out")
-        self._setup_explorer()
-        self._warn_of_stacked_frames()
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """As in Stable-Baselines3, but the step at which a callback ends learning is kept.
 
-    def _setup_without_warning(self) -> None:
-        """Set up with a replay of ours; SB3 would warn that it sets up no n-step returns for it."""
-        own, self.n_steps = self.n_steps, 1
-        super()._setup_model()
-        self.n_steps = own
+        There it is lost: a later ``learn(reset_num_timesteps=False)`` would go on from the observation before it,
+        and replay a transition that never was.
+        """
+        rollout = super().collect_rollouts(env, callback, *args, **kwargs)
+        if not rollout.continue_training:
+            last = callback.locals
+            self._update_info_buffer(last["infos"], last["dones"])
+            names = ("replay_buffer", "buffer_actions", "new_obs", "rewards", "dones", "infos")
+            self._store_transition(*(last[name] for name in names))
+        return rollout
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -267,7 +292,9 @@ class SpikingDQN(StagedAlgorithm, DQN):
         sequences = self.replay_buffer if isinstance(self.replay_buffer, SequenceReplay) else None
         frames = self.replay_buffer if isinstance(self.replay_buffer, FrameReplayBuffer) else None
         empty = (sequences is not None and not sequences.sequences) or (frames is not None and not frames.transitions)
-        if self.replay_buffer.size() * self.n_envs < 2 or empty:
+        # Stable-Baselines3 counts the agent's steps from its birth; a loaded or converted one has others behind it.
+        waits_for = max(2, min(self.learning_starts, self.replay_buffer.buffer_size * self.n_envs))
+        if self.replay_buffer.size() * self.n_envs < waits_for or empty:
             return  # nothing to calibrate on yet, or to learn from
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Env
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.deployed import DeployedAgent
@@ -76,6 +77,29 @@ class Evaluation:
         return row
 
 
+def playing_network(model: BaseAlgorithm) -> SpikingQNetwork:
+    """Return the Q-network of a model that is about to play in an environment made for it.
+
+    Raises:
+        UserError: the model has none, or learned from observations that the environment does not give.
+    """
+    if model.get_vec_normalize_env() is not None:
+        remedy = "learned behind VecNormalize, and an environment made here has none; use SB3's evaluate_policy"
+        raise UserError("model", type(model).__name__, remedy)
+    return q_network(model)
+
+
+def require_spaces(q_net: SpikingQNetwork, env: Env[Any, Any], env_id: str) -> None:
+    """Refuse an environment of other spaces than the agent's.
+
+    Raises:
+        UserError: naming both.
+    """
+    ours = q_net.observation_space, q_net.action_space
+    if (env.observation_space, env.action_space) != ours:
+        raise UserError("env", env_id, f"has other spaces than the agent: {ours[0]}, {ours[1]}")
+
+
 def check_episodes(episodes: int, seed: int) -> None:
     """Refuse a number of episodes, or a first seed, that cannot be played.
 
@@ -117,7 +141,7 @@ def evaluate(
             stop early.
     """
     check_episodes(episodes, seed)
-    q_net = q_network(model)
+    q_net = playing_network(model)
     if not isinstance(env, str):
         raise UserError("env", str(env), "name the environment by its id, or use SB3's evaluate_policy")
     own = q_net.network.timesteps
@@ -168,11 +192,12 @@ def _play(
     q_net.set_training_mode(False)
     waiting = list(enumerate(seeds))
     envs = [make_single(env_id) for _ in range(min(_PARALLEL, len(seeds)))]
-    spaces = (q_net.observation_space, q_net.action_space)
-    if (envs[0].observation_space, envs[0].action_space) != spaces:
+    try:
+        require_spaces(q_net, envs[0], env_id)
+    except UserError:
         for env in envs:
             env.close()
-        raise UserError("env", env_id, f"has other spaces than the agent: {spaces[0]}, {spaces[1]}")
+        raise
     endless = envs[0].spec is None or envs[0].spec.max_episode_steps is None
     returns = [0.0] * len(seeds)
     lengths = [0] * len(seeds)
@@ -241,7 +266,7 @@ def typical_gap(model: BaseAlgorithm, env_id: str) -> float:
 
     The episode is of a selection seed: margins that are chosen by it owe nothing to the reported episodes.
     """
-    q_net = q_network(model)
+    q_net = playing_network(model)
     q_net.set_training_mode(False)
     env = make_single(env_id)
     gaps: list[float] = []

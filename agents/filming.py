@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes
+from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, playing_network, require_spaces
 from spiking_rl.agents.panel import Neuron, Panel, action_names, choose_neurons
 from spiking_rl.agents.policies import q_network
 from spiking_rl.envs.make import make_single
@@ -67,7 +67,8 @@ def film(
     check_episodes(episodes, seed)
     if Path(path).suffix != ".mp4":
         raise UserError("output", str(path), "must end with .mp4")
-    network = q_network(model).network
+    q_net = playing_network(model)
+    network = q_net.network
     if neurons and not spikes:
         raise UserError("neurons", " ".join(neurons), "are drawn beside the spikes only; add --spikes (spikes=True)")
     if neurons and not network.spiking:
@@ -77,12 +78,9 @@ def film(
     if playing.render_mode != "rgb_array" or "rgb_array" not in playing.metadata.get("render_modes", []):
         playing.close()
         raise UserError("env", env, "gives no RGB frames (no render mode 'rgb_array')")
-    spaces = (model.observation_space, model.action_space)
-    if (playing.observation_space, playing.action_space) != spaces:
-        playing.close()
-        raise UserError("env", env, f"has other spaces than the agent: {spaces[0]}, {spaces[1]}")
     made = Film(Path(path), fps=float(playing.metadata.get("render_fps") or 30))
     try:
+        require_spaces(q_net, playing, env)
         frames = _frames(model, playing, seed, episodes, shown, made)
         made.frames = write_video(path, frames, made.fps, _DRAWN if shown is not None else _PLAIN)
     finally:

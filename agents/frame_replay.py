@@ -112,7 +112,8 @@ class FrameReplayBuffer(BaseBuffer):
         done = np.asarray(done, dtype=bool)
         if (next_obs[~done, :-1] != obs[~done, 1:]).any():
             remedy = (
-                "is no stack of frames, the newest last, that moves by one at each step; leave FrameReplayBuffer out"
+                "is no stack of frames, the newest last, that moves by one at each step; leave FrameReplayBuffer out "
+                "(or, where a callback ended an earlier learn, go on with reset_num_timesteps=True)"
             )
             raise UserError("env", "an observation", remedy)
         starts = self._opened(obs)

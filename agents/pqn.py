@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor, safe_m
 from spiking_rl.agents.cnn_policies import SpikingPQNCnnPolicy
 from spiking_rl.agents.imitation import Teacher, imitation_loss
 from spiking_rl.agents.policies import SpikingPQNPolicy
-from spiking_rl.agents.staged import StagedAlgorithm
+from spiking_rl.agents.staged import StagedAlgorithm, own_policy_kwargs
 from spiking_rl.agents.targets import lambda_returns
 from spiking_rl.errors import UserError
 from spiking_rl.networks import NetworkState
@@ -137,7 +137,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             policy=policy,
             env=env,
             learning_rate=learning_rate,
-            policy_kwargs={"stateful": stateful, **(policy_kwargs or {})},  # a copy: stages change it
+            policy_kwargs=own_policy_kwargs(policy_kwargs, stateful),
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -164,23 +164,23 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
+        self.check_settings()
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
-        self.policy_kwargs.setdefault("optimizer_class", torch.optim.RAdam)
+        options = {"optimizer_class": torch.optim.RAdam, **self.policy_kwargs}
         self.policy = self.policy_class(  # type: ignore[assignment]
-            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+            self.observation_space, self.action_space, self.lr_schedule, **options
         )
         self.policy = self.policy.to(self.device)
-        self._setup_explorer()
         self.episode_starts = np.ones(self.n_envs, dtype=bool)
-        self._warn_of_stacked_frames()
+        self._finish_setup()
         if self.stateful and self.env is not None and self.n_envs < self.n_minibatches:
             raise UserError(
                 "n_minibatches", self.n_minibatches, f"a stateful agent splits its {self.n_envs} environments so often"
             )
-        self.exploration_schedule = LinearSchedule(
-            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
-        )
+        # The schedule divides by the fraction.
+        first = self.exploration_initial_eps if self.exploration_fraction else self.exploration_final_eps
+        self.exploration_schedule = LinearSchedule(first, self.exploration_final_eps, self.exploration_fraction or 1.0)
 
     def learn(
         self: SelfSpikingPQN,
@@ -340,7 +340,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         for _ in range(self.n_epochs):
             # Stateless decisions are shuffled one by one, stateful ones stay in their episodes.
             order = torch.randperm(self.n_envs if before else targets.size).to(self.device)
-            for rows in order.chunk(self.n_minibatches):
+            for rows in order.tensor_split(min(self.n_minibatches, len(order))):
                 if before is None:
                     wanted = all_targets.flatten()[rows] if taught is None else taught.flatten(0, 1)[rows]
                     batch = [flat_obs[rows], all_actions.flatten(0, 1)[rows], wanted]
@@ -349,7 +349,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                     batch = [all_obs[:, rows], all_actions[:, rows], wanted, all_starts[:, rows]]
                     batch += [layer.membrane[rows] for layer in before]
                 losses.append(self.learn_from(self._regression if taught is None else self._imitation, *batch))
-        self._n_updates += self.n_epochs * self.n_minibatches
+        self._n_updates += len(losses)
         self.update_average()
         self.record_loss(losses)
         self.logger.record("train/q_target_mean", float(targets.mean()))

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes
-from spiking_rl.agents.policies import q_network
+from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, playing_network, require_spaces
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
@@ -75,12 +74,12 @@ def record(
         decisions: stop after so many in all.
 
     Raises:
-        UserError: a bad number, an unknown environment, a foreign model.
+        UserError: a bad number, an unknown environment or one of other spaces, a foreign model.
     """
     check_episodes(episodes, seed)
     if decisions < 1:
         raise UserError("decisions", decisions, "must be at least 1")
-    q_net = q_network(model)
+    q_net = playing_network(model)
     q_net.set_training_mode(False)
     names = q_net.network.layer_names
     rows: list[tuple[Any, int, float, bool, NDArray[np.float32]]] = []
@@ -93,6 +92,7 @@ def record(
 
     playing = make_single(env)
     try:
+        require_spaces(q_net, playing, env)
         for episode in range(episodes):
             observation, _ = playing.reset(seed=seed + episode)
             state = q_net.network.initial_state(1) if q_net.stateful else None

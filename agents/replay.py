@@ -131,7 +131,7 @@ class SequenceReplay(BaseBuffer):
         if self.membranes.shape[2] != membranes.shape[1]:
             self.membranes = np.zeros((*self.membranes.shape[:2], membranes.shape[1]), dtype=np.float16)
         at = self.written[rows] % self.buffer_size
-        self.observations[at, rows] = observations
+        self.observations[at, rows] = observations.reshape(len(rows), *self.obs_shape)
         arrays: tuple[NDArray[Any], ...] = (self.actions, self.rewards, self.starts, self.terminal, self.decisions)
         for array, values in zip(arrays, rest, strict=True):
             array[at, rows] = values

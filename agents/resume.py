@@ -23,7 +23,7 @@ from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.spaces import space_to_json
 from spiking_rl.agents.staged import StagedAlgorithm
-from spiking_rl.checkpoint import read_json
+from spiking_rl.checkpoint import plain_number, read_json
 from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
 from spiking_rl.errors import UserError
 from spiking_rl.files import recover_folder, replace_folder
@@ -101,18 +101,11 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
             "extra": extra,
             "sha256": hashes_of(partial),
         }
-        (partial / "state.json").write_text(json.dumps(state, default=_plain))
+        (partial / "state.json").write_text(json.dumps(state, default=plain_number))
 
 
 def _spaces(model: StagedAlgorithm) -> list[dict[str, Any]]:
     return [space_to_json(model.observation_space), space_to_json(model.action_space)]
-
-
-def _plain(value: Any) -> Any:
-    """Turn numpy scalars into JSON numbers."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} in the training state is not JSON-serialisable")
 
 
 def has_training_state(folder: Path) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pathlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -16,8 +17,8 @@ from gymnasium.wrappers import FrameStackObservation
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TrainFreq
+from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
 from spiking_rl.agents.config import Precision
@@ -25,6 +26,7 @@ from spiking_rl.agents.exploration import EpsilonGreedy
 from spiking_rl.agents.imitation import Teacher
 from spiking_rl.agents.optimisation import learning_rate, prepare_recording, recorded_as, set_learning_rate
 from spiking_rl.agents.policies import SpikingMlpPolicy, SpikingQNetwork
+from spiking_rl.agents.ranges import check_ranges
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.checkpoint import load_checkpoint, load_into, save_checkpoint
 from spiking_rl.conversion import calibrate_thresholds
@@ -59,6 +61,18 @@ _DEEP = 1_000  # layers: building more takes seconds
 SelfStaged = TypeVar("SelfStaged", bound="StagedAlgorithm")
 
 
+def own_policy_kwargs(given: dict[str, Any] | None, stateful: bool) -> dict[str, Any]:
+    """Return a copy of a policy's options, as stages change them, with ``stateful`` where it is asked for.
+
+    Raises:
+        UserError: the options say otherwise.
+    """
+    options = dict(given or {})
+    if stateful and not options.setdefault("stateful", True):
+        raise UserError("policy_kwargs", options, "says stateful=False beside stateful=True; leave it out there")
+    return options
+
+
 class StagedAlgorithm(BaseAlgorithm):
     """An SB3 algorithm whose schedules run per stage, each stage at one number of timesteps.
 
@@ -76,7 +90,8 @@ class StagedAlgorithm(BaseAlgorithm):
         stage_start: agent steps at which it began.
         last_loss: mean loss of the latest training, None before it.
         algo: short name of the algorithm.
-        hyperparameters: constructor arguments that a checkpoint keeps.
+        hyperparameters: constructor arguments that a checkpoint keeps as they are. Of the learning rate it keeps the
+            first and the last value.
         precision: arithmetic in which a ReLU network is trained.
         spike_precision: arithmetic in which a spiking network is trained; it plays in float32.
         average_decay: decay of the weight average per training; 0 keeps none.
@@ -85,7 +100,7 @@ class StagedAlgorithm(BaseAlgorithm):
         teacher: whose Q-values are learned in the first part of every stage.
         imitation: that part, from 0 to 1.
         rescale_leak: a stateful agent's leaks follow T, so that its memory lasts as many decisions.
-        plays_only: loaded to predict, without room for what is replayed; an environment changes that.
+        plays_only: loaded to predict, without room for what is replayed; ``set_env`` changes that.
         membranes: of the training environments after their latest decision; None before the first
             or when stateless.
         episode_starts: which of them open an episode with their next decision, ``(n_envs,)``.
@@ -129,6 +144,27 @@ class StagedAlgorithm(BaseAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "teacher", "_recorder", "_recorded_by"]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """As in Stable-Baselines3, which pickles; a machine without this one's device can load it."""
+        held = self.average, self.membranes
+        self._move_held("cpu")
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.average, self.membranes = held
+
+    def _move_held(self, device: torch.device | str) -> None:
+        """Move the tensors that are no part of the policy."""
+        if self.average is not None:
+            self.average = {name: tensor.to(device) for name, tensor in self.average.items()}
+        if self.membranes is not None:
+            self.membranes = tuple(LIFState(layer.membrane.to(device)) for layer in self.membranes)
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """Return the context of a training pass."""
@@ -238,11 +274,22 @@ class StagedAlgorithm(BaseAlgorithm):
             actions = np.where(chance, noise, actions)
         return actions, state
 
-    def _setup_explorer(self) -> None:
+    def check_settings(self) -> None:
+        """Refuse settings out of their range.
+
+        Raises:
+            UserError: naming one.
+        """
+        check_ranges({name: getattr(self, name) for name in self.hyperparameters})
+
+    def _finish_setup(self) -> None:
+        """Set up what the learners share, with the policy made."""
         assert isinstance(self.action_space, spaces.Discrete)
+        self._move_held(self.device)  # those of a zip lie on the CPU
         self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
         if self.policy.q_net.norm is not None:
             self.policy.q_net.norm.follow = False  # the learners update it, each observation once
+        self._warn_of_stacked_frames()
 
     def _warn_of_stacked_frames(self) -> None:
         if self.stateful and self.env is not None:
@@ -321,9 +368,20 @@ class StagedAlgorithm(BaseAlgorithm):
         self._current_progress_remaining = 1.0
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """As in Stable-Baselines3; episodes in the environments left behind are cut."""
+        """As in Stable-Baselines3; episodes in the environments left behind are cut.
+
+        An agent that was loaded to play takes any number of environments, and can learn on.
+        """
         left = self._last_obs
+        if self.plays_only:
+            env = self._wrap_env(env, self.verbose)
+            self.n_envs = env.num_envs
         super().set_env(env, force_reset)
+        if self.plays_only:
+            self.plays_only = False
+            learned = self.policy.state_dict()
+            self._setup_model()
+            self.policy.load_state_dict(learned)
         if left is not None and force_reset:
             self._last_obs = left
             self.end_episodes()
@@ -337,6 +395,8 @@ class StagedAlgorithm(BaseAlgorithm):
         total, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args)
         # A user's own `learn` on a pruned model counts from zero again: so must the stage's schedules.
         self.stage_start = min(self.stage_start, self.num_timesteps)
+        if reset_num_timesteps:
+            self._current_progress_remaining = 1.0  # not that of the end of an earlier call
         return total, callback
 
     def exploration_progress(self) -> float:
@@ -380,7 +440,7 @@ class StagedAlgorithm(BaseAlgorithm):
         remaining = 1.0 - done / max(1, total_timesteps - self.stage_start)
         self._current_progress_remaining = min(1.0, max(0.0, remaining))
 
-    def save_checkpoint(self, folder: Path | str, **info: Any) -> None:
+    def save_checkpoint(self, folder: pathlib.Path | str, **info: Any) -> None:
         """Save the agent as safetensors + JSON (``save`` is SB3's zip, which pickles).
 
         Args:
@@ -402,13 +462,21 @@ class StagedAlgorithm(BaseAlgorithm):
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
             "policy": kwargs,
-            "hyperparameters": {name: getattr(self, name) for name in self.hyperparameters},
+            "hyperparameters": {**{name: getattr(self, name) for name in self.hyperparameters}, **self._schedules()},
         }
         save_checkpoint(folder, self.policy.q_net.state_dict(), config)
 
+    def _schedules(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the learning rate, which it takes for linear, and of when to train."""
+        kept: dict[str, Any] = {"learning_rate": [float(self.lr_schedule(1.0)), float(self.lr_schedule(0.0))]}
+        frequency = getattr(self, "train_freq", None)
+        if isinstance(frequency, TrainFreq):
+            kept["train_freq"] = [frequency.frequency, frequency.unit.value]
+        return kept
+
     @classmethod
     def load_checkpoint(
-        cls: type[SelfStaged], folder: Path | str, env: Any = None, device: str | torch.device = "auto"
+        cls: type[SelfStaged], folder: pathlib.Path | str, env: Any = None, device: str | torch.device = "auto"
     ) -> SelfStaged:
         """Load an agent saved by :meth:`save_checkpoint`; nothing in the file is executed.
 
@@ -428,7 +496,13 @@ class StagedAlgorithm(BaseAlgorithm):
         try:
             observation_space = space_from_json(config["observation_space"])
             action_space = space_from_json(config["action_space"])
-            options = {k: v for k, v in config["hyperparameters"].items() if k in cls.hyperparameters}
+            saved = config["hyperparameters"]
+            options = {name: value for name, value in saved.items() if name in cls.hyperparameters}
+            if "learning_rate" in saved:  # not of older checkpoints
+                first, final = map(float, saved["learning_rate"])
+                options["learning_rate"] = LinearSchedule(first, final, 1.0)
+            if "train_freq" in saved:
+                options["train_freq"] = tuple(saved["train_freq"])
             options |= {"policy_kwargs": dict(config["policy"]), "_init_setup_model": False}
             numbers = sum(tensor.numel() for tensor in tensors.values())
             _require_room(config["policy"], observation_space, action_space, numbers)

@@ -73,7 +73,7 @@ def start_from(model: SpikingPQN | SpikingDQN, agent: str, env: str, seed: int) 
         length = _INPUTS // _ENVIRONMENTS
         wanted = range(_STEPS - length, _STEPS) if ours.stateful else range(0, _STEPS, _STEPS // length)
         seen, starts = _played(source, env if frames == 1 else loaded.environment, seed, wanted)
-        newest = seen[:, :, -(seen.shape[2] // frames) :]
+        newest = seen if frames == 1 else seen[:, :, -(seen.shape[2] // frames) :]
         with torch.no_grad():
             inputs = ours.features(newest.flatten(0, 1))
             if ours.stateful:

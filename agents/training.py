@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from spiking_rl.agents.building import build_model, resolve_device
 from spiking_rl.agents.config import TrainConfig, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.model_settings import require_settings, settings_of
 from spiking_rl.agents.policies import check_spaces
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.resume import has_training_state
@@ -27,7 +28,6 @@ from spiking_rl.pruning import TemporalPruning
 from spiking_rl.runs import RunFolder, checkpoint_name
 from spiking_rl.settings import changed_settings, continued, settings_from_dict
 from spiking_rl.stopping import check_hours
-from spiking_rl.surrogate import DEFAULT_GAMMA
 
 CHANGEABLE = ("agent_steps", "prune_steps", "last_steps", "report_episodes", "video_episodes", "threads")
 """Settings of a run under way that may change: how long stages train, what its end shows, and threads."""
@@ -275,7 +275,7 @@ def prune(
 
     Args:
         model: a trained spiking agent; it is changed in place.
-        env: Gymnasium id to go on training in.
+        env: a recipe's name, or the Gymnasium id to go on training in.
         to: timesteps to end with.
         agent_steps: of each stage.
         run: folder that keeps the run; None keeps nothing but the model.
@@ -291,17 +291,7 @@ def prune(
     """
     _, config = load_recipe(env, model.algo)
     now = model.policy.timesteps
-    own = {name: getattr(model, name) for name in model.hyperparameters if hasattr(config, name)}
-    network = model.policy.q_net_kwargs["network_kwargs"]
-    shared = ["hidden", "neuron", "layer_norm", "first_layer_norm", "per_channel", "leak", "time_constants"]
-    shared += ["encoding", "single_spike", "kappa"]
-    own |= {name: network[name] for name in shared if name in network}
-    own |= {"stateful": model.stateful, "surrogate_gamma": network.get("gamma", DEFAULT_GAMMA)}
-    first, final = float(model.lr_schedule(1.0)), float(model.lr_schedule(0.0))
-    if first > 0:  # one that begins at 0 cannot be told in settings
-        own |= {"learning_rate": first, "final_learning_rate": final}
-    if isinstance(model, SpikingDQN):
-        own["return_steps"] = model.n_steps
+    own = settings_of(model, config)
     for name in settings.keys() & {field.name for field in dataclasses.fields(config)}:
         if name not in PRUNING_SETTINGS and (name not in own or settings[name] != own[name]):
             is_there = f", there {own[name]!r}" if name in own else ""
@@ -309,21 +299,28 @@ def prune(
     # A recipe's way to its first stage is behind the model.
     own |= {"ann_steps": 0, "start_from": None, "imitation": 0.0, "teacher": None}
     own |= {"timesteps": now, "prune_to": to, "prune_steps": agent_steps, "last_steps": 0}
-    own["num_envs"] = model.n_envs
+    if not model.plays_only:
+        own["num_envs"] = model.n_envs
     config = replace_settings(config, {**own, **settings})
     config.check()
     if to >= now:
         raise UserError("to", to, f"the model is at T={now} already; choose a smaller number")
-    if config.num_envs != model.n_envs:
+    if config.num_envs != model.n_envs and not model.plays_only:
         raise UserError("num_envs", config.num_envs, f"the model has {model.n_envs}; load it with as many environments")
-    if check_environment(env) != (model.observation_space, model.action_space):
-        raise UserError("env", env, "has other spaces than the model")
+    if check_environment(config.env) != (model.observation_space, model.action_space):
+        raise UserError("env", config.env, "has other spaces than the model")
+    if model.get_vec_normalize_env() is not None:
+        remedy = "learned behind VecNormalize, and the environments here have none; use TemporalPruningCallback"
+        raise UserError("model", type(model).__name__, remedy)
+    if run is not None:
+        require_settings(model, run)
     model.teacher, model.imitation = None, 0.0
     if config.imitation and config.teacher is not None:
         imitate(model, config.teacher, config.imitation)
     with _run_folder(run) as folder:
         _begin(folder, config)
         model.set_env(make_vectorised(config.env, config.num_envs, config.seed))
+        model.set_random_seed(config.seed)
         session = TrainingSession(config, folder, model, progress=progress)
         model.prune_lr_factor, model.average_decay = config.prune_lr_factor, config.average_decay
         model.rescale_leak = config.rescale_leak

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
         }
         # Ours win over a config that was loaded with an older checkpoint.
         full = own | {name: value for name, value in config.items() if name not in own}
-        (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False) + "\n")
+        (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False, default=plain_number) + "\n")
 
 
 def _require_own(folder: Path) -> None:
@@ -67,6 +68,17 @@ def _require_own(folder: Path) -> None:
     others = [name for name in others if name not in (WEIGHTS, CONFIG, *_LITTER)]
     if others:
         raise UserError("folder", str(folder), f"holds {', '.join(others[:3])}, which {remedy}")
+
+
+def plain_number(value: Any) -> Any:
+    """Return NumPy's scalars as JSON has them: the ``default`` of ``json.dumps``.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON-serialisable")
 
 
 def read_json(path: Path, field: str = "checkpoint") -> dict[str, Any]:

@@ -75,6 +75,9 @@ def _check(
             f"state.membrane has shape {tuple(state.membrane.shape)}, but current of shape "
             f"{tuple(current.shape)} needs {tuple(current.shape[1:])}"
         )
+    for name, tensor in (("state.membrane", None if state is None else state.membrane), ("starts", starts)):
+        if tensor is not None and tensor.device != current.device:
+            raise ValueError(f"{name} is on {tensor.device}, current on {current.device}; move one to the other's")
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}; each current lasts at least one timestep")
     steps = (len(current) * repeat, current.shape[1])

@@ -123,11 +123,16 @@ def test_a_loaded_agent_goes_on_learning(trained: SpikingPQN | SpikingDQN, tmp_p
     assert any(not torch.equal(v, before[k]) for k, v in again.policy.q_net.state_dict().items())
 
 
-def test_training_moves_every_threshold_and_leak_within_range(trained: SpikingPQN | SpikingDQN) -> None:
-    for neuron in trained.policy.q_net.network.neurons:
+@pytest.mark.parametrize("algo", ["pqn", "dqn"])
+def test_training_moves_every_threshold_and_leak_within_range(algo: str) -> None:
+    model = learner(algo).learn(1024)
+    before = [(float(n.threshold.detach()), float(n.leak.detach())) for n in model.policy.q_net.network.neurons]
+    model.learn(2048, reset_num_timesteps=False)
+    for neuron, (threshold, leak) in zip(model.policy.q_net.network.neurons, before, strict=True):
         assert 0 <= float(neuron.leak.detach()) <= 1
         assert float(neuron.threshold.detach()) > 0
-    assert trained.policy.q_net.network.neurons[0].leak.grad is not None
+        assert float(neuron.threshold.detach()) != threshold
+        assert float(neuron.leak.detach()) != leak
 
 
 def test_a_stage_lowers_t_with_a_fresh_optimiser_and_a_target_in_step() -> None:

@@ -101,12 +101,24 @@ class Counting(gym.Env[np.ndarray, int]):
         return self._observation(), float(self.episode), self.time % 17 == 0, False, {}
 
 
-@pytest.mark.parametrize("how", ["again", "another env", "from a file"])
+class StopAt(BaseCallback):
+    """Ends learning after so many agent steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.steps
+
+
+@pytest.mark.parametrize("how", ["again", "another env", "from a file", "stopped", "stopped at an end"])
 @pytest.mark.parametrize("stateful", [False, True])
 def test_no_return_reaches_into_another_episode(tmp_path: Path, stateful: bool, how: str) -> None:
     options = {"buffer_size": 500, "learning_starts": 400, "n_steps": 3, "gamma": 1.0, "reward_scale": 1.0}
     model = SpikingDQN("MlpPolicy", Counting(), stateful=stateful, policy_kwargs=SMALL, **options)  # type: ignore[arg-type]
-    model.learn(40)
+    stops = {"stopped": 40, "stopped at an end": 34}
+    model.learn(40 if how not in stops else 90, StopAt(stops[how]) if how in stops else None)
     if how == "another env":
         model.set_env(Counting())
     if how == "from a file":
@@ -114,7 +126,7 @@ def test_no_return_reaches_into_another_episode(tmp_path: Path, stateful: bool, 
         model.save_replay_buffer(tmp_path / "replay")
         model = SpikingDQN.load(tmp_path / "model", env=Counting())
         model.load_replay_buffer(tmp_path / "replay")
-    model.learn(40, reset_num_timesteps=how != "from a file")
+    model.learn(40, reset_num_timesteps=how not in {"from a file", *stops})
     replay = model.replay_buffer
     assert replay is not None
     if isinstance(replay, SequenceReplay):
@@ -124,6 +136,8 @@ def test_no_return_reaches_into_another_episode(tmp_path: Path, stateful: bool, 
         assert len(changes) >= 4
         assert not decisions[changes].any(), "an episode ends with a frame without action"
         return
+    if how in stops:
+        assert replay.size() == stops[how] + 40, "the step at which learning was ended is kept"
     batch = replay.sample(2000)
     before, after = batch.observations.flatten() // 1000, batch.next_observations.flatten() // 1000
     assert torch.equal(before, after)
