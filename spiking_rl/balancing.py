@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,7 @@ def _check(
     for field, value in (("scale", scale), ("residual", 1.0 if residual is None else residual)):
         if not 0 < value < math.inf:
             raise UserError(field, value, "must be a positive number")
-    if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+    if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or timesteps < 1:
         raise UserError("timesteps", timesteps, "must be a whole number of at least 1")
     if tuple(images.shape[1:]) != network.input_shape:
         raise UserError("images", tuple(images.shape), f"must be (B, *{network.input_shape})")

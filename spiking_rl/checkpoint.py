@@ -45,17 +45,22 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
         OSError: the folder cannot be written; the old checkpoint stays.
     """
     _require_own(Path(folder))
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    stored: set[int] = set()  # safetensors takes no two tensors of one memory, as of a map that serves two layers
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        plain[name] = own.clone() if own.untyped_storage().data_ptr() in stored else own
+        stored.add(own.untyped_storage().data_ptr())
     with replace_folder(Path(folder)) as partial:
         blob = safetensors.torch.save(plain)
         (partial / WEIGHTS).write_bytes(blob)
-        own = {
+        ours = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "sha256": hashlib.sha256(blob).hexdigest(),
         }
         # Ours win over a config that was loaded with an older checkpoint.
-        full = own | {name: value for name, value in config.items() if name not in own}
+        full = ours | {name: value for name, value in config.items() if name not in ours}
         (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False, default=plain_number) + "\n")
 
 

@@ -33,6 +33,7 @@ _EVENTS = ("events.c", "event_lists.h", "event_rows.h", "stored.h")
 _FLAGS = ["-O3", "-march=native", "-std=c11", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 # No fused multiply-add and no reordering: the scan's forward pass gives the plain loop's values bit for bit.
 _EXACT = "-ffp-contract=off"
+_HANGS = 600  # seconds: a compiler that takes so long, on a machine however busy, does not end at all
 _STORED: dict[torch.dtype, tuple[str, ...]] = {torch.float32: (), torch.bfloat16: ("-DHALVES",)}
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # a sixth off the backward pass; compilers stop at 256 by themselves
@@ -100,7 +101,7 @@ def _built(compiler: str, sources: tuple[str, ...], chosen: tuple[str, ...]) -> 
         # The library takes its place when it is whole: several processes may be building it.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made, built = Path(scratch, "made.o"), Path(scratch, "built.so")
-            quiet = {"check": True, "capture_output": True, "timeout": 60}
+            quiet = {"check": True, "capture_output": True, "timeout": _HANGS}
             subprocess.run([compiler, *_FLAGS, *chosen, "-c", str(paths[0]), "-o", str(made)], **quiet)  # type: ignore[call-overload]
             subprocess.run([compiler, "-shared", str(made), "-o", str(built)], **quiet)  # type: ignore[call-overload]
             built.replace(path)

@@ -105,7 +105,7 @@ def convert(
     _check_same_layers(source, weights)
     if spiking.sources:
         raise UserError("spiking", "a network with shortcuts", "is converted by convert_balanced")
-    _check(inputs, _RATES[0] if rate is None else rate, starts)
+    _check(spiking, inputs, _RATES[0] if rate is None else rate, starts)
     behind = [linear_map(follower).weight for follower in [*list(spiking.maps)[1:], spiking.readout]]
 
     def balance(at: float) -> list[float]:
@@ -203,7 +203,7 @@ def _calibrate(
     """Calibrate every layer; ``calibrated(i)`` is called when layer i is, before the next one runs."""
     if not network.spiking:
         raise UserError("network", "relu", "has no thresholds; build it with spiking neurons")
-    _check(inputs, rate, starts)
+    _check(network, inputs, rate, starts)
     opens = scan_starts(starts, network.timesteps)
     reached = []
 
@@ -251,9 +251,19 @@ def _set_spike_time(score: SpikeTimeScore, current: Tensor) -> None:
     score.threshold.fill_(max(MIN_THRESHOLD, float(current.sum(0).amax(1).mean()) / 2))
 
 
-def _check(inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:
+def _check(network: LayeredNetwork, inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:
     if not 0 < rate < 1:
         raise UserError("rate", rate, "the target firing rate must lie strictly between 0 and 1")
+    batch = inputs.shape[: 1 if starts is None else 2]
+    if tuple(inputs.shape[len(batch) :]) != tuple(network.input_shape):
+        wanted = ", ".join(["B" if starts is None else "L, B", *map(str, network.input_shape)])
+        raise UserError("inputs", tuple(inputs.shape), f"must be of shape ({wanted}), as the network's are")
+    if starts is not None and (starts.shape != batch or starts.dtype != torch.bool):
+        raise UserError(
+            "starts", f"{starts.dtype} {tuple(starts.shape)}", f"must be torch.bool of shape {tuple(batch)}"
+        )
+    if starts is not None and not network.takes_state():
+        raise UserError("starts", tuple(starts.shape), "membranes are carried under direct encoding only; leave it out")
     count = len(inputs) if starts is None else starts.numel()
     if count < 2:
         raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import scan_starts
 from spiking_rl.errors import UserError
+from spiking_rl.event_layers import is_plain
 from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.folding import fold_batch_norm
 from spiking_rl.fused import FreshScan
@@ -52,6 +53,12 @@ def check_plain(network: LayeredNetwork) -> None:
     Raises:
         UserError: naming what stands in the way.
     """
+    if network.on_rates:
+        raise UserError("rates", True, "only spikes can be deployed; set_rates(False) first")
+    if any(isinstance(neuron, LIF) and not neuron.is_own() for neuron in network.neurons):
+        raise UserError(
+            "neurons", "LIF", "somebody listens to them, or they scan otherwise; only our own can be deployed"
+        )
     if network.encoder is not None:
         raise UserError("encoding", network.encoder.name, "only direct encoding can be deployed")
     if network.single_spike and network.timesteps > 1:
@@ -108,12 +115,13 @@ def fold_thresholds(network: LayeredNetwork) -> LayeredNetwork:
 def _closing(layer: nn.Module) -> nn.Module | None:
     """Return the module of a plain chain that makes what the chain gives; None of a module of somebody's own.
 
-    What such a one does behind its last layer is not known.
+    What such a one, or somebody who listens, does behind its last layer is not known.
     """
-    while type(layer) is nn.Sequential and len(layer):
+    while type(layer) is nn.Sequential and len(layer) and is_plain(layer):
         layer = layer[-1]
     ours = type(layer).__module__.partition(".")[0] == "spiking_rl"
-    return layer if ours or type(layer) in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm) else None
+    known = ours or type(layer) in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
+    return layer if known and is_plain(layer) else None
 
 
 def _shift(network: LayeredNetwork, layer: int, by: Tensor) -> bool:
@@ -121,6 +129,8 @@ def _shift(network: LayeredNetwork, layer: int, by: Tensor) -> bool:
     last = _closing(network.maps[layer])
     if sum(module is last for _, module in network.named_modules(remove_duplicate=False)) > 1:
         return False  # it is used twice
+    if by.numel() > 1 and isinstance(last, (nn.Linear, nn.LayerNorm)) and len(network.neuron_shapes()[layer]) > 1:
+        return False  # these have a bias per entry of the last axis, thresholds are of the first
     if isinstance(last, (nn.Conv2d, nn.Linear)):
         channels = last.weight.shape[0]
     elif isinstance(last, nn.GroupNorm) or (isinstance(last, nn.LayerNorm) and len(last.normalized_shape) == 1):
@@ -353,11 +363,11 @@ def _flat(layer: nn.Module, *, spikes: bool, binary: bool = True, timesteps: int
         binary: as they are, and not their means; until a part turns them into something else.
         timesteps: inputs that come with one decision.
     """
-    parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+    parts = list(layer) if type(layer) is nn.Sequential and is_plain(layer) else [layer]
     flat: list[_Module] = []
     for part in parts:
-        run: _Module = part.forward
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
+        run: _Module = part.forward if is_plain(part) else part
+        if isinstance(part, (nn.Conv2d, nn.Linear)) and is_plain(part):
             rows = None
             if type(part) is nn.Linear and spikes and part.weight.numel() >= _GATHER_FROM:
                 run = sparse = SparseLinear(part, binary, timesteps)

@@ -74,6 +74,7 @@ def describe(network: LayeredNetwork) -> list[LayerFacts]:
     """
     macs = macs_per_layer(network)
     facts = []
+    counted: set[int] = set()  # a map that serves two layers is the first one's
     for i, (name, shape) in enumerate(zip(network.layer_names, network.neuron_shapes(), strict=True)):
         layer, neuron = network.maps[i], network.neurons[i]
         kind, own = _kind(layer), [layer, neuron]
@@ -88,16 +89,16 @@ def describe(network: LayeredNetwork) -> list[LayerFacts]:
                 kind,
                 "lif" if spiking else "relu",
                 shape,
-                sum(map(_count, own)),
+                sum(_count(module, counted) for module in own),
                 macs[i],
                 _spread(neuron.threshold) if isinstance(neuron, LIF) else None,
                 _spread(neuron.leak) if isinstance(neuron, LIF) else None,
             )
         )
-    return [*facts, _readout(network, macs[-1])]
+    return [*facts, _readout(network, macs[-1], counted)]
 
 
-def _readout(network: LayeredNetwork, macs: int) -> LayerFacts:
+def _readout(network: LayeredNetwork, macs: int, counted: set[int]) -> LayerFacts:
     score = network.spike_time
     with torch.no_grad(), evaluating(network):
         outputs, _ = network(next(network.parameters()).new_zeros(1, 1, *network.input_shape))
@@ -106,15 +107,18 @@ def _readout(network: LayeredNetwork, macs: int) -> LayerFacts:
         _kind(network.readout),
         None,
         tuple(outputs.shape[2:]),
-        _count(network.readout) + (_count(score) if score is not None else 0),
+        _count(network.readout, counted) + (_count(score, counted) if score is not None else 0),
         macs,
         _spread(score.threshold) if score is not None else None,
         None,
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(math.prod(p.shape) for p in module.parameters())
+def _count(module: nn.Module, counted: set[int]) -> int:
+    """Count the parameters that nothing before has had."""
+    new = [p for p in module.parameters() if id(p) not in counted]
+    counted.update(map(id, new))
+    return sum(math.prod(p.shape) for p in new)
 
 
 def _spread(values: Tensor) -> Spread:

@@ -69,7 +69,7 @@ class Encoder(nn.Module):
     def __init__(self, zero: float | Sequence[float] = 0.0, span: float | Sequence[float] = 1.0) -> None:
         super().__init__()
         for name, value in (("zero", zero), ("span", span)):
-            numbers = [value] if isinstance(value, (int, float)) else list(value)
+            numbers = list(value) if isinstance(value, Sequence) else [float(value)]
             if not all(math.isfinite(v) and (name == "zero" or v > 0) for v in numbers):
                 raise UserError(f"input_{name}", value, "must be finite, and a span positive")
             # They follow from the settings, so no checkpoint needs them.

@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from spiking_rl.errors import UserError
 from spiking_rl.networks import LayeredNetwork, evaluating
 
 
@@ -60,50 +62,83 @@ class _Operations(NamedTuple):
     inputs: int
 
 
+class _Work(NamedTuple):
+    """What one layer does for one input: its linear maps in the order in which they run, and entries normalised."""
+
+    own: list[_Operations]
+    shortcut: list[_Operations]
+    normalised: int
+
+    @property
+    def macs(self) -> int:
+        return sum(o.macs for o in [*self.own, *self.shortcut])
+
+    @property
+    def of_sums(self) -> int:
+        """MACs of maps behind the first one: what these see are sums, and no spikes."""
+        return sum(o.macs for o in [*self.own[1:], *self.shortcut[1:]])
+
+
+def _operations(module: nn.Module, given: Tensor, output: Tensor) -> _Operations:
+    """Return what one call of a linear map takes, for one input."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    inputs = given[0].numel()
+    if isinstance(module, _ConvTransposeNd):  # every input is spread over a kernel
+        return _Operations(inputs * weight[0].numel(), inputs)
+    if isinstance(module, nn.Linear):  # which may take means over places by itself
+        inputs = output[0].numel() // module.out_features * module.in_features
+    # Each output element costs one product per weight of its row or filter.
+    return _Operations(output[0].numel() * weight[0].numel(), inputs)
+
+
 @torch.no_grad()
-def _operations(network: LayeredNetwork) -> dict[nn.Module, _Operations]:
-    """Return MACs and input size of every linear map for one input, in the order in which they run."""
-    found: dict[nn.Module, _Operations] = {}
+def _work(network: LayeredNetwork) -> list[_Work]:
+    """Return what every layer does, readout last, found by one pass of zeros through the maps alone."""
+    calls: list[_Operations] = []
+    normalised: list[int] = []
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        # Each output element costs one product per weight of its row or filter.
-        macs = output[0].numel() * weight[0].numel()
-        earlier = found[module].macs if module in found else 0
-        inputs = args[0][0].numel()
-        if isinstance(module, nn.Linear):  # which may take means over places by itself
-            inputs = output[0].numel() // module.out_features * module.in_features
-        found[module] = _Operations(earlier + macs, inputs)
+    def linear(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls.append(_operations(module, args[0], output))
 
-    linear = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    handles = [m.register_forward_hook(hook) for m in linear]
-    margin = network.exit_margin
-    network.set_exit_margin(None)  # which would call every map once a timestep
-    with evaluating(network):
-        network(next(network.parameters()).new_zeros(1, 1, *network.input_shape))
-    network.set_exit_margin(margin)
-    for handle in handles:
-        handle.remove()
-    return found
+    def norm(module: nn.Module, args: Any, output: Tensor) -> None:
+        normalised.append(output[0].numel())
 
+    def taken() -> list[_Operations]:
+        found = calls.copy()
+        calls.clear()
+        return found
 
-def _of(module: nn.Module, operations: Mapping[nn.Module, _Operations]) -> list[_Operations]:
-    """Return the operations of the linear maps inside a module."""
-    return [operations[m] for m in module.modules() if m in operations]
+    modules = list(network.modules())
+    handles = [m.register_forward_hook(linear) for m in modules if isinstance(m, (nn.Linear, _ConvNd))]
+    handles += [m.register_forward_hook(norm) for m in modules if isinstance(m, (nn.LayerNorm, nn.GroupNorm))]
+    outputs: list[Tensor] = []
+    work = []
+    x = next(network.parameters()).new_zeros(1, *network.input_shape)
+    try:
+        with evaluating(network):
+            for i, layer in enumerate([*network.maps, network.readout]):
+                normalised.clear()
+                x = layer(x)
+                own, entries = taken(), sum(normalised)
+                if i in network.sources:
+                    network.shortcuts[str(i)](outputs[network.sources[i]])
+                work.append(_Work(own, taken(), entries))
+                outputs.append(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return work
 
 
 def macs_per_layer(network: LayeredNetwork) -> list[int]:
     """Count multiply-accumulates of every layer for one input, readout last.
 
-    A layer's count includes the convolution of the shortcut that ends there. Pools, the addition of
-    a shortcut and batch norm (which folds) count nothing, in the ANN as in the papers.
+    Those of torch's linear maps and convolutions are counted. A layer's count includes the convolution of the shortcut
+    that ends there. Pools, the addition of a shortcut and batch norm (which folds) count nothing, in the ANN as in the
+    papers.
     """
-    operations = _operations(network)
-    layers = [
-        nn.ModuleList([m, network.shortcuts[str(i)]]) if i in network.sources else m for i, m in enumerate(network.maps)
-    ]
-    return [sum(o.macs for o in _of(layer, operations)) for layer in [*layers, network.readout]]
+    return [layer.macs for layer in _work(network)]
 
 
 def spikes_per_input(network: LayeredNetwork, rates: Mapping[str, float]) -> list[float]:
@@ -120,51 +155,56 @@ def spikes_per_input(network: LayeredNetwork, rates: Mapping[str, float]) -> lis
     count. Spikes of a border that a pool leaves out are counted too; windows of a pool are taken not to overlap, and a
     maximum as a mean.
 
+    Of several maps in one layer the first sees the spikes; what the others take is in :func:`normalisation_macs`.
+
     A shortcut's convolution accumulates the spikes of its own source; one without weights adds 1 to
     the current of a neuron for every spike.
 
     Args:
         network: a spiking network.
         rates: spikes per neuron per timestep of every hidden layer, by name (:class:`SpikeCounter`).
+
+    Raises:
+        UserError: a layer without a linear map.
     """
-    operations = _operations(network)
     spikes = [
         rates[name] * math.prod(shape) for name, shape in zip(network.layer_names, network.neuron_shapes(), strict=True)
     ]
     per_input = []
-    for i, module in enumerate([*list(network.maps)[1:], network.readout], start=1):
-        own = _of(module, operations)
-        ways = [(i - 1, own)]
+    for i, layer in enumerate(_work(network)[1:], start=1):
+        ways = [(i - 1, layer.own)]
         alone = 0.0  # accumulates of a shortcut without weights
         if i in network.sources:
             source = network.sources[i]
-            past = _of(network.shortcuts[str(i)], operations)
-            if past:
-                ways.append((source, past))
+            if layer.shortcut:
+                ways.append((source, layer.shortcut))
             else:
                 alone = spikes[source]
-        total = sum(o.macs for _, way in ways for o in way)
+        if not all(way for _, way in ways):
+            name = [*network.layer_names, "readout"][i]
+            raise UserError("network", name, "holds no linear map or convolution of torch's to count the additions of")
         found = 0.0
         for source, way in ways:
-            share = sum(o.macs for o in way) / total
+            share = way[0].macs / layer.macs
             neurons = math.prod(network.neuron_shapes()[source])
             # In this order the factors of a plain layer are exactly 1.
             found += share * (neurons / way[0].inputs) * rates[network.layer_names[source]]
-        per_input.append(found + alone / total)
+        per_input.append(found + alone / layer.macs)
     return per_input
 
 
-@torch.no_grad()
 def normalisation_macs(network: LayeredNetwork) -> list[int]:
-    """Count the multiply-accumulates that normalising each hidden layer's current takes, per timestep.
+    """Count the multiply-accumulates that each hidden layer takes beside its first map, per timestep.
 
-    Three per neuron: one each for the mean, the variance, and scale and shift. Batch norm counts
-    nothing: it folds into the weights.
+    Normalising a current takes three per entry: one each for the mean, the variance, and scale and shift. Batch norm
+    counts nothing: it folds into the weights. A map behind the first of a layer sees sums instead of spikes, and takes
+    all of its multiply-accumulates (those in the readout are the last hidden layer's); layer 1 is analog, and
+    :func:`macs_per_layer` has all of its own.
     """
-    return [
-        3 * math.prod(shape) if any(isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for m in layer.modules()) else 0
-        for layer, shape in zip(network.maps, network.neuron_shapes(), strict=True)
-    ]
+    *hidden, readout = _work(network)
+    macs = [3 * layer.normalised + (layer.of_sums if i else 0) for i, layer in enumerate(hidden)]
+    macs[-1] += readout.of_sums
+    return macs
 
 
 def energy_pj(
@@ -277,7 +317,7 @@ class SpikeCost:
 
     def __init__(self, network: LayeredNetwork) -> None:
         self._weights = accumulate_weights(network)
-        self._timesteps = network.timesteps
+        self._network = network  # its T may fall
         self.total: Tensor | float = 0.0
         """Accumulates per multiply-accumulate behind the first layer, over all timesteps; see `clear`."""
 
@@ -285,7 +325,7 @@ class SpikeCost:
         """Add one layer's spikes ``(S, B, *N)``."""
         if layer in self._weights:  # a coded input is no layer
             mean: Tensor = _Mean.apply(output)  # type: ignore[no-untyped-call]
-            self.total = self.total + self._weights[layer] * self._timesteps * mean
+            self.total = self.total + self._weights[layer] * self._network.timesteps * mean
 
     def clear(self) -> None:
         """Begin again, for another forward pass."""

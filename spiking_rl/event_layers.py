@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.compiling import built_events
 from spiking_rl.events import Map, empty_outputs, is_plain_convolution, sizes_of, takes, threads_of
 from spiking_rl.small_maps import gradients
+from spiking_rl.watching import is_transforming
 
 _STORED = (torch.float32, torch.bfloat16)
 _FEWEST = 2  # frames: for one, weights are read once in any case, and all that is asked about it costs
@@ -51,7 +51,6 @@ _EVERYBODYS = (  # hooks of all modules
     modules._global_backward_hooks,
     modules._global_backward_pre_hooks,
 )
-is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 # Of gradients, which torch.autograd.grad takes with is_grads_batched.
 _is_batch = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda _: False)
 
@@ -132,7 +131,7 @@ def _may(weight: Tensor, bias: Tensor | None, x: Tensor) -> bool:
     stored = x.dtype
     if not _is_ordinary(weight) or _arithmetic() is not stored or built_events(stored) is None:
         return False
-    return takes(x, stored) and not is_transforming() and forward_ad._current_level < 0
+    return takes(x, stored)
 
 
 def _arithmetic() -> torch.dtype:

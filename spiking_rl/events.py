@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spiking_rl.compiling import built_events
 from spiking_rl.small_maps import SmallMapConv2d
+from spiking_rl.watching import is_watched
 
 _FEW = 8  # frames up to which a map is bound by reading its weights, and dense kernels are at their worst
 _LONGEST = 2**16 - 1  # side of a picture that the loops can count
@@ -149,8 +149,7 @@ def takes(x: Tensor, stored: torch.dtype = torch.float32) -> bool:
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()  # before anything that the compiler cannot look through
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not is_in_torch_dispatch_mode()  # somebody writes down what torch does
+        and not is_watched()
         and x.dtype is stored
         and x.is_cpu
         and not x.is_neg()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spiking_rl.compiling import built_loops, built_op
 from spiking_rl.holders import held_alone
+from spiking_rl.watching import is_transforming, is_watched
 
 _BLOCK = 512  # neurons that are scanned together
 _GROUPS = 64  # partial sums of parameter gradients: as many with any number of threads
@@ -103,6 +104,7 @@ def _takes(current: Tensor, leak: Tensor, threshold: Tensor) -> bool:
     return (
         type(current) is Tensor
         and not torch.compiler.is_compiling()  # before anything that the compiler cannot look through
+        and not is_watched()
         and current.dtype in _STORED
         and leak.dtype is threshold.dtype is torch.float32
         and current.is_cpu
@@ -370,7 +372,10 @@ def _differentiable(
     scan = lif_scan_reference(*values, gamma=gamma, repeat=repeat, trace=True, single_spike=once)
     assert scan.state is not None
     outputs = zip((scan.spikes, scan.state.membrane, scan.potential), grads, strict=False)
-    reached, arriving = zip(*((out, grad.float()) for out, grad in outputs if grad is not None), strict=True)
+    asked_of = [(out, grad.float()) for out, grad in outputs if grad is not None]
+    if not asked_of:  # nothing arrived
+        return tuple(None for _ in given)
+    reached, arriving = zip(*asked_of, strict=True)
     asked = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
     found = iter(torch.autograd.grad(reached, asked, arriving, create_graph=True, allow_unused=True))
     return tuple(None if tensor is None or not tensor.requires_grad else next(found) for tensor in given)
@@ -511,7 +516,7 @@ class Ways:
 
     def find(self, current: Tensor, leak: Tensor, threshold: Tensor, timesteps: int, repeat: int) -> Fresh | None:
         """Return how a scan from rest over a flat current ``(T/repeat*B, *N)`` goes, or None where it does not."""
-        if torch.compiler.is_compiling():  # before anything that the compiler cannot look through
+        if torch.compiler.is_compiling() or is_watched():  # in this order: the compiler cannot look through the latter
             return None
         kinds = type(current), current.dtype, leak.dtype, threshold.dtype
         places = current.is_cpu, leak.is_cpu, threshold.is_cpu, current.is_neg()
@@ -654,11 +659,10 @@ def _fresh_backward(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None,
 
 
 # Function.apply spends most of its time on functorch's transforms, of which there are none in training.
-_transforming: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
 _applied: Callable[..., Tensor] = super(torch.autograd.Function, _FusedFresh).apply
 
 
 def _apply(*arguments: Any) -> Tensor:
-    if _transforming is None or _transforming():
+    if is_transforming():
         return _FusedFresh.apply(*arguments)  # type: ignore[no-untyped-call,no-any-return]
     return _applied(*arguments)

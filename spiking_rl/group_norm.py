@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.event_layers import is_transforming
+from spiking_rl.watching import is_transforming
 
 
 class _Together(torch.autograd.Function):

@@ -48,7 +48,10 @@ def spread_time_constants(lif: LIF, limits: Sequence[float], timesteps: int) -> 
 @torch.no_grad()
 def scale_channels(layer: nn.Module, gain: Tensor) -> None:
     """Scale the current of each channel of a map by ``gain`` (C,), in its normalisation where it has one."""
-    last = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm))][-1]
+    norms = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+    last = [m for m in layer.modules() if isinstance(m, (nn.Conv2d, nn.Linear, *norms))][-1]
+    if last.weight is None:
+        raise UserError("network", type(last).__name__, "has no scale of its own to put a channel's gain into")
     last.weight.mul_(gain.reshape(-1, *[1] * (last.weight.dim() - 1)))
     if last.bias is not None:
         last.bias.mul_(gain)

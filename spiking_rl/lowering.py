@@ -60,6 +60,8 @@ def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> 
         raise UserError(
             "timesteps", timesteps, f"must be a whole number of at least 1 and below the network's, {before}"
         )
+    if network.on_rates:
+        raise UserError("network", "rates", "T is lowered by spikes; set_rates(False) first")
     if len(inputs) < 2 or not bool(torch.isfinite(inputs).all()):
         raise UserError("inputs", len(inputs), "must be at least 2, and finite")
     largest = before * max(math.prod(shape) for shape in network.neuron_shapes())

@@ -160,8 +160,17 @@ class LayeredNetwork(nn.Module):
         """
         encoder = build_encoder(encoding, input_zero, input_span)
         score = SpikeTimeScore(kappa, gamma) if kappa else None
+        if self.on_rates and (encoder is not None or single_spike or score is not None):
+            raise UserError("encoding", encoding, "firing rates know no time; set_rates(False) first")
+        for name in ("zero", "span") if encoder is not None else ():
+            count = getattr(encoder, name).numel()
+            if count not in (1, self.input_shape[0]):
+                raise UserError(
+                    f"input_{name}", count, f"numbers for {self.input_shape[0]} channels; give one for each"
+                )
         if self.spiking:
             self.encoder, self.single_spike, self.spike_time = encoder, single_spike, score
+            self.to(next(self.parameters()).device)
 
     def set_exit_margin(self, margin: float | None) -> None:
         """Decide as soon as the readout is confident, instead of after all T timesteps.
@@ -244,9 +253,11 @@ class LayeredNetwork(nn.Module):
             Outputs ``(L, B, n)`` averaged over the timesteps, and the membranes after the last
             decision (None when stateless).
         """
+        if inputs.dim() != len(self.input_shape) + 2:
+            raise ValueError(f"inputs have {inputs.dim()} axes; a network takes (L, B, {self._axes()})")
         length = inputs.shape[0]  # asked with len, tensors take as long as a small layer
         flat = inputs.squeeze(0) if _is_one(length) else inputs.flatten(0, 1)
-        if state is not None and (self.on_rates or not self._plain()):
+        if state is not None and not self.takes_state():
             raise ValueError("a state is carried by spikes under direct encoding only, by neurons that may fire again")
         if self.on_rates:
             return self._flat(flat, length, observer), None
@@ -261,6 +272,13 @@ class LayeredNetwork(nn.Module):
             outputs, _ = self._scan(flat.unsqueeze(0), None, None, observer)
             return _unfold(outputs.squeeze(0), length), None
         return self._scan(inputs, state, starts, observer)
+
+    def takes_state(self) -> bool:
+        """Tell whether membranes can be carried from one decision to the next."""
+        return not self.on_rates and self._plain()
+
+    def _axes(self) -> str:
+        return ", ".join(map(str, self.input_shape))
 
     def _plain(self) -> bool:
         """Tell whether inputs are presented directly, neurons may fire again, and outputs are mean currents."""
@@ -338,7 +356,7 @@ class LayeredNetwork(nn.Module):
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
         out: Tensor = self.readout(x if timesteps == 1 else _unfold(x, timesteps).mean(0))
         if self.spike_time is not None:
-            out = self.spike_time(out.unsqueeze(0).float())
+            out = self.spike_time(_wide(out.unsqueeze(0)))
         return _unfold(out, length)
 
     def _flat_layers(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
@@ -392,9 +410,15 @@ class LayeredNetwork(nn.Module):
         return _unfold(self.spike_time.times(self.currents(inputs)), len(inputs))
 
     def currents(self, inputs: Tensor) -> Tensor:
-        """Return the outputs' currents at each timestep, ``(T, L * B, n)``, of inputs ``(L, B, *input_shape)``."""
+        """Return the outputs' currents at each timestep, ``(T, L * B, n)``, of inputs ``(L, B, *input_shape)``.
+
+        Raises:
+            ValueError: a ReLU network, which has no timesteps.
+        """
+        if not self.spiking:
+            raise ValueError("only a spiking network has currents at each timestep")
         spikes, _ = self._layers(inputs.flatten(0, 1).unsqueeze(0), None, None, None)
-        return _unfold(self.readout(spikes.flatten(0, 1)), len(spikes))
+        return _wide(_unfold(self.readout(spikes.flatten(0, 1)), len(spikes)))
 
     def _early(self, inputs: Tensor, margin: float, observer: Observer | None) -> Tensor:
         """Return outputs ``(B, n)``, each as of the first timestep at which it is clear."""
@@ -419,7 +443,7 @@ class LayeredNetwork(nn.Module):
                     held[i] = x
             currents.append(self.readout(x))
             now = torch.stack(currents)
-            score = now.mean(0) if self.spike_time is None else self.spike_time(now)
+            score = now.mean(0) if self.spike_time is None else self.spike_time(_wide(now))
             outputs = score.new_zeros(len(inputs), score.shape[1]) if outputs is None else outputs
             outputs[rows] = score
             if score.shape[1] < 2:
@@ -442,7 +466,7 @@ class LayeredNetwork(nn.Module):
         x, after = self._layers(inputs, state, starts, observer)
         if self.spike_time is not None:
             current = _unfold(self.readout(x.flatten(0, 1)), len(x))
-            return self.spike_time(current.float()).unsqueeze(0), None
+            return self.spike_time(_wide(current)).unsqueeze(0), None
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
         mean = x if self._timesteps == 1 else _unfold(x, length).mean(1)
         out = _unfold(self.readout(mean.flatten(0, 1)), length)
@@ -478,6 +502,11 @@ class LayeredNetwork(nn.Module):
             if i in self._feeds:
                 held[i] = x.flatten(0, 1)
         return x, after
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return sums over time in 32 bits at least."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
+from spiking_rl.event_layers import is_plain
 from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, Plan, Ways, fused_fresh, fused_scan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, fire_reference, surrogate_derivative
+from spiking_rl.watching import is_exporting, is_watched
 
 MIN_THRESHOLD = 1e-3
 """Floor of a trained threshold; at 0 the surrogate gradient is undefined."""
@@ -104,6 +106,7 @@ def lif_scan_reference(
     *,
     gamma: float = DEFAULT_GAMMA,
     repeat: int = 1,
+    carry: bool = True,
     trace: bool = False,
     single_spike: bool = False,
 ) -> LIFScan:
@@ -112,7 +115,8 @@ def lif_scan_reference(
     Arguments, result and errors are those of :func:`lif_scan`; autograd differentiates the loop.
     """
     _check(current, state, leak, threshold, starts, repeat)
-    current = direct(current, repeat)
+    stored = current.dtype
+    current, state = direct(_wide(current), repeat), _wide_state(state)
     keep = _keep_mask(starts, current)
     membrane = torch.zeros_like(current[0]) if state is None else state.membrane
     fired = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
@@ -131,7 +135,18 @@ def lif_scan_reference(
         spikes.append(spike)
         potentials.append(potential)
     after = LIFState(membrane, fired if single_spike else None)
-    return LIFScan(torch.stack(spikes), after, torch.stack(potentials) if trace else None)
+    return LIFScan(torch.stack(spikes).to(stored), after if carry else None, torch.stack(potentials) if trace else None)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return halves in 32 bits: membranes are kept in as many, whoever scans."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _wide_state(state: LIFState | None) -> LIFState | None:
+    if state is None:
+        return None
+    return LIFState(_wide(state.membrane), None if state.fired is None else _wide(state.fired))
 
 
 def _empty_timesteps(current: Tensor) -> Tensor:
@@ -319,12 +334,18 @@ def lif_scan(
         spikes, after, potentials = found
         fired = spikes.detach().sum(0) if carry and single_spike else None
         return LIFScan(spikes, LIFState(after, fired) if carry else None, potentials)
-    current = direct(current, repeat)
+    # What an export writes down must not be written over; the compiler cannot look through the other question.
+    if is_exporting() if torch.compiler.is_compiling() else is_watched():
+        asked: dict[str, Any] = {"repeat": repeat, "carry": carry, "trace": trace, "single_spike": single_spike}
+        return lif_scan_reference(current, state, leak, threshold, starts, gamma=gamma, **asked)
+    stored = current.dtype
+    current, state = direct(_wide(current), repeat), _wide_state(state)
+    membrane = None if state is None else state.membrane
     spent = None
     if single_spike:
         spent = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
     spikes, after, potentials, fired = _LoopedScan.apply(current, membrane, leak, threshold, starts, gamma, spent)  # type: ignore[no-untyped-call]
-    return LIFScan(spikes, LIFState(after, fired) if carry else None, potentials if trace else None)
+    return LIFScan(spikes.to(stored), LIFState(after, fired) if carry else None, potentials if trace else None)
 
 
 class LIF(nn.Module):
@@ -390,6 +411,10 @@ class LIF(nn.Module):
             single_spike=single_spike,
         )
 
+    def is_own(self) -> bool:
+        """Tell whether this layer does what :class:`LIF` does: no subclass scans otherwise, and nobody listens."""
+        return type(self).forward is LIF.forward and is_plain(self)
+
     def fresh(self, current: Tensor, timesteps: int, repeat: int = 1, *, spare: bool = False) -> Tensor:
         """Scan this layer from rest over a flat batch, for its spikes alone.
 
@@ -409,6 +434,9 @@ class LIF(nn.Module):
         leak, threshold = parameters.get("leak"), parameters.get("threshold")
         if leak is None or threshold is None:  # somebody computes them
             leak, threshold = self.leak, self.threshold
+        if not self.is_own():
+            steps = current.reshape(timesteps // repeat, len(current) * repeat // timesteps, *current.shape[1:])
+            return self(steps, repeat=repeat, carry=False).spikes.flatten(0, 1)  # type: ignore[no-any-return]
         if timesteps == repeat == 1 and not torch.is_grad_enabled():
             if spare and current.dtype is torch.float32:
                 return current.gt_(threshold)  # one decision of a small network is all overhead

@@ -255,7 +255,7 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
         if label == "test accuracy (%)":  # points matter, not the distance from 0
             low = min([value(r) for r in spiking] + control)
             ax.set_ylim(max(0.0, low - 5), min(100.0, max([value(r) for r in spiking] + control) + 2))
-        elif min(value(r) for r in spiking) >= 0:
+        elif min((value(r) for r in spiking), default=-1) >= 0:
             ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
     if control:
         axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")

@@ -129,8 +129,10 @@ class TemporalPruning:
         last_budget: float | None = None,
     ) -> None:
         check_pruning(start, stop)
-        if goal_reports < 1:
-            raise UserError("goal_reports", goal_reports, "must be at least 1")
+        if isinstance(goal_reports, bool) or not hasattr(goal_reports, "__index__") or goal_reports < 1:
+            raise UserError("goal_reports", goal_reports, "must be a whole number of at least 1")
+        if goal is not None and math.isnan(goal):
+            raise UserError("goal", goal, "must be a score to reach, or None")
         budgets = {"first_budget": first_budget, "stage_budget": stage_budget, "last_budget": last_budget}
         for field, value in budgets.items():
             if value is not None and not 0 < value < float("inf"):
@@ -139,7 +141,7 @@ class TemporalPruning:
         self.stop = int(stop)
         self.set_budgets(first_budget, stage_budget, last_budget)
         self.goal = None if goal is None else float(goal)
-        self.goal_reports = goal_reports
+        self.goal_reports = int(goal_reports)
         self.finished = False
         self.stages = [StageRecord(self.start)]
 
@@ -183,8 +185,11 @@ class TemporalPruning:
             spent: what the current stage has spent so far, in the unit of the budgets.
 
         Raises:
+            UserError: ``spent`` is NaN.
             RuntimeError: pruning is finished already.
         """
+        if math.isnan(spent):
+            raise UserError("spent", spent, "must be what the stage has spent so far")
         if self.finished:
             raise RuntimeError("pruning is finished; call extend(stop) to lower T further")
         stage = self.stages[-1]
@@ -222,6 +227,8 @@ class TemporalPruning:
         if self.finished:
             raise RuntimeError("pruning is finished; call extend(stop) to lower T further")
         for field, value in budgets.items():
+            if value is None and field != "last_budget":
+                raise UserError(field, value, "must be a number; only last_budget can be left out")
             if value is not None and not 0 < value < float("inf"):
                 raise UserError(field, value, "must be positive and finite")
         before = {field: getattr(self, field) for field in ("first_budget", "stage_budget", "last_budget")}

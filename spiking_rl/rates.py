@@ -37,9 +37,9 @@ class _FiringRate(torch.autograd.Function):
 def firing_rate(current: Tensor, threshold: Tensor, timesteps: int) -> Tensor:
     """Return the spikes per timestep of LIF neurons with leak 1, from rest, for a current that lasts T timesteps.
 
-    That is ``clip(ceil(T * I / threshold) - 1, 0, T) / T``, exactly in float32 (bfloat16 rounds a
-    hundredth of them to a spike more or less): the charge ``T * I`` pays for so many soft resets, and a neuron fires
-    once per timestep at most. A current that changes may give fewer, since what arrives late is left in the membrane.
+    That is ``clip(ceil(T * I / threshold) - 1, 0, T) / T``, but for currents within rounding of where a spike is gained
+    (in bfloat16, a hundredth of them): the charge ``T * I`` pays for so many soft resets, and a neuron fires once per
+    timestep at most. A current that changes may give fewer, since what arrives late is left in the membrane.
 
     Args:
         current: I, any shape ``(..., *N)``.

@@ -45,8 +45,9 @@ def build_network(name: str, input_shape: Sequence[int], outputs: int, **options
         raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
     coding = {option: options.pop(option) for option in _CODING if option in options}
     known = inspect.signature(NETWORKS[name]).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for option, value in options.items():
-        if option not in known:
+        if option not in known and not takes_any:
             raise UserError(option, value, f"is no option of network {name!r}; it has {', '.join(list(known)[2:])}")
     network = NETWORKS[name](tuple(input_shape), outputs, **options)
     if coding:

@@ -80,4 +80,7 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
 
 def fire_reference(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> Tensor:
     """Return what :func:`fire` does, in torch's own operations."""
-    return _Fire.apply(potential, threshold, gamma)  # type: ignore[no-untyped-call, no-any-return]
+    # A threshold that is one number would be rounded to the potential's halves, and one of many numbers not.
+    wide = torch.promote_types(potential.dtype, threshold.dtype)
+    spikes: Tensor = _Fire.apply(potential.to(wide), threshold, gamma)  # type: ignore[no-untyped-call]
+    return spikes.to(potential.dtype)
