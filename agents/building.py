@@ -27,6 +27,8 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device("cpu") if device == "cpu" else get_device(device)
     except RuntimeError:
         raise UserError("device", device, "is no torch device; use auto, cpu or cuda") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UserError("device", device, "is no device that agents and classifiers are trained on; use cpu or cuda")
     if device.startswith("cuda") and found.type != "cuda":
         raise UserError("device", device, "no CUDA GPU is available here; use --device cpu")
     return found

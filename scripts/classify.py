@@ -164,11 +164,18 @@ def run(args: list[str]) -> dict[str, Any]:
         raise UserError("command", args[0] if args else None, f"{'unknown' if args else 'is missing'}; {known}")
     team = join()
     try:
-        return commands[args[0]](args[1:])
+        result = commands[args[0]](args[1:])
+        if not team.leads:
+            sys.exit(0)  # the first process has said it all
+        return result
     except (UserError, Stopped) as error:
         if team.leads:
             raise
-        sys.exit(error.code if isinstance(error, Stopped) else 2)  # the first process says why
+        if isinstance(error, Stopped):
+            sys.exit(error.code)
+        if error.field in ("data", "workers"):  # of this process's share, or of this machine
+            print(f"spiking-rl: process {team.rank}: {error}", file=sys.stderr)
+        sys.exit(2)  # what else is wrong the first process says
     finally:
         leave()
 
@@ -214,12 +221,13 @@ def _images(config: ClassifyConfig, data: Path | None) -> Images:
 
 def _recipe(args: list[str]) -> str:
     """Return the recipe that is asked for: the other flags override its values."""
-    for i, arg in enumerate(args):
+    found = TrainOptions.recipe
+    for i, arg in enumerate(args):  # the last one holds, as of every flag
         if arg.startswith("--recipe="):
-            return arg.partition("=")[2]
-        if arg == "--recipe" and i + 1 < len(args):
-            return args[i + 1]
-    return TrainOptions.recipe
+            found = arg.partition("=")[2]
+        elif arg == "--recipe" and i + 1 < len(args):
+            found = args[i + 1]
+    return found
 
 
 def _open(folder: RunFolder, where: Where) -> Trainer:
@@ -280,19 +288,24 @@ def _evaluate(args: list[str]) -> dict[str, Any]:
     name, rest = first_argument(args, "run", "a run folder or a file of predicted classes")
     options = parse(EvaluateOptions, "classify evaluate RUN", rest, EVALUATE)
     path = Path(str(name))
+    if join().size > 1:
+        raise UserError("processes", join().size, "score in one process; run classify evaluate without torchrun")
     if path.suffix == ".json":
         for name in ("timesteps", "predictions"):
             if getattr(options, name) is not None:
                 remedy = "is for a run; a file of predicted classes is counted as it stands, leave it out"
                 raise UserError(name, getattr(options, name), remedy)
         dataset = options.dataset or ClassifyConfig.dataset
-        images = _images(ClassifyConfig(dataset=dataset), options.data)
+        # Labels are all that counts: images of a folder may be of any size.
+        images = _images(ClassifyConfig(dataset=dataset, image_size=int(dataset == "folder")), options.data)
         checked = check_predictions(path, images, dataset)
         for row in checked:
             print(f"T={row['timesteps'] or 'ReLU'}: {row['top1']:.2f} %, as claimed")
         return {"dataset": dataset, "rows": checked}
     folder = RunFolder(path)
     folder.require()
+    if options.predictions is not None and not options.predictions.absolute().parent.is_dir():
+        raise UserError("predictions", str(options.predictions), "lies in no folder that is there; make that first")
     config = load_config(folder.config)
     if options.dataset not in (None, config.dataset):
         raise UserError("dataset", options.dataset, f"is {config.dataset} in {path}; leave it out")
@@ -335,6 +348,10 @@ def _finish(trainer: Trainer, command: str, where: Where) -> dict[str, Any]:
     """Train to the end, then score every T on the test images."""
     folder, config = trainer.folder, trainer.config
     trainer.record.note(f"run folder: {folder.path}")
+    for name in ("ann_batch_size",) * config.trains_ann + ("batch_size",) * (config.epochs > 0):
+        if getattr(config, name) > trainer.feed.count:
+            count = trainer.feed.count
+            trainer.record.note(f"warning: {name} is {getattr(config, name)} and there are {count} training images")
     try:
         trainer.run()
     except Interrupted as stop:

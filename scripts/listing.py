@@ -30,14 +30,16 @@ def run(args: list[str]) -> dict[str, Any]:
         print(f"  {name:22}{env}")
     print("  ...                   any other Gymnasium id")
     print(f"pretrained agents (spiking-rl render NAME): {', '.join(agents)}")
-    print(f"networks: {', '.join(networks)}")
+    of_agents = [name for name in networks if name in ("mlp", "nature_cnn")]
+    print(f"networks of agents: {', '.join(of_agents)}")
+    print(f"networks of images: {', '.join(name for name in networks if name not in of_agents)}")
     images = sorted(vision.recipes())
     print(f"image recipes (spiking-rl classify train NETWORK DATASET --recipe NAME): {', '.join(images)}")
-    print(f"data sets: {', '.join(DATASETS)}")
+    print(f"data sets: {', '.join((*DATASETS, 'imagenet'))}")
     return {
         "recipes": found,
         "pretrained": agents,
         "networks": networks,
         "image_recipes": images,
-        "datasets": list(DATASETS),
+        "datasets": [*DATASETS, "imagenet"],
     }

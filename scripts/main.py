@@ -96,6 +96,12 @@ def run(argv: list[str]) -> int:
         # The reader of our output went away (`| head`): nothing is wrong, and nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (RuntimeError, MemoryError, EOFError) as error:
+        text = _machine_message(error)
+        if text is None:
+            raise
+        saved = "; what was saved before is intact, --resume goes on from there" if _trains(name, args) else ""
+        return _fail(f"{text}{saved}", 1)
     except OSError as error:
         return _fail(_disk_message(error, _trains(name, args)), 1)
 
@@ -121,6 +127,16 @@ def _fail(text: str, code: int) -> int:
 def _trains(name: str, args: list[str]) -> bool:
     """Tell whether a command keeps a state from which ``--resume`` goes on."""
     return name in ("train", "prune") or (name == "classify" and args[:1] != ["evaluate"])
+
+
+def _machine_message(error: Exception) -> str | None:
+    """Return in a line what went wrong outside of the program: memory, or a decoding process; None: neither."""
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said:
+        return f"memory = {said or 'none left'!r}: is too small for this; choose smaller batches (or --accumulate)"
+    if isinstance(error, EOFError) or "DataLoader worker" in said:
+        return f"workers = {said or 'a process'!r}: one that decodes images died, as for lack of memory; choose fewer"
+    return None
 
 
 def _disk_message(error: OSError, trains: bool) -> str:

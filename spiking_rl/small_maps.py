@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _NARROW = {torch.bfloat16: 8, torch.float32: 4}  # maps of at most so many columns gain from it
+_FEW_CHANNELS = 8
 _WIDE = 40  # columns that are enough
 
 
@@ -31,6 +32,10 @@ class SmallMapConv2d(nn.Conv2d):
         return _apart(wide, together, math.ceil(input.shape[3] / self.stride[1]))
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kernel_size == (1, 1) and max(self.stride) > 1 and input.is_cpu and self.in_channels < _FEW_CHANNELS:
+            # Of fewer than eight channels torch 2.13 writes beyond its memory (float32, channels last).
+            input = input[..., :: self.stride[0], :: self.stride[1]].contiguous(memory_format=torch.channels_last)
+            return functional.conv2d(input, weight, bias, 1, self.padding, self.dilation, self.groups)
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
     def _layout(self, input: Tensor, kind: torch.dtype) -> tuple[int, int]:

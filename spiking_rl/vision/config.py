@@ -264,6 +264,16 @@ class ClassifyConfig(MainSettings):
             for name in ("percentile", "threshold_scale", "calibration_timesteps"):
                 if getattr(self, name) != getattr(ClassifyConfig, name):
                     found.append(f"{name} means nothing where a firing rate sets the thresholds, see --firing-rate")
+        if not self.epochs:
+            for name in ("spike_penalty", "kappa", "single_spike"):
+                if getattr(self, name):
+                    found.append(f"{name} means nothing without epochs on spikes, see --epochs")
+        if self.timesteps == 1 and self.leak is not None:
+            found.append("leak means nothing at one timestep, after which nothing is kept")
+        if self.rate_epochs and self.leak not in (None, 1.0):
+            found.append(f"rates are those of neurons that do not leak; with leak {self.leak:g} spikes are fewer")
+        if self.dense_dropout and self.network.startswith("resnet"):
+            found.append(f"dense_dropout means nothing for {self.network}, whose only dense layer is the readout")
         if self.workers != ClassifyConfig.workers and self.dataset != "imagenet":
             found.append(f"workers means nothing for {self.dataset}: they decode imagenet, the rest lies in memory")
         lower = self.prune_to < self.timesteps or self.start_from is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def evaluate(
         device: to run on.
 
     Returns:
-        ``dataset, network, timesteps, images, top1, spike_rate, energy_ratio, energy_ratio_int32,
+        ``dataset, network, width, timesteps, images, top1, spike_rate, energy_ratio, energy_ratio_int32,
         energy_ratio_of_rates, macs, accumulates_per_mac, membrane_traffic, image_ms, deployed_ms, sha256, weights,
         predicted``: accuracy in percent; spikes per neuron and timestep by layer (None for a ReLU network); energy with
         both sets of constants, and as the papers count (:class:`spiking_rl.energy.Energy`); additions per
@@ -58,7 +59,8 @@ def evaluate(
     network = load_classifier(folder, config, images).to(device)
     counter = SpikeCounter()
     parts = (predict(network, part, images.mean, images.std, counter) for part, _ in images.test())
-    found = torch.cat(list(parts))
+    with _float32():
+        found = torch.cat(list(parts))
     rates = counter.rates if network.spiking else None
     energy = measured_energy(network, counter)
     return {
@@ -83,6 +85,17 @@ def evaluate(
     }
 
 
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Let GPUs convolve in float32, which by default they round to 10 bits on the way: spikes follow the last ones."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def evaluate_exit(network: LayeredNetwork, images: Images, margin: float) -> dict[str, float]:
     """Score a classifier on the test images that decides as soon as it is clear.
 
@@ -98,7 +111,8 @@ def evaluate_exit(network: LayeredNetwork, images: Images, margin: float) -> dic
     network.set_exit_margin(margin)
     try:
         parts = (predict(network, part, images.mean, images.std, counter) for part, _ in images.test())
-        found = torch.cat(list(parts))
+        with _float32():
+            found = torch.cat(list(parts))
     finally:
         network.set_exit_margin(before)
     used = counter.timesteps(network, len(found))
@@ -170,6 +184,8 @@ def check_predictions(path: Path, images: Images, dataset: str) -> list[dict[str
     loaded = read_json(path, "predictions")
     if loaded.get("format") != "spiking-rl predictions":
         raise UserError("predictions", str(path), "is no file of predicted classes; classify evaluate writes them")
+    if loaded.get("rows") == []:
+        raise UserError("predictions", str(path), "holds no rows; classify evaluate writes one for every T")
     try:
         return [_checked(path, row, images, dataset) for row in loaded["rows"]]
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -40,7 +40,10 @@ class Feed(Protocol):
     count: int
 
     def batches(self, epoch: int, generator: torch.Generator, batch_size: int, first: int) -> Iterator[Batch]:
-        """Go through the images of an epoch from its batch number ``first`` on; whole batches only."""
+        """Go through the images of an epoch from its batch number ``first`` on.
+
+        Whole batches only, but where all images in memory do not make one.
+        """
 
     def some(self, number: int, generator: torch.Generator) -> Tensor:
         """Return at most so many training images, chosen at random, uint8 ``(B, C, H, W)``."""
@@ -65,6 +68,11 @@ class _InMemory:
         if config.crop >= side or config.cutout > side:
             field = "crop" if config.crop >= side else "cutout"
             raise UserError(field, getattr(config, field), f"is too large for images of {side} pixels")
+        for field in ("ann_batch_size", "batch_size") if team.size > 1 and config.batch_norm else ():
+            if getattr(config, field) // config.accumulate < team.size:
+                # Batch norm would learn nothing where there are none, and its means be taken with that.
+                remedy = f"leaves parts of {field} without an image for each of {team.size} processes; lower it"
+                raise UserError("accumulate", config.accumulate, remedy)
         self.config, self.team = config, team
         self.images = images.train_images.to(device)
         self.labels = images.train_labels.to(device)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +364,7 @@ class Trainer:
         for images, labels in batch.parts(config.accumulate, generator) if batch else ():
             if not len(labels):
                 continue  # of a small part not every process has a share
-            with autocast(self.device, config.precision):
+            with autocast(self.device, config.precision), _enough_images(config.accumulate):
                 loss = self.objective(images, labels)
             assert batch is not None
             share = len(labels) / len(batch)
@@ -399,9 +400,11 @@ class Trainer:
         right, count = 0, 0
         with autocast(self.device, self.config.precision):
             for images, labels in self.images.validation():
-                watched = max(_WATCHED, len(labels) // 10)
-                for observer, part in ((counter, slice(watched)), (None, slice(watched, None))):
-                    if len(labels[part]):
+                # From everywhere: images of a folder lie class by class.
+                watched = torch.zeros(len(labels), dtype=torch.bool)
+                watched[:: max(1, len(labels) // max(_WATCHED, len(labels) // 10))] = True
+                for observer, part in ((counter, watched), (None, ~watched)):
+                    if part.any():
                         found = predict(self.network, images[part], self.mean, self.std, observer)
                         right += int((found == labels[part].cpu()).sum())
                 count += len(labels)
@@ -470,6 +473,7 @@ class Trainer:
             WorkError: the loss is no longer a number; the last good state stays.
         """
         if not self.team.leads:
+            self._saved = time.monotonic()
             return
         self._require_number(float(self.loss_sum))
         optimiser, scalars = pack_optimiser(self.optimizer)
@@ -533,3 +537,15 @@ class Trainer:
     def _request_stop(self) -> None:
         self.stop_requested = True
         self.record.note("stopping: saving the run (again to stop at once)")
+
+
+@contextmanager
+def _enough_images(accumulate: int) -> Iterator[None]:
+    """Name what is wrong where batch norm has one image of one pixel to learn from."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        remedy = "leaves one image to a pass, too few for batch norm behind the last pool; lower it, or enlarge batches"
+        raise WorkError("accumulate", accumulate, remedy) from None

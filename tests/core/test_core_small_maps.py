@@ -161,3 +161,19 @@ def test_an_exported_layer_takes_other_batches() -> None:
     exported = torch.export.export(small, (torch.randn(8, 3, 2, 2),), dynamic_shapes=({0: batch},)).module()
     x = torch.randn(9, 3, 2, 2)
     assert torch.allclose(exported(x), plain(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 7])
+def test_a_narrow_shortcut_at_stride_two_leaves_memory_alone(channels: int) -> None:
+    torch.manual_seed(0)
+    layer = SmallMapConv2d(channels, 8, 1, 2)
+    for side in (16, 9):
+        x = torch.randn(16, channels, side, side).to(memory_format=torch.channels_last).requires_grad_()
+        y = layer(x)
+        wanted = torch.nn.functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), 2)  # type: ignore[union-attr]
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
+        weights = torch.randn_like(y)
+        found = torch.autograd.grad((y * weights).sum(), [x, layer.weight])
+        truly = torch.autograd.grad((wanted * weights).sum(), [x, layer.weight])
+        for a, b in zip(found, truly, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -156,6 +156,40 @@ def test_images_sorted_by_class_are_shuffled_before_the_split_always_alike(tmp_p
     assert torch.equal(first.val_images, second.val_images)
 
 
+@pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 2, 1, 0], [0, 1, 2, 3, 0, 1, 2, 3]])
+def test_images_class_by_class_are_shuffled_whatever_the_order_of_classes(tmp_path: Path, order: list[int]) -> None:
+    labels = [label for label in order for _ in range(400 // len(order))]
+    pool = [encode(pixels) for pixels in random_pixels(4)]
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", [pool[label] for label in labels], labels, NAMES[:4])
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", pool, [0, 1, 2, 3], NAMES[:4])
+    found = load_dataset("folder", tmp_path)
+    assert found.val_labels.bincount(minlength=4).min() >= 3
+    assert found.train_labels.bincount(minlength=4).min() > 80
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path: Path) -> None:
+    stored = np.zeros((4, 4, 3), np.uint8)
+    stored[0] = 255  # the upper edge, which a camera held upright saw on the right
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(3):
+                Image.fromarray(stored).save(tmp_path / split / name / f"{k}.png", exif=turned)
+    seen = load_dataset("folder", tmp_path, size=4).test_images[0, 0]
+    assert (seen[:, 3] == 255).all()
+    assert (seen[:, :3] == 0).all()
+
+
+def test_a_folder_called_test_beside_the_data_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_x.py").write_text("")
+    for split, count in (("train", 20), ("test", 2)):
+        write_folders(tmp_path / "data" / split, {f"c{c}": list(random_pixels(count, 2, c)) for c in range(2)})
+    assert len(load_dataset("folder", tmp_path, size=2).test_labels) == 4
+
+
 def test_a_folder_with_all_three_splits_uses_them(tmp_path: Path) -> None:
     for split, count, seed in (("train", 5, 0), ("val", 2, 9), ("test", 3, 19)):
         write_folders(tmp_path / split, {name: list(random_pixels(count, 4, seed)) for name in "ab"})

@@ -532,6 +532,8 @@ def test_an_arithmetic_that_is_emulated_is_told_of(
         ({"workers": 4}, ["workers means nothing for cifar10"]),
         ({"workers": 4, "dataset": "imagenet"}, []),
         ({"rescale_thresholds": True}, []),
+        ({"spike_penalty": 1.0, "epochs": 0}, ["spike_penalty means nothing without epochs"]),
+        ({"leak": 0.5}, []),
         ({"rescale_thresholds": True, "prune_to": 5}, ["rescale_thresholds means nothing"]),
         ({"rescale_thresholds": True, "prune_to": 5, "start_from": "runs/a/checkpoints/T5"}, []),
         *(({"recipe": name}, []) for name in sorted(recipes())),

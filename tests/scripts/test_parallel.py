@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -169,6 +170,31 @@ def test_images_from_disk_are_shared_out(quickly: Quickly, data: Path, tmp_path:
     codes, errors = quickly(command(folder, tmp_path / "odd", dataset="imagenet", **{**changes, "batch_size": 15}))
     assert codes == [2, 2]
     assert errors.count("must be a multiple of the 2 processes") == 1
+
+
+def test_who_meets_a_damaged_image_names_it(quickly: Quickly, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data / "train", folder / "train")
+    (folder / "val").symlink_to(data / "test")
+    changes = {"image_size": 32, "workers": 0, "ann_epochs": 4, "epochs": 0}
+    met = set()
+    for path in sorted((folder / "train" / "dark").iterdir())[:4]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100])
+        codes, errors = quickly(command(folder, tmp_path / path.stem, dataset="imagenet", **changes))
+        path.write_bytes(whole)
+        assert codes == [2, 2]
+        assert path.name in errors
+        assert "cannot be decoded" in errors
+        met.add("process 1: data" in errors)
+    assert met == {False, True}
+
+
+def test_every_process_has_an_image_for_batch_norm(quickly: Quickly, data: Path, tmp_path: Path) -> None:
+    words = command(data, tmp_path / "run", ann_epochs=1, epochs=0, accumulate=16)
+    codes, errors = quickly([word for word in words if word != "--no-batch-norm"])
+    assert codes == [2, 2]
+    assert errors.count("accumulate = 16: leaves parts of ann_batch_size without an image") == 1
 
 
 def test_rates_come_before_spikes_in_both(quickly: Quickly, data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,8 +25,13 @@ _TRIES = 10
 _SHORT_SIDE = 256 / 224  # of an evaluated image before its centre is cut out
 
 
-def decode(raw: bytes, name: str) -> Image.Image:
+def decode(raw: bytes, name: str, *, upright: bool = False) -> Image.Image:
     """Decode PNG, JPEG, WebP or BMP to RGB.
+
+    Args:
+        raw: the file's bytes.
+        name: for the message.
+        upright: turn pictures as their camera says; ImageNet's are trained on as they lie in their files.
 
     Raises:
         UserError: it is none of these, or damaged; the message has ``name``.
@@ -35,7 +40,8 @@ def decode(raw: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(raw), formats=_FORMATS) as image:
             if math.prod(image.size) > _MOST_PIXELS:
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are more than {_MOST_PIXELS:,}")
-            return _eight_bits(image).convert("RGB")
+            picture = ImageOps.exif_transpose(image) if upright else image
+            return _eight_bits(picture).convert("RGB")
     except Exception as error:  # damaged bytes raise many types: OSError, SyntaxError, ValueError, struct.error ...
         reason = "no PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
         raise UserError("data", name, f"cannot be decoded ({reason}); replace or remove it") from None
@@ -94,7 +100,7 @@ def decode_all(source: ImageSource, size: int, title: str) -> Tensor:
         images = source.read(group)
         for index, raw in enumerate(images, int(source.bounds[group])):
             name = source.name(index)
-            out[index] = pixels(fit(decode(raw, name), size, name))
+            out[index] = pixels(fit(decode(raw, name, upright=True), size, name))
         return len(images)
 
     with (
