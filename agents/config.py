@@ -295,6 +295,9 @@ def load_recipe(name: str, algo: str | None = None) -> tuple[str, TrainConfig]:
     Raises:
         UserError: unknown algorithm, or a recipe with a mistake in it.
     """
+    if not isinstance(name, str):
+        remedy = "name the environment by its id; of your own register one (gymnasium.register), wrappers included"
+        raise UserError("env", str(name), remedy)
     known = recipes()
     by_env = {str(r.get("env")): n for n, r in known.items()}
     atari = None if name in known else parse_atari(name)

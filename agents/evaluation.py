@@ -96,6 +96,10 @@ def require_spaces(q_net: SpikingQNetwork, env: Env[Any, Any], env_id: str) -> N
         UserError: naming both.
     """
     ours = q_net.observation_space, q_net.action_space
+    shape, wanted = (tuple(getattr(space, "shape", None) or ()) for space in (env.observation_space, ours[0]))
+    if len(shape) == 3 and shape[2:] + shape[:2] == wanted != shape:
+        remedy = "gives images with their channels last, which were turned for the agent; wrap it to give them first"
+        raise UserError("env", env_id, remedy)
     if (env.observation_space, env.action_space) != ours:
         raise UserError("env", env_id, f"has other spaces than the agent: {ours[0]}, {ours[1]}")
 

@@ -31,7 +31,7 @@ def agent_onnx(model: SpikingPQN | SpikingDQN, about: Mapping[str, str] | None =
         UserError: onnx is not installed, or the agent has a code or an observation that cannot be exported.
     """
     q_net = model.policy.q_net
-    return onnx_model(q_net.network, raw_observation(q_net), stateful=bool(model.stateful), about=about)
+    return onnx_model(q_net.network, raw_observation(q_net), stateful=q_net.stateful, about=about)
 
 
 def raw_observation(q_net: SpikingQNetwork) -> Observation:

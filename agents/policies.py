@@ -257,6 +257,9 @@ class SpikingMlpPolicy(DQNPolicy):
                 "SpikingDQN or SpikingPQN with MlpPolicy",
             )
         network_kwargs = dict(network_kwargs or {})
+        for name, plain in (("encoding", "direct"), ("single_spike", False), ("kappa", 0.0)):
+            if stateful and network_kwargs.get(name, plain) != plain:
+                raise UserError(name, network_kwargs[name], "is for fresh membranes; use it without stateful")
         if stateful and network_kwargs.get("neuron") != "relu":
             network_kwargs.setdefault("time_constants", TIME_CONSTANTS)
             if network == "mlp":

@@ -176,7 +176,9 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self._finish_setup()
         if self.stateful and self.env is not None and self.n_envs < self.n_minibatches:
             raise UserError(
-                "n_minibatches", self.n_minibatches, f"a stateful agent splits its {self.n_envs} environments so often"
+                "n_minibatches",
+                self.n_minibatches,
+                f"a stateful agent splits its environments, {self.n_envs}, so often; take fewer, or more environments",
             )
         # The schedule divides by the fraction.
         first = self.exploration_initial_eps if self.exploration_fraction else self.exploration_final_eps

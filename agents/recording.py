@@ -29,7 +29,8 @@ class Recording:
         rewards: ``(D,)``.
         episode_starts: bool ``(D,)``, true where an episode opens.
         q_values: ``(D, A)``.
-        spikes: bool ``(D, T, *N)`` by layer; non-zero outputs where the network is a ReLU network.
+        spikes: bool ``(D, T, *N)`` by layer; non-zero outputs where the network is a ReLU network. Under hybrid and
+            Poisson encoding also those of the ``input``.
         potentials: membrane potential before reset, float32 ``(D, T, *N)`` by layer, in units of the
             layer's current.
     """
@@ -87,8 +88,9 @@ def record(
     potentials: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
 
     def observer(layer: str, output: Tensor, potential: Tensor) -> None:
-        spikes[layer].append((output[:, 0] != 0).cpu().numpy())
-        potentials[layer].append(potential[:, 0].float().cpu().numpy())
+        spikes.setdefault(layer, []).append((output[:, 0] != 0).cpu().numpy())
+        if layer in potentials:  # coded inputs have none
+            potentials[layer].append(potential[:, 0].float().cpu().numpy())
 
     playing = make_single(env)
     try:

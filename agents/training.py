@@ -338,6 +338,9 @@ def replace_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConf
     Raises:
         UserError: unknown name or wrong type.
     """
+    if "total_timesteps" in settings:
+        remedy = "is called agent_steps here; timesteps are those of the spiking network"
+        raise UserError("total_timesteps", settings["total_timesteps"], remedy)
     return settings_from_dict(type(config), {**dataclasses.asdict(config), **settings}, "the arguments")
 
 

@@ -37,6 +37,7 @@ def write_video(path: Path | str, frames: Iterable[Frame], fps: float, quality: 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.mp4")
+    partial.touch()  # what stands in the way is told by us: the encoder would tell it in a dozen lines
     writer = None
     count = 0
     try:

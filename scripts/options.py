@@ -7,6 +7,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -81,10 +82,10 @@ def parse_settings(kind: type[T], main: type[Any], recipe: Any, command: str, ar
 
 
 def _first_sentence(box: str) -> str:
-    """Return the message out of the frame that the parser draws around it."""
+    """Return the message, which may be broken into lines, out of the frame that the parser draws around it."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
-    words = [line for line in lines[1:] if line]
-    return words[0].rstrip(".") if words else "cannot be understood"
+    words = list(takewhile(bool, dropwhile(lambda line: not line, lines[1:])))
+    return " ".join(words).rstrip(".") if words else "cannot be understood"
 
 
 def changes_of(

@@ -180,6 +180,9 @@ def spikes_per_input(network: LayeredNetwork, rates: Mapping[str, float]) -> lis
                 ways.append((source, layer.shortcut))
             else:
                 alone = spikes[source]
+        if not layer.macs and i == len(network.maps):
+            per_input.append(0.0)  # a readout that only passes on, as in front of somebody else's layers
+            continue
         if not all(way for _, way in ways):
             name = [*network.layer_names, "readout"][i]
             raise UserError("network", name, "holds no linear map or convolution of torch's to count the additions of")

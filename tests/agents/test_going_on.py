@@ -272,3 +272,26 @@ def test_a_run_keeps_how_its_model_learns(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert "train_freq: 16\n" in text
     assert "learning_rate: 0.0002\n" in text
+
+
+def test_coded_inputs_are_recorded_too() -> None:
+    coded = {
+        "timesteps": 3,
+        "network_kwargs": {"hidden": [8], "encoding": "hybrid", "single_spike": True, "kappa": 0.5},
+    }
+    play = record(pqn(policy_kwargs=coded), "CartPole-v1", decisions=5)
+    assert play.spikes["input"].shape == (5, 3, 4)
+    assert play.potentials.keys() == {"layer1"}
+
+
+def test_what_is_no_id_and_what_is_called_otherwise_is_told() -> None:
+    with pytest.raises(UserError, match="name the environment by its id"):
+        train(gym.make("CartPole-v1"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="agent_steps"):
+        train("CartPole-v1", total_timesteps=100)
+
+
+@pytest.mark.parametrize("make", [pqn, dqn])
+def test_codes_carry_no_membranes(make: Any) -> None:
+    with pytest.raises(UserError, match="encoding = 'hybrid'"):
+        make(stateful=True, policy_kwargs={"network_kwargs": {"encoding": "hybrid"}})

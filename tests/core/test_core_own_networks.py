@@ -349,3 +349,12 @@ def test_pruning_keeps_what_it_can_save_and_refuses_what_is_no_number() -> None:
     with pytest.raises(UserError, match="first_budget"):
         pruning.change_budgets(0, {"first_budget": None})
     assert pruning.timesteps == 3
+
+
+def test_a_readout_that_only_passes_on_costs_nothing() -> None:
+    network = own([nn.Linear(8, 64), nn.Linear(64, 16)], [LIF(), LIF()], nn.Flatten(), (8,))
+    counter = SpikeCounter()
+    network(torch.randn(1, 16, 8), observer=counter)
+    energy = measured_energy(network, counter)
+    assert energy.accumulates_per_mac == pytest.approx(3 * counter.rates["layer1"])
+    assert energy.ratio > 0
