@@ -21,13 +21,13 @@ def check_ranges(values: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the first bad one.
     """
-    for name in values.keys() & set(_COUNTS):
+    for name in filter(values.__contains__, _COUNTS):  # in their order: the first bad one is always the same
         if values[name] < 1:
             raise UserError(name, values[name], "must be at least 1")
-    for name in values.keys() & set(_PARTS):
+    for name in filter(values.__contains__, _PARTS):
         if not 0 <= values[name] <= 1:
             raise UserError(name, values[name], "must lie between 0 and 1")
-    for name in values.keys() & set(_POSITIVE):
+    for name in filter(values.__contains__, _POSITIVE):
         if not 0 < values[name] < float("inf"):
             raise UserError(name, values[name], "must be positive and finite")
     if values.get("burn_in", 0) < 0:

@@ -81,8 +81,7 @@ def run(argv: list[str]) -> int:
             print(json.dumps(result, allow_nan=False))
         return 0
     except WorkError as error:
-        saved = "; what was saved before is intact, --resume goes on from there" if _trains(name, args) else ""
-        return _fail(f"{error}{saved}", 1)
+        return _fail(f"{error}{_kept(name, args)}", 1)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -100,8 +99,7 @@ def run(argv: list[str]) -> int:
         text = _machine_message(error)
         if text is None:
             raise
-        saved = "; what was saved before is intact, --resume goes on from there" if _trains(name, args) else ""
-        return _fail(f"{text}{saved}", 1)
+        return _fail(f"{text}{_kept(name, args)}", 1)
     except OSError as error:
         return _fail(_disk_message(error, _trains(name, args)), 1)
 
@@ -127,6 +125,11 @@ def _fail(text: str, code: int) -> int:
 def _trains(name: str, args: list[str]) -> bool:
     """Tell whether a command keeps a state from which ``--resume`` goes on."""
     return name in ("train", "prune") or (name == "classify" and args[:1] != ["evaluate"])
+
+
+def _kept(name: str, args: list[str]) -> str:
+    """Return what is left of a command that went wrong in the middle of its work."""
+    return "; what was saved before is intact, --resume goes on from there" if _trains(name, args) else ""
 
 
 def _machine_message(error: Exception) -> str | None:

@@ -14,7 +14,7 @@ from spiking_rl.encoding import Encoder, build_encoder, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.event_layers import is_plain, through_events
 from spiking_rl.group_norm import GroupNorm
-from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore
+from spiking_rl.neurons import LIF, LIFState, SpikeTimeScore, at_least_float32
 from spiking_rl.pruning import MAX_TIMESTEPS
 from spiking_rl.rates import firing_rate
 from spiking_rl.surrogate import DEFAULT_GAMMA
@@ -356,7 +356,7 @@ class LayeredNetwork(nn.Module):
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
         out: Tensor = self.readout(x if timesteps == 1 else _unfold(x, timesteps).mean(0))
         if self.spike_time is not None:
-            out = self.spike_time(_wide(out.unsqueeze(0)))
+            out = self.spike_time(at_least_float32(out.unsqueeze(0)))
         return _unfold(out, length)
 
     def _flat_layers(self, x: Tensor, length: int, observer: Observer | None) -> Tensor:
@@ -418,7 +418,7 @@ class LayeredNetwork(nn.Module):
         if not self.spiking:
             raise ValueError("only a spiking network has currents at each timestep")
         spikes, _ = self._layers(inputs.flatten(0, 1).unsqueeze(0), None, None, None)
-        return _wide(_unfold(self.readout(spikes.flatten(0, 1)), len(spikes)))
+        return at_least_float32(_unfold(self.readout(spikes.flatten(0, 1)), len(spikes)))
 
     def _early(self, inputs: Tensor, margin: float, observer: Observer | None) -> Tensor:
         """Return outputs ``(B, n)``, each as of the first timestep at which it is clear."""
@@ -443,7 +443,7 @@ class LayeredNetwork(nn.Module):
                     held[i] = x
             currents.append(self.readout(x))
             now = torch.stack(currents)
-            score = now.mean(0) if self.spike_time is None else self.spike_time(_wide(now))
+            score = now.mean(0) if self.spike_time is None else self.spike_time(at_least_float32(now))
             outputs = score.new_zeros(len(inputs), score.shape[1]) if outputs is None else outputs
             outputs[rows] = score
             if score.shape[1] < 2:
@@ -466,7 +466,7 @@ class LayeredNetwork(nn.Module):
         x, after = self._layers(inputs, state, starts, observer)
         if self.spike_time is not None:
             current = _unfold(self.readout(x.flatten(0, 1)), len(x))
-            return self.spike_time(_wide(current)).unsqueeze(0), None
+            return self.spike_time(at_least_float32(current)).unsqueeze(0), None
         # The readout is linear, so the mean over timesteps may be taken before it: one pass, not T.
         mean = x if self._timesteps == 1 else _unfold(x, length).mean(1)
         out = _unfold(self.readout(mean.flatten(0, 1)), length)
@@ -502,11 +502,6 @@ class LayeredNetwork(nn.Module):
             if i in self._feeds:
                 held[i] = x.flatten(0, 1)
         return x, after
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return sums over time in 32 bits at least."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _rows(tensor: Tensor | None, chosen: Tensor) -> Tensor | None:

@@ -116,7 +116,7 @@ def lif_scan_reference(
     """
     _check(current, state, leak, threshold, starts, repeat)
     stored = current.dtype
-    current, state = direct(_wide(current), repeat), _wide_state(state)
+    current, state = direct(at_least_float32(current), repeat), _wide_state(state)
     keep = _keep_mask(starts, current)
     membrane = torch.zeros_like(current[0]) if state is None else state.membrane
     fired = torch.zeros_like(current[0]) if state is None or state.fired is None else state.fired
@@ -138,15 +138,15 @@ def lif_scan_reference(
     return LIFScan(torch.stack(spikes).to(stored), after if carry else None, torch.stack(potentials) if trace else None)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """Return halves in 32 bits: membranes are kept in as many, whoever scans."""
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return halves in 32 bits: sums over time, as membranes are, are kept in as many, whoever adds up."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def _wide_state(state: LIFState | None) -> LIFState | None:
     if state is None:
         return None
-    return LIFState(_wide(state.membrane), None if state.fired is None else _wide(state.fired))
+    return LIFState(at_least_float32(state.membrane), None if state.fired is None else at_least_float32(state.fired))
 
 
 def _empty_timesteps(current: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def lif_scan(
         asked: dict[str, Any] = {"repeat": repeat, "carry": carry, "trace": trace, "single_spike": single_spike}
         return lif_scan_reference(current, state, leak, threshold, starts, gamma=gamma, **asked)
     stored = current.dtype
-    current, state = direct(_wide(current), repeat), _wide_state(state)
+    current, state = direct(at_least_float32(current), repeat), _wide_state(state)
     membrane = None if state is None else state.membrane
     spent = None
     if single_spike:
