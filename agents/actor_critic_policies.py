@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, ClassVar
 
 from gymnasium import spaces
@@ -13,7 +14,14 @@ from spiking_rl.agents.features import SpikingFeaturesExtractor
 from spiking_rl.agents.optimisation import equip_optimizer
 from spiking_rl.errors import UserError
 
+_SB3 = frozenset(signature(ActorCriticPolicy.__init__).parameters)
 _OURS = ("net_arch", "activation_fn", "ortho_init", "features_extractor_class", "features_extractor_kwargs")
+
+_OF_OTHERS = {
+    "q_net": "it is for PPO and A2C; DQN takes SpikingMlpPolicy (images: SpikingCnnPolicy)",
+    "quantile_net": "it is for PPO and A2C; QRDQN takes SpikingQRMlpPolicy (images: SpikingQRCnnPolicy)",
+    "actor": "it is for PPO and A2C; SAC and TD3 take SpikingFeaturesExtractor in policy_kwargs",
+}
 
 
 class SpikingActorCriticPolicy(ActorCriticPolicy):
@@ -39,7 +47,7 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
 
     Raises:
         UserError: observations that the network cannot take, or an option that ``network_kwargs``
-            replaces.
+            replaces or that nobody knows.
     """
 
     features_extractor: SpikingFeaturesExtractor
@@ -62,6 +70,9 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
         for name in _OURS:
             if name in kwargs:
                 raise UserError(name, kwargs[name], "leave it out; network_kwargs describes the spiking layers")
+        for name in kwargs.keys() - _SB3:
+            taken = "timesteps, network, network_kwargs, share_features_extractor, or one of ActorCriticPolicy's"
+            raise UserError(name, kwargs[name], f"is no option of {type(self).__name__}; name {taken}")
         self.network_options = {
             "timesteps": timesteps,
             "network": network or self.default_network,
@@ -102,6 +113,12 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
         """Restore a copied or unpickled policy; optimisers lose their hooks on the way."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         equip_optimizer(self.optimizer, self)
+
+    def __getattr__(self, name: str) -> Any:
+        """As of any module, but say what is wrong where an algorithm looks for what this policy cannot have."""
+        if name in _OF_OTHERS:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {_OF_OTHERS[name]}")
+        return super().__getattr__(name)
 
     @property
     def timesteps(self) -> int:

@@ -21,6 +21,7 @@ from stable_baselines3.common.vec_env import (
     sync_envs_normalization,
 )
 
+from spiking_rl.agents.features import ExtractorStages
 from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.errors import UserError
@@ -34,17 +35,17 @@ class _StagedPolicy(Protocol):
     def timesteps(self) -> int: ...
     def set_timesteps(self, timesteps: int) -> None: ...
     def rebuild_optimizer(self, learning_rate: float) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 class TemporalPruningCallback(BaseCallback):
     """Lower the timesteps T stage by stage while an algorithm learns.
 
     Works with every policy of this package, in SB3's DQN, PPO and A2C, ``sb3_contrib.QRDQN`` and our
-    own learners. Weights are scored between rollouts; the best of a stage are kept in memory. The
-    next stage starts from them, in the target network too, with T lowered in the networks and in
-    ``model.policy_kwargs`` and with a fresh optimiser; a replay buffer stays. After the last stage
+    own learners, and with every algorithm whose ``features_extractor_class`` is
+    :class:`SpikingFeaturesExtractor`, such as SAC and TD3. Weights are scored between rollouts; the
+    best of a stage are kept in memory. The next stage starts from them, in the target network too,
+    with T lowered in the networks and in ``model.policy_kwargs`` and with a fresh optimiser; a replay
+    buffer stays. After the last stage
     the best weights are loaded and training stops: give ``learn`` at least ``pruning.remaining`` agent
     steps and, as stages end with a rollout and a finished episode, a rollout and an episode more for each.
     If ``learn`` ends earlier the model keeps its latest weights, a warning says so, and another ``learn``
@@ -84,23 +85,27 @@ class TemporalPruningCallback(BaseCallback):
         self.eval_env = DummyVecEnv([lambda: Monitor(eval_env)]) if isinstance(eval_env, gym.Env) else eval_env
         self.eval_episodes = eval_episodes
         self.report_every = report_every
+        self._extractors: ExtractorStages | None = None  # of a policy that has no timesteps of its own
         self._best: dict[str, torch.Tensor] = {}
         self._spent = 0  # agent steps of the current stage
         self._reported = 0  # of them, when the latest score was taken
         self._seen = 0  # model.num_timesteps when _spent was brought up to date
 
     @property
-    def _policy(self) -> _StagedPolicy:
-        return cast(_StagedPolicy, self.model.policy)
+    def _timesteps(self) -> int:
+        return (self._extractors or cast(_StagedPolicy, self.model.policy)).timesteps
 
     def _on_training_start(self) -> None:
-        kind = type(self.model.policy).__name__
-        if not hasattr(self.model.policy, "set_timesteps"):
-            raise UserError("policy", kind, "has no timesteps to prune; use a spiking policy of this package")
-        if self._policy.timesteps != self.pruning.timesteps:
+        policy = self.model.policy
+        if ExtractorStages.fits(policy) and not hasattr(policy, "set_timesteps"):
+            self._extractors = ExtractorStages(policy)
+        elif not hasattr(policy, "set_timesteps"):
+            remedy = "use a spiking policy of this package, or its SpikingFeaturesExtractor"
+            raise UserError("policy", type(policy).__name__, f"has no timesteps to prune; {remedy}")
+        if self._timesteps != self.pruning.timesteps:
             raise UserError(
                 "timesteps",
-                self._policy.timesteps,
+                self._timesteps,
                 f"the pruning expects T={self.pruning.timesteps}; make both start at the same T",
             )
         env = self.training_env
@@ -128,7 +133,7 @@ class TemporalPruningCallback(BaseCallback):
             self._report_if_due()  # an earlier stage waits: the next one would begin with nobody to train it
         if not self.pruning.finished:
             left = max(0, self.pruning.remaining - self._spent)
-            at = f"the model is at T={self._policy.timesteps} of {self.pruning.stop}"
+            at = f"the model is at T={self._timesteps} of {self.pruning.stop}"
             remedy = f"call learn again: {left:.0f} agent steps are left, and a rollout per stage"
             warnings.warn(f"temporal pruning is not finished: {at}; {remedy}", stacklevel=2)
 
@@ -147,7 +152,7 @@ class TemporalPruningCallback(BaseCallback):
         self._reported = self._spent
         decision = self.pruning.report(score, self._spent)
         self.logger.record("pruning/score", score)
-        self.logger.record("pruning/timesteps", self._policy.timesteps)
+        self.logger.record("pruning/timesteps", self._timesteps)
         if decision.improved:
             self._keep()
         if isinstance(decision, Next):
@@ -173,10 +178,10 @@ class TemporalPruningCallback(BaseCallback):
 
     def _keep(self) -> None:
         with self._evaluated_weights():
-            self._best = {name: tensor.clone() for name, tensor in self._policy.state_dict().items()}
+            self._best = {name: tensor.clone() for name, tensor in self.model.policy.state_dict().items()}
 
     def _load_best(self) -> None:
-        self._policy.load_state_dict(self._best)
+        self.model.policy.load_state_dict(self._best)
         policy = self.model.policy
         if isinstance(policy, SpikingMlpPolicy) and policy.has_target:
             policy.q_net_target.load_state_dict(policy.q_net.state_dict())
@@ -185,11 +190,14 @@ class TemporalPruningCallback(BaseCallback):
         self._load_best()
         if isinstance(self.model, StagedAlgorithm):
             self.model.begin_stage(timesteps)
+        elif self._extractors is not None:
+            self._extractors.begin(self.model, timesteps)
         else:
-            self._policy.set_timesteps(timesteps)
+            policy = cast(_StagedPolicy, self.model.policy)
+            policy.set_timesteps(timesteps)
             self.model.policy_kwargs = {**self.model.policy_kwargs, "timesteps": timesteps}  # not the caller's own
             remaining = self.model._current_progress_remaining
-            self._policy.rebuild_optimizer(self.model.lr_schedule(remaining))
+            policy.rebuild_optimizer(self.model.lr_schedule(remaining))
         self._spent = self._reported = 0
         if self.eval_env is None and self.model.ep_info_buffer is not None:
             self.model.ep_info_buffer.clear()  # the scores of this stage are of its own episodes

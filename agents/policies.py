@@ -22,6 +22,10 @@ from spiking_rl.neurons import LIFState
 from spiking_rl.registry import build_network
 
 _OPTIMIZERS = (torch.optim.Adam, torch.optim.RAdam)  # ours and SB3's, with options of ours
+_NO_ACTOR = (
+    "gives Q-values, for SpikingDQN, SpikingPQN and SB3's DQN; PPO and A2C take SpikingActorCriticPolicy (images: "
+    "SpikingActorCriticCnnPolicy), SAC and TD3 SpikingFeaturesExtractor in policy_kwargs"
+)
 TIME_CONSTANTS = (0.2, 8.0)
 """Of a stateful agent's membranes, shortest and longest, in decisions."""
 
@@ -240,6 +244,8 @@ class SpikingMlpPolicy(DQNPolicy):
         normalize_images: bool = True,
         **foreign: Any,
     ) -> None:
+        if "use_sde" in foreign:  # which only algorithms with an actor hand over
+            raise UserError("policy", type(self).__name__, _NO_ACTOR)
         for name, value in foreign.items():
             raise UserError(name, value, "is no option of spiking policies; network_kwargs describes their layers")
         network = network or self.default_network
@@ -299,6 +305,14 @@ class SpikingMlpPolicy(DQNPolicy):
         self._optimizer, self._first_rate = None, learning_rate
         if self._own_optimizer or not learning_rate >= 0:
             _ = self.optimizer  # what it does not take is told at once, and not in the middle of learning
+
+    def __getattr__(self, name: str) -> Any:
+        """As of any module, but say what is wrong where ``QRDQN`` looks for quantiles."""
+        if name == "quantile_net":
+            raise AttributeError(
+                f"{type(self).__name__} has no quantile_net; QRDQN takes SpikingQRMlpPolicy, SpikingQRCnnPolicy"
+            )
+        return super().__getattr__(name)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -452,7 +466,10 @@ def check_observation_space(
         raise UserError("observation_space", shown, "must count from 0; wrap the environment to shift it")
     if network == "mlp" and is_image_space(observation_space):
         raise UserError(
-            "observation_space", shown, "images need a convolutional network; use a Cnn policy such as SpikingCnnPolicy"
+            "observation_space",
+            shown,
+            "images need a convolutional network; use the Cnn policy of the same kind, SpikingCnnPolicy for DQN, "
+            "SpikingActorCriticCnnPolicy for PPO",
         )
     if network == "nature_cnn" and not is_image_space(observation_space, normalized_image=not normalize_images):
         raise UserError(

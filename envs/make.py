@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from spiking_rl.envs.atari import AtariGame, AtariVecEnv, parse_atari
 from spiking_rl.envs.checked import CheckedEnv
-from spiking_rl.errors import UserError
+from spiking_rl.errors import UserError, WorkError
 
 
 def make_single(env_id: str, *, render: bool = False) -> gym.Env[Any, Any]:
@@ -74,8 +74,12 @@ def _one_line(error: Exception) -> str:
 def _suggestion(env_id: str, error: Exception) -> str:
     if isinstance(error, gym.error.DeprecatedEnv):
         return _one_line(error)
-    close = difflib.get_close_matches(env_id, gym.registry.keys(), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else "see gymnasium.pprint_registry() for the ids"
+    named: dict[str, str] = {}
+    for key, spec in gym.registry.items():
+        if key.startswith("ALE/") or not str(spec.entry_point).startswith("ale_py"):  # no ids of an older ALE
+            named |= {key.lower(): key, key.lower().removeprefix("ale/"): key}
+    close = difflib.get_close_matches(env_id.lower(), named, n=1, cutoff=0.7)
+    hint = f"did you mean {named[close[0]]!r}?" if close else "see gymnasium.pprint_registry() for the ids"
     return f"no such environment; {hint} (your own: module:EnvId)"
 
 
@@ -107,15 +111,20 @@ def require_named(env_id: str, named: Iterable[str] = ()) -> None:
 
 
 def check_environment(env_id: str) -> tuple[gym.Space[Any], gym.Space[Any]]:
-    """Make an environment once, close it, and return its observation and action space.
+    """Make an environment once, take a step in it, close it, and return its observation and action space.
 
     Raises:
-        UserError: as :func:`make_single`.
+        UserError: as :func:`make_single`, or what it returns does not fit its spaces.
     """
     env = make_single(env_id)
-    spaces = env.observation_space, env.action_space
-    env.close()
-    return spaces
+    try:
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+    except WorkError as error:
+        raise UserError(error.field, error.value, error.problem) from error.__cause__
+    finally:
+        env.close()
+    return env.observation_space, env.action_space
 
 
 class ReplayableEnv(gym.Wrapper[Any, Any, Any, Any]):

@@ -14,10 +14,11 @@ from spiking_rl.agents.building import resolve_device
 from spiking_rl.agents.evaluation import REPORT_SEED, check_episodes, evaluate, typical_gap
 from spiking_rl.agents.loading import load_agent
 from spiking_rl.errors import UserError
-from spiking_rl.plotting import early_exit, save_figure
+from spiking_rl.plotting import early_exit
 from spiking_rl.provenance import commit, machine, today
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
+from spiking_rl.scripts.plot import pictures_of, save_with_data
 from spiking_rl.vision import evaluation as vision
 from spiking_rl.vision.building import load_classifier
 from spiking_rl.vision.config import classifies, load_config
@@ -28,6 +29,8 @@ DESCRIPTION = """Decide early: stop at the first timestep at which the best outp
 RUN is the run of an agent without memory, or of a classifier, with a checkpoint of more than one timestep.
 
 Example: spiking-rl exit runs/cartpole-seed0 --timesteps 5"""
+
+_DRAWN = ("margin", "mean_timesteps", "mean_return", "ci95", "top1", "energy_ratio")
 
 
 @dataclass(kw_only=True)
@@ -49,7 +52,7 @@ class Options:
     device: str = "cpu"
     """cpu, cuda or auto."""
     output: Path | None = None
-    """Figure; default figures/early-exit.png in the run."""
+    """Figure (.png, .svg or .pdf), a .csv beside it; default figures/early-exit.png in the run."""
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -64,7 +67,9 @@ def run(args: list[str]) -> dict[str, Any]:
     folder = RunFolder(Path(str(name)))
     folder.require()
     kept = [t for t in folder.checkpoint_timesteps() if t is not None]
-    timesteps = max(kept, default=0) if options.timesteps is None else options.timesteps
+    if not kept:
+        raise UserError("run", str(folder.path), "holds no spiking network yet; early exit needs one of T >= 2")
+    timesteps = max(kept) if options.timesteps is None else options.timesteps
     if timesteps not in kept or timesteps < 2:
         raise UserError("timesteps", timesteps, f"needs a checkpoint of at least 2; {folder.path} holds T = {kept}")
     images = classifies(folder.config)
@@ -81,10 +86,13 @@ def run(args: list[str]) -> dict[str, Any]:
         label = "none" if margin is None else f"{margin:g}"
         tqdm.write(f"{label:>8} {row['mean_timesteps']:9.2f} {row[score]:8.2f} {row['energy_ratio']:6.2f}x")
     path = options.output or folder.figures / "early-exit.png"
-    save_figure(early_exit(rows, title), path)
-    print(f"figure: {path}")
+    save_with_data(early_exit(rows, title), path, [{k: v for k, v in row.items() if k in _DRAWN} for row in rows])
+    figures = [str(picture) for picture in pictures_of(path)]
+    for figure in figures:
+        print(f"figure: {figure}")
+    print(f"data:   {path.with_suffix('.csv')}")
     about = {"commit": commit(), "date": today(), "machine": machine(), "median_gap": gap}
-    return {"run": str(folder.path), **about, "rows": rows, "figures": [str(path)]}
+    return {"run": str(folder.path), **about, "rows": rows, "figures": figures}
 
 
 Measured = tuple[str, float, Callable[[float | None], dict[str, Any]]]

@@ -17,6 +17,7 @@ from spiking_rl.checkpoint import CONFIG, load_checkpoint, save_checkpoint
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.onnx_graph import require
+from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.loading import Loaded, load
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.vision.exporting import classifier_onnx
@@ -27,7 +28,7 @@ RUN is a run folder, one of its checkpoints, or a pretrained agent; for onnx als
 SpikingDQN.load or SpikingPQN.load; it pickles: whoever loads one runs what is in it. The ONNX file takes raw
 observations (a classifier's: uint8 images) and gives Q-values (logits); it needs pip install 'spiking-rl[export]'.
 
-Back: SpikingDQN.load("agent.zip").save_checkpoint("agent", environment="CartPole-v1").
+Back: SpikingDQN.load("pong.zip").save_checkpoint("agent", environment="ALE/Pong-v5").
 
 Example: spiking-rl export pong --format onnx --output pong.onnx"""
 
@@ -42,7 +43,7 @@ class Options:
     timesteps: int | None = None
     """T of the run; default its lowest."""
     output: Path | None = None
-    """The file or folder; default agent.zip, agent.onnx (classifier.onnx), or agent."""
+    """The file or folder; default what is exported, such as cartpole-seed0-T1.zip, .onnx, or -half."""
 
 
 def run(args: list[str]) -> dict[str, Any]:
@@ -54,14 +55,14 @@ def run(args: list[str]) -> dict[str, Any]:
         return _onnx(name, options)
     agent = load_agent(name, options.timesteps, device="cpu")
     if options.format == "half":
-        folder = options.output or Path("agent")
+        folder = options.output or Path(f"{_name_of(agent.checkpoint)}-half")
         if folder.exists() and not (folder / CONFIG).is_file():
             raise UserError("output", str(folder), "is there already and is no checkpoint; name another folder")
         tensors, config = load_checkpoint(agent.checkpoint)
         save_checkpoint(folder, {n: t.half() if _is_weight(n, t) else t for n, t in tensors.items()}, config)
         print(f"checkpoint: {folder}")
         return {"file": str(folder), "format": options.format, "environment": agent.trained_in}
-    path = options.output or Path("agent.zip")
+    path = options.output or Path(f"{_name_of(agent.checkpoint)}.zip")
     if path.name and not path.suffix:
         path = path.with_name(f"{path.name}.zip")  # as Stable-Baselines3 would name it
     if path.is_dir():
@@ -75,6 +76,14 @@ def run(args: list[str]) -> dict[str, Any]:
     return {"file": str(path), "format": options.format, "environment": agent.trained_in, "class": loader}
 
 
+def _name_of(checkpoint: Path) -> str:
+    """Return what an exported checkpoint is called: the run and its T, or the agent's own name."""
+    path = checkpoint.resolve()
+    if path.parent.name != "checkpoints":
+        return path.name
+    return f"{RunFolder(path.parent.parent).name.replace('/', '-')}-{path.name}"
+
+
 def _is_weight(name: str, tensor: Tensor) -> bool:
     """Tell the large tensors from thresholds, leaks and statistics, which keep their precision."""
     return tensor.dim() > 1 and ".neurons." not in name
@@ -86,11 +95,12 @@ def _onnx(name: str, options: Options) -> dict[str, Any]:
         raise UserError("output", str(options.output), "must end with .onnx")
     loaded = load(name, options.timesteps)
     about = _about(loaded)
+    path = options.output or Path(f"{_name_of(loaded.checkpoint)}.onnx")
     if loaded.agent is not None:
-        path, blob = options.output or Path("agent.onnx"), agent_onnx(loaded.agent, about)
+        blob = agent_onnx(loaded.agent, about)
     else:
         assert loaded.images is not None
-        path, blob = options.output or Path("classifier.onnx"), classifier_onnx(loaded.network, loaded.images, about)
+        blob = classifier_onnx(loaded.network, loaded.images, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, blob)
     graph = onnx.load_model_from_string(blob).graph

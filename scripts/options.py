@@ -82,10 +82,16 @@ def parse_settings(kind: type[T], main: type[Any], recipe: Any, command: str, ar
 
 
 def _first_sentence(box: str) -> str:
-    """Return the message, which may be broken into lines, out of the frame that the parser draws around it."""
+    """Return the message, which may be broken into lines, out of the frame that the parser draws around it.
+
+    With the option that it takes to be meant, if any.
+    """
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     words = list(takewhile(bool, dropwhile(lambda line: not line, lines[1:])))
-    return " ".join(words).rstrip(".") if words else "cannot be understood"
+    hints = dropwhile(lambda line: not line.startswith("Perhaps"), lines)
+    meant = [line.split()[0] for line in hints if line.startswith("-")]
+    hint = f"; did you mean {meant[0]}?" if meant else ""
+    return " ".join(words).rstrip(".") + hint if words else "cannot be understood"
 
 
 def changes_of(

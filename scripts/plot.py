@@ -33,6 +33,8 @@ Example: spiking-rl plot runs/cartpole-seed0
 
 Row = dict[str, Any]
 
+_LONGEST_TITLE = 80  # characters that fit above a picture
+
 
 @dataclass
 class Options:
@@ -77,7 +79,7 @@ def run(args: list[str]) -> dict[str, Any]:
         path = options.output or Path("learning_curves.png")
         _draw_several(folders, path)
         made = [path]
-    figures = [picture for path in made for picture in _pictures(path)]
+    figures = [picture for path in made for picture in pictures_of(path)]
     tables = [path.with_suffix(".csv") for path in made]
     for picture in figures:
         print(f"figure: {picture}")
@@ -120,12 +122,12 @@ def _draw_run(folder: RunFolder) -> list[Path]:
         figure, measured = learning_curve(progress, title), "unseen episodes"
     about = {"run": folder.name, **about}
     made = [folder.figures / "learning_curve.png"]
-    _save(figure, made[0], [_evaluation(about, row) for row in progress])
+    save_with_data(figure, made[0], [_evaluation(about, row) for row in progress])
     if len([r for r in rows if r["timesteps"] is not None]) > 1:  # of one T results.json says as much
         made.append(folder.figures / "timesteps.png")
         count = rows[0].get("episodes", rows[0].get("images"))
         figure = continuum(rows, f"{title}: {count:,} {measured} at each T")
-        _save(figure, made[1], [_measurement(about, row) for row in rows])
+        save_with_data(figure, made[1], [_measurement(about, row) for row in rows])
     return made
 
 
@@ -140,8 +142,10 @@ def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
     refuse_mixture(folders)
     runs = [read_run(folder) for folder in folders]
     groups = {label: [r.rows for r in group] for label, group in group_runs(runs).items()}
+    tasks = ", ".join(dict.fromkeys(r.task for r in runs))
+    title = tasks if len(tasks) <= _LONGEST_TITLE else ""
     rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
-    _save(learning_curves(groups), path, rows)
+    save_with_data(learning_curves(groups, title), path, rows)
 
 
 def refuse_mixture(folders: Sequence[RunFolder]) -> None:
@@ -217,13 +221,13 @@ def _measurement(about: Row, row: Row) -> Row:
     return {**about, "timesteps": row["timesteps"], **known, **{f"spike_rate_{n}": rate for n, rate in rates.items()}}
 
 
-def _save(figure: Figure, path: Path, rows: Sequence[Row]) -> None:
+def save_with_data(figure: Figure, path: Path, rows: Sequence[Row]) -> None:
     """Write a figure, and its data as CSV beside it."""
-    for picture in _pictures(path):
+    for picture in pictures_of(path):
         save_figure(figure, picture)
     write_table(path.with_suffix(".csv"), rows)
 
 
-def _pictures(path: Path) -> list[Path]:
+def pictures_of(path: Path) -> list[Path]:
     """Return the pictures that are made for one: a .svg beside a .png."""
     return [path, path.with_suffix(".svg")] if path.suffix == ".png" else [path]

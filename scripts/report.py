@@ -51,9 +51,9 @@ def run(args: list[str]) -> dict[str, Any]:
         raise UserError("output", str(path), "is a folder; name a file")
     facts = read_facts(folder)
     for control in options.controls:
-        facts.controls += control_rows(RunFolder(control))
+        facts.controls += _of_same_task(facts, control_rows(RunFolder(control)), "controls", control)
     if options.results is not None:
-        facts.controls += _published(options.results)
+        facts.controls += _of_same_task(facts, _published(options.results), "results", options.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page(facts))
     print(f"report: {path}")
@@ -115,6 +115,17 @@ def control_rows(folder: RunFolder) -> list[dict[str, Any]]:
     direct = settings.get("prune_to") == start  # there was no stage above it
     found = [{**row, "run": folder.name} for row in rows]
     return [{**row, "method": "trained directly"} if direct and row.get("timesteps") == start else row for row in found]
+
+
+def _of_same_task(facts: Facts, rows: list[dict[str, Any]], field: str, path: Path) -> list[dict[str, Any]]:
+    """Refuse to set scores of another environment or data set beside those of the run."""
+    own = facts.settings.get("dataset" if facts.classifies else "env")
+    for row in rows:
+        other = row.get("dataset", row.get("environment"))
+        # Options of an Atari game, such as sticky actions, may differ: they make the same game harder.
+        if isinstance(other, str) and isinstance(own, str) and other.split("?")[0] != own.split("?")[0]:
+            raise UserError(field, str(path), f"is of {other}, and the run of {own}; their scores cannot be compared")
+    return rows
 
 
 def _published(path: Path) -> list[dict[str, Any]]:

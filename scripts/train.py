@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.preprocessing import is_image_space
+
 from spiking_rl.agents.config import (
     DQNConfig,
     MainSettings,
@@ -146,6 +148,12 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     """Run a session to its end, then make the table, the figures and the video."""
     folder, config = session.folder, session.config
     print(f"run folder: {folder.path}\n{_plan(config)}")
+    seen = session.model.observation_space
+    if len(seen.shape or ()) == 3 and not is_image_space(seen):
+        print(
+            f"note: observations {seen.dtype} {seen.shape} are taken as vectors; a convolutional network takes images: "  # type: ignore[union-attr]
+            "uint8, 0 to 255, (channels, height, width)"
+        )
     for field in ("precision", "spike_precision"):
         if slow := slow_arithmetic(getattr(config, field), session.model.device, field):
             print(slow)
@@ -200,7 +208,7 @@ def _present(session: TrainingSession, command: str) -> dict[str, Any]:
 def _film(folder: RunFolder, config: TrainConfig) -> None:
     agent = load_agent(folder.path, device="cpu")
     spiking = agent.model.policy.q_net.network.spiking
-    path = folder.videos / f"{agent.checkpoint.name}.mp4"
+    path = folder.videos / f"{agent.checkpoint.name}{'-spikes' if spiking else ''}.mp4"
     try:
         made = film(agent.model, agent.environment, path, episodes=config.video_episodes, spikes=spiking)
     except UserError as error:

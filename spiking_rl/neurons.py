@@ -100,8 +100,8 @@ def _keep_mask(starts: Tensor | None, like: Tensor) -> Tensor | None:
 def lif_scan_reference(
     current: Tensor,
     state: LIFState | None,
-    leak: Tensor,
-    threshold: Tensor,
+    leak: Tensor | float,
+    threshold: Tensor | float,
     starts: Tensor | None = None,
     *,
     gamma: float = DEFAULT_GAMMA,
@@ -114,6 +114,7 @@ def lif_scan_reference(
 
     Arguments, result and errors are those of :func:`lif_scan`; autograd differentiates the loop.
     """
+    leak, threshold = _as_tensor(leak, current), _as_tensor(threshold, current)
     _check(current, state, leak, threshold, starts, repeat)
     stored = current.dtype
     current, state = direct(at_least_float32(current), repeat), _wide_state(state)
@@ -141,6 +142,14 @@ def lif_scan_reference(
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return halves in 32 bits: sums over time, as membranes are, are kept in as many, whoever adds up."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _as_tensor(parameter: Tensor | float, current: Tensor) -> Tensor:
+    """Return a leak or threshold as what a network would have: no half, where the currents are halves."""
+    if isinstance(parameter, Tensor):
+        return parameter
+    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    return torch.tensor(parameter, dtype=wide, device=current.device)
 
 
 def _wide_state(state: LIFState | None) -> LIFState | None:
@@ -272,8 +281,8 @@ def _on_gpu(current: Tensor, leak: Tensor, threshold: Tensor) -> tuple[Plan | No
 def lif_scan(
     current: Tensor,
     state: LIFState | None,
-    leak: Tensor,
-    threshold: Tensor,
+    leak: Tensor | float,
+    threshold: Tensor | float,
     starts: Tensor | None = None,
     *,
     gamma: float = DEFAULT_GAMMA,
@@ -288,8 +297,8 @@ def lif_scan(
         current: input current ``I = W s + b``, shape ``(S / repeat, B, *N)``, S = environment steps times
             timesteps, the timestep being the faster axis.
         state: membranes before the first timestep, ``(B, *N)``; None means at rest (zero).
-        leak: membrane retained per timestep, in [0, 1] (1 = no leak); broadcasts against ``N``.
-        threshold: firing threshold, > 0, in units of the current; broadcasts against ``N``.
+        leak: membrane retained per timestep, in [0, 1] (1 = no leak); a number, or broadcasts against ``N``.
+        threshold: firing threshold, > 0, in units of the current; likewise.
         starts: bool ``(S, B)``, true at the first timestep of an episode: the membrane is zeroed
             before the leak. None means that no episode starts inside.
         gamma: height of the surrogate gradient at threshold.
@@ -315,6 +324,7 @@ def lif_scan(
     Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022); firing once: our reading of
     Datta, Kundu, Beerel 2021.
     """
+    leak, threshold = _as_tensor(leak, current), _as_tensor(threshold, current)
     membrane = None if state is None else state.membrane
     way: Plan | None = None
     loops: Loops = COMPILED

@@ -45,7 +45,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: bool = False) -> Figure:
+def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], title: str = "", *, minutes: bool = False) -> Figure:
     """Draw the scores of several runs against agent steps or epochs: a line per group, the mean of its runs in a band.
 
     The band reaches from the lowest run to the highest. Runs are evaluated at different agent steps, so their
@@ -54,6 +54,7 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
     Args:
         groups: by name, such as an algorithm's, the rows of ``progress.csv`` of each of its runs; keys
             ``agent_steps`` (of agents) or ``epoch`` (of classifiers), ``score`` and, for ``minutes``, ``seconds``.
+        title: drawn above.
         minutes: draw them against minutes of training too, where all runs know them.
     """
     runs = [rows for group in groups.values() for rows in group]
@@ -80,6 +81,8 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], *, minutes: b
             figure.legend(handles, names, frameon=False, loc="outside upper left")
         else:
             axes[0].legend(frameon=False, loc="best")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -262,6 +265,9 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     if control or len(methods) > 1:
         axes[0].legend(frameon=False, loc="lower left")
     axes[2].axhline(1, color=_ORANGE, linestyle="--", linewidth=1)
+    axes[2].annotate(
+        "ReLU network", (1, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_ORANGE, fontsize=8
+    )
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
@@ -288,7 +294,7 @@ def early_exit(rows: Sequence[Row], title: str = "") -> Figure:
                 ax.axhline(row[key], color=_ORANGE, linestyle="--", linewidth=1, label="all timesteps")
         ax.set_xlabel("mean timesteps per decision")
         ax.set_ylabel(label)
-    axes[0].legend(frameon=False, loc="lower right")
+    axes[0].legend(frameon=False, loc="best")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure

@@ -239,6 +239,7 @@ def test_a_run_whose_relu_network_is_under_way_may_get_other_lengths(tmp_path: P
     session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
     assert session.ann is not None
     assert session.ann.config.threads == session.config.threads == 2
+    change_run(session, {"threads": 1})  # two would wait for each other beside other tests
     session.run()
     ends = {row["timesteps"]: row["agent_steps"] for row in session.rows}
     assert ends == {None: 2048, 3: 2048 + 3072, 2: 2048 + 3072 + 1024}

@@ -62,7 +62,7 @@ def test_train_leaves_everything_it_promises(whole_job: tuple[Path, dict[str, ob
         "checkpoints/T2/config.json",
         "figures/learning_curve.png",
         "figures/timesteps.png",
-        "videos/T2.mp4",
+        "videos/T2-spikes.mp4",
     ):
         assert (run / name).stat().st_size > 0, name
     config = yaml.safe_load((run / "config.yaml").read_text())
