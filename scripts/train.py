@@ -151,7 +151,7 @@ def finish(session: TrainingSession, command: str) -> dict[str, Any]:
     seen = session.model.observation_space
     if len(seen.shape or ()) == 3 and not is_image_space(seen):
         print(
-            f"note: observations {seen.dtype} {seen.shape} are taken as vectors; a convolutional network takes images: "  # type: ignore[union-attr]
+            f"note: observations {seen.dtype} {seen.shape} are taken as vectors; a convolutional network takes images: "
             "uint8, 0 to 255, (channels, height, width)"
         )
     for field in ("precision", "spike_precision"):

@@ -180,7 +180,8 @@ VECTOR, IMAGES = (*Q_VECTOR, SpikingActorCriticPolicy), (*Q_IMAGE, SpikingActorC
     [
         (VECTOR, BOX, TWO, {"timesteps": 0}, "timesteps = 0"),
         (IMAGES, IMAGE, TWO, {"timesteps": 0}, "timesteps = 0"),
-        (VECTOR + IMAGES, spaces.Dict({"a": BOX}), TWO, {}, "observation_space.*FlattenObservation"),
+        (Q_VECTOR + Q_IMAGE, spaces.Dict({"a": BOX}), TWO, {}, "observation_space.*FlattenObservation"),
+        ((SpikingActorCriticCnnPolicy,), spaces.Dict({"a": BOX}), TWO, {}, "nature_cnn takes images"),
         (Q_VECTOR, BOX, BOX, {}, "action_space.*discrete actions"),
         (Q_IMAGE, IMAGE, BOX, {}, "action_space.*discrete actions"),
         (VECTOR, IMAGE, TWO, {}, "observation_space.*SpikingCnnPolicy"),

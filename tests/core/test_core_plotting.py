@@ -53,6 +53,7 @@ FIGURES = {
     "one run": lambda: learning_curve(CURVE, "CartPole-v1"),
     "one run, one row": lambda: learning_curve(CURVE[:1]),
     "two runs": lambda: learning_curves({"pqn": [CURVE], "dqn": [CURVE[:2]]}),
+    "a title and a long name": lambda: learning_curves({"n" * 60: [CURVE], "dqn": [CURVE[:2]]}, "CartPole-v1"),
     "seven runs": lambda: learning_curves({f"run{i}": [CURVE] for i in range(7)}),
     "two seeds of an algorithm": lambda: learning_curves({"pqn, 2 seeds": [CURVE, LATER]}),
     "seeds with nothing in common": lambda: learning_curves({"pqn": [CURVE[:1], CURVE[2:]]}),

@@ -45,6 +45,18 @@ def test_two_calls_equal_one(scan: object, steps: int, cut: int, seed: int, fres
 
 
 @SCANS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_leak_and_threshold_may_be_numbers(scan: object, dtype: torch.dtype) -> None:
+    current = torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = scan(current, None, torch.tensor(0.9, dtype=wide), torch.tensor(0.7, dtype=wide))  # type: ignore[operator]
+    numbers = scan(current, None, 0.9, 0.7)  # type: ignore[operator]
+    assert 0 < numbers.spikes.mean() < 1
+    assert torch.equal(numbers.spikes, tensors.spikes)
+    assert torch.equal(numbers.state.membrane, tensors.state.membrane)
+
+
+@SCANS
 def test_below_threshold_two_membranes_approach_by_the_leak(scan: object) -> None:
     leak = torch.tensor([0.0, 0.5, 0.9, 1.0], dtype=torch.float64)
     current = torch.randn(7, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -435,7 +435,8 @@ def one_line(text: str) -> str:
         (["prune", "nowhere", "--to", "1"], ["run", "nowhere"]),
         (["fly"], ["command", "fly", "train"]),
         (["train", "cartpole", "--timesteps", "abc"], ["--timesteps", "abc"]),
-        (["train", "cartpole", "--tiemsteps", "3"], ["--tiemsteps"]),
+        (["train", "cartpole", "--tiemsteps", "3"], ["--tiemsteps", "did you mean --timesteps?"]),
+        (["evaluate", "cartpole", "--episode", "3"], ["--episode", "did you mean --episodes?"]),
         (["train", "cartpole", "--algo"], ["algo"]),
         (["train", "default"], ["default"]),
         (["list", "recipes"], ["arguments", "recipes", "list --help"]),
@@ -581,31 +582,37 @@ def test_other_environments_run_with_the_defaults(cli: Cli, tmp_path: Path, env:
     assert [row["timesteps"] for row in last_json(done.stdout)["rows"]] == [3, 2]  # type: ignore[attr-defined]
 
 
-def test_the_installed_command_finds_an_environment_in_the_current_folder(tmp_path: Path) -> None:
-    (tmp_path / "my_env.py").write_text(
-        "import gymnasium as gym, numpy as np\n"
-        "class Env(gym.Env):\n"
-        "    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)\n"
-        "    action_space = gym.spaces.Discrete(2)\n"
-        "    def reset(self, *, seed=None, options=None):\n"
-        "        super().reset(seed=seed)\n"
-        "        self.left = 5\n"
-        "        return np.zeros(2, np.float32), {}\n"
-        "    def step(self, action):\n"
-        "        self.left -= 1\n"
-        "        return np.zeros(2, np.float32), float(action), self.left == 0, False, {}\n"
-        "gym.register('MyEnv-v0', entry_point=Env)\n"
-    )
+OWN = """
+import gymnasium as gym, numpy as np
+
+class Env(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 5
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(2, np.float32), float(action), self.left == 0, False, {}
+
+gym.register('MyEnv-v0', entry_point=Env)
+"""
+
+
+def own_environment(folder: Path, env: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    """Train in an environment of the current folder, by the command that is installed."""
     command = Path(sys.executable).with_name("spiking-rl")
     settings = {**SMALL, "agent_steps": 1500, "prune_steps": 512, "video_episodes": 1}
-    done = subprocess.run(
-        [command, "train", "my_env:MyEnv-v0", *as_flags(settings), "--run", "run"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [command, "train", env, *as_flags(settings), *map(str, flags), "--run", "run"]
+    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_the_installed_command_finds_an_environment_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_env.py").write_text(OWN)
+    done = own_environment(tmp_path, "my_env:MyEnv-v0")
     assert done.returncode == 0, done.stderr
     assert "no video:" in done.stdout  # it does not draw itself, which is no reason to fail
 
@@ -633,6 +640,36 @@ def test_export_halves_the_weights_and_nothing_else(cli: Cli, small_run: Path, t
     refused = cli("export", small_run, "--format", "half", "--output", tmp_path / "mine")
     assert refused.returncode == 2
     assert "is no checkpoint" in refused.stderr
+
+
+def test_an_export_is_called_after_its_run(cli: Cli, small_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "mine-seed0"
+    shutil.copytree(small_run, run)
+    for name, flags, ending in (
+        (run, ["--timesteps", 3], "mine-seed0-T3.zip"),
+        (run / "checkpoints" / "T2", ["--format", "half"], "mine-seed0-T2-half"),
+        ("cartpole", [], "cartpole.zip"),
+    ):
+        done = cli("export", name, *flags, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert last_json(done.stdout)["file"] == ending
+        assert (tmp_path / ending).exists()
+
+
+def test_an_environment_that_breaks_its_own_space_is_told_before_a_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "broken_env.py").write_text(OWN.replace("np.zeros(2, np.float32), float", "np.zeros(3), float"))
+    done = own_environment(tmp_path, "broken_env:MyEnv-v0")
+    assert done.returncode == 2
+    assert "of shape (3,), and its space says (2,), 1 steps after a reset" in one_line(done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_are_taken_as_vectors_are_told(tmp_path: Path) -> None:
+    text = OWN.replace("Box(-1, 1, (2,)", "Box(0, 1, (3, 4, 4)").replace("np.zeros(2, ", "np.zeros((3, 4, 4), ")
+    (tmp_path / "my_env.py").write_text(text)
+    done = own_environment(tmp_path, "my_env:MyEnv-v0", "--agent-steps", 300, "--prune-steps", 100)
+    assert done.returncode == 0, done.stderr
+    assert "note: observations float32 (3, 4, 4) are taken as vectors" in done.stdout
 
 
 def test_export_writes_a_zip_that_stable_baselines3_loads(cli: Cli, small_run: Path, tmp_path: Path) -> None:

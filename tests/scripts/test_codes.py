@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,19 @@ def test_exit_measures_an_agent_at_every_margin(cli: Cli, agent: Path) -> None:
     assert rows[2]["energy_ratio"] == pytest.approx(rows[3]["energy_ratio"])
     assert rows[0]["energy_ratio"] > rows[3]["energy_ratio"]
     assert (agent / "figures" / "early-exit.png").stat().st_size > 1000
+    assert (agent / "figures" / "early-exit.svg").stat().st_size > 1000
+    with (agent / "figures" / "early-exit.csv").open() as file:
+        drawn = list(csv.DictReader(file))
+    assert [row["margin"] for row in drawn] == ["0.0", "1.0", "1000.0", ""]
+    assert [float(row["mean_return"]) for row in drawn] == [row["mean_return"] for row in rows]
+
+
+def test_exit_needs_spikes(cli: Cli, agent: Path, tmp_path: Path) -> None:
+    run = tmp_path / "relu"
+    shutil.copytree(agent, run, ignore=shutil.ignore_patterns("T*"))
+    done = cli("exit", run)
+    assert done.returncode == 2
+    assert "holds no spiking network" in done.stderr
 
 
 def test_exit_measures_a_classifier_too(cli: Cli, tmp_path: Path) -> None:

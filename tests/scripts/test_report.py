@@ -207,6 +207,21 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
     assert chart("t", "x", "y", [Line("gone", [(0, float("inf"))])]) == ""
 
 
+def test_scores_of_another_environment_are_no_controls(cli: Cli, reported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(reported, other)
+    results = json.loads((other / "results.json").read_text())
+    for row in results["rows"]:
+        row |= {"environment": "Acrobot-v1", "method": "direct"}
+    (other / "results.json").write_text(json.dumps(results))
+    before = (reported / "report.html").read_bytes()
+    for flags in (("--controls", other), ("--results", other / "results.json")):
+        done = cli("report", reported, *flags)
+        assert done.returncode == 2
+        assert "is of Acrobot-v1, and the run of CartPole-v1" in done.stderr
+    assert (reported / "report.html").read_bytes() == before
+
+
 def test_a_control_says_that_it_was_trained_directly(reported: Path, tmp_path: Path) -> None:
     shutil.copytree(reported, tmp_path / "direct")
     path = tmp_path / "direct" / "config.yaml"
