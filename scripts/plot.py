@@ -33,8 +33,6 @@ Example: spiking-rl plot runs/cartpole-seed0
 
 Row = dict[str, Any]
 
-_LONGEST_TITLE = 80  # characters that fit above a picture
-
 
 @dataclass
 class Options:
@@ -142,8 +140,8 @@ def _draw_several(folders: Sequence[RunFolder], path: Path) -> None:
     refuse_mixture(folders)
     runs = [read_run(folder) for folder in folders]
     groups = {label: [r.rows for r in group] for label, group in group_runs(runs).items()}
-    tasks = ", ".join(dict.fromkeys(r.task for r in runs))
-    title = tasks if len(tasks) <= _LONGEST_TITLE else ""
+    tasks = {r.task for r in runs}
+    title = tasks.pop() if len(tasks) == 1 else ""  # else the names of the lines tell
     rows = [_evaluation(_about(r), row) for r in runs for row in r.rows]
     save_with_data(learning_curves(groups, title), path, rows)
 
@@ -179,8 +177,8 @@ def read_run(folder: RunFolder) -> DrawnRun:
 def group_runs(runs: Sequence[DrawnRun]) -> dict[str, list[DrawnRun]]:
     """Return the runs that differ by their seed alone, under what the legend calls them.
 
-    A name says no more than it must: the algorithm or network, and the environment, data set or run's name where groups
-    of one differ by that.
+    A name says no more than it must: the algorithm or network, the environment or data set where there are several, and
+    the run's name where groups differ by nothing else.
     """
     found: dict[tuple[str, str, str], list[DrawnRun]] = {}
     for one in runs:
@@ -190,7 +188,7 @@ def group_runs(runs: Sequence[DrawnRun]) -> dict[str, list[DrawnRun]]:
         learner, task, bare = key
         rivals = [other for other in found if other[0] == learner and other != key]
         parts = [learner]
-        if any(other[1] != task for other in rivals):
+        if len({other[1] for other in found}) > 1:
             parts.append(task)
         if any(other[1] == task for other in rivals):
             parts.append(bare)

@@ -78,9 +78,9 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], title: str = 
     if any(runs):
         handles, names = axes[0].get_legend_handles_labels()
         if max(map(len, names), default=0) > _LONG_NAME:  # it would lie on the curves
-            figure.legend(handles, names, frameon=False, loc="outside upper left")
-        else:
-            axes[0].legend(frameon=False, loc="best")
+            figure.legend(handles, names, frameon=False, loc="outside upper left", title=title, alignment="left")
+            return figure
+        axes[0].legend(frameon=False, loc="best")
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 import types
@@ -92,6 +93,11 @@ def test_the_example_runs() -> None:
 
 def test_the_stateful_example_runs() -> None:
     assert "after 1500 agent steps: return " in run(sys.executable, str(EXAMPLES / "stateful.py"), "1500")
+
+
+def test_the_example_of_continuous_actions_runs() -> None:
+    told = run(sys.executable, str(EXAMPLES / "continuous.py"), "300", "0", "1")
+    assert re.search(r"Pendulum-v1 after \d+ agent steps, T=1: -\d+", told)
 
 
 def test_agents_import_without_sb3_contrib() -> None:

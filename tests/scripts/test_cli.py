@@ -24,7 +24,7 @@ from spiking_rl.agents import SpikingPQN, load_agent
 from spiking_rl.arithmetic import has_bfloat16
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import run as run_command
-from spiking_rl.scripts.plot import group_runs, read_run
+from spiking_rl.scripts.plot import DrawnRun, group_runs, read_run
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +297,11 @@ def test_plot_draws_several_runs(cli: Cli, small_run: Path, tmp_path: Path) -> N
     refused = cli("plot", seeds[0], seeds[0])
     assert refused.returncode == 2
     assert "is named twice" in one_line(refused.stderr)
+
+
+def test_of_several_environments_every_line_names_its_own() -> None:
+    runs = [DrawnRun("a", "pqn", "CartPole-v1", 0, [], False), DrawnRun("b", "dqn", "Acrobot-v1", 0, [], False)]
+    assert list(group_runs(runs)) == ["pqn, CartPole-v1", "dqn, Acrobot-v1"]
 
 
 def _legend(folders: list[Path]) -> list[str]:
