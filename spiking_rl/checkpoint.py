@@ -153,10 +153,16 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], origin: Path | str)
     """Load tensors into a module, refusing any mismatch with one line.
 
     Raises:
-        UserError: names or shapes differ. What fits may have been loaded then.
+        UserError: names or shapes differ; nothing is loaded then.
     """
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n", 1)[-1].split())[:200]
-        raise UserError("checkpoint", str(origin), f"does not fit this network: {reason}") from None
+    own = module.state_dict()
+    wrong = [
+        f"size mismatch for {n}: {tuple(tensors[n].shape)}, and the network has {tuple(own[n].shape)}"
+        for n in own
+        if n in tensors and own[n].shape != tensors[n].shape
+    ]
+    wrong += [f"Missing key {n}" for n in own if n not in tensors]
+    wrong += [f"Unexpected key {n}" for n in tensors if n not in own]
+    if wrong:
+        raise UserError("checkpoint", str(origin), f"does not fit this network: {'; '.join(wrong)[:200]}")
+    module.load_state_dict(tensors)

@@ -275,7 +275,10 @@ def test_json_of_another_kind_names_its_own_field(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused_in_one_line(hidden: tuple[int, ...] | None, words: str) -> None:
     network = build_network("mlp", (4,), 2, hidden=hidden or (8,))
     tensors = build_network("mlp", (4,), 2, hidden=(8,)).state_dict() if hidden else {}
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(UserError, match=words) as caught:
         load_into(network, tensors, "runs/a/checkpoints/T3")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} was loaded"
     assert "\n" not in str(caught.value)
     assert "runs/a/checkpoints/T3" in str(caught.value)
