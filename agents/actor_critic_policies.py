@@ -20,6 +20,7 @@ _OURS = ("net_arch", "activation_fn", "ortho_init", "features_extractor_class", 
 _OF_OTHERS = {
     "q_net": "it is for PPO and A2C; DQN takes SpikingMlpPolicy (images: SpikingCnnPolicy)",
     "quantile_net": "it is for PPO and A2C; QRDQN takes SpikingQRMlpPolicy (images: SpikingQRCnnPolicy)",
+    "lstm_actor": "it is for PPO and A2C; RecurrentPPO takes SpikingFeaturesExtractor in policy_kwargs",
     "actor": "it is for PPO and A2C; SAC and TD3 take SpikingFeaturesExtractor in policy_kwargs",
 }
 

@@ -22,7 +22,6 @@ from stable_baselines3.common.vec_env import (
 )
 
 from spiking_rl.agents.features import ExtractorStages
-from spiking_rl.agents.policies import SpikingMlpPolicy
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.errors import UserError
 from spiking_rl.pruning import Next, TemporalPruning
@@ -45,7 +44,7 @@ class TemporalPruningCallback(BaseCallback):
     :class:`SpikingFeaturesExtractor`, such as SAC and TD3. Weights are scored between rollouts; the
     best of a stage are kept in memory. The next stage starts from them, in the target network too,
     with T lowered in the networks and in ``model.policy_kwargs`` and with a fresh optimiser; a replay
-    buffer stays. After the last stage
+    buffer stays. SAC's entropy coefficient goes with the weights. After the last stage
     the best weights are loaded and training stops: give ``learn`` at least ``pruning.remaining`` agent
     steps and, as stages end with a rollout and a finished episode, a rollout and an episode more for each.
     If ``learn`` ends earlier the model keeps its latest weights, a warning says so, and another ``learn``
@@ -87,6 +86,7 @@ class TemporalPruningCallback(BaseCallback):
         self.report_every = report_every
         self._extractors: ExtractorStages | None = None  # of a policy that has no timesteps of its own
         self._best: dict[str, torch.Tensor] = {}
+        self._best_temperature: torch.Tensor | None = None
         self._spent = 0  # agent steps of the current stage
         self._reported = 0  # of them, when the latest score was taken
         self._seen = 0  # model.num_timesteps when _spent was brought up to date
@@ -97,11 +97,12 @@ class TemporalPruningCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         policy = self.model.policy
-        if ExtractorStages.fits(policy) and not hasattr(policy, "set_timesteps"):
-            self._extractors = ExtractorStages(policy)
-        elif not hasattr(policy, "set_timesteps"):
-            remedy = "use a spiking policy of this package, or its SpikingFeaturesExtractor"
-            raise UserError("policy", type(policy).__name__, f"has no timesteps to prune; {remedy}")
+        self._extractors = None
+        if not hasattr(policy, "set_timesteps"):
+            if not ExtractorStages.fits(policy):
+                remedy = "use a spiking policy of this package, or its SpikingFeaturesExtractor"
+                raise UserError("policy", type(policy).__name__, f"has no timesteps to prune; {remedy}")
+            self._extractors = ExtractorStages(self.model)
         if self._timesteps != self.pruning.timesteps:
             raise UserError(
                 "timesteps",
@@ -179,12 +180,17 @@ class TemporalPruningCallback(BaseCallback):
     def _keep(self) -> None:
         with self._evaluated_weights():
             self._best = {name: tensor.clone() for name, tensor in self.model.policy.state_dict().items()}
+        temperature = getattr(self.model, "log_ent_coef", None)  # which SAC learns beside its policy
+        self._best_temperature = None if temperature is None else temperature.detach().clone()
 
     def _load_best(self) -> None:
         self.model.policy.load_state_dict(self._best)
-        policy = self.model.policy
-        if isinstance(policy, SpikingMlpPolicy) and policy.has_target:
-            policy.q_net_target.load_state_dict(policy.q_net.state_dict())
+        if self._best_temperature is not None:
+            self.model.log_ent_coef.data.copy_(self._best_temperature)  # type: ignore[attr-defined]
+        for name in ("q_net", "quantile_net", "actor", "critic"):
+            online, target = (getattr(self.model.policy, n, None) for n in (name, f"{name}_target"))
+            if online is not None and target is not None:
+                target.load_state_dict(online.state_dict())
 
     def _begin_stage(self, timesteps: int) -> None:
         self._load_best()

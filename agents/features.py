@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -18,6 +20,9 @@ from spiking_rl.agents.policies import RunningNorm, check_observation_space, obs
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF
 from spiking_rl.registry import build_network
+
+_ONE_AXIS = np.zeros(1)
+_OPTIONS = "features_extractor_kwargs"
 
 
 class SpikingFeaturesExtractor(BaseFeaturesExtractor):
@@ -93,18 +98,28 @@ class ExtractorStages:
     """Timesteps of a policy whose features come from :class:`SpikingFeaturesExtractor`: of all its networks at once.
 
     Args:
-        policy: of any Stable-Baselines3 algorithm.
+        model: of any Stable-Baselines3 algorithm, its features extractor one of these or made of some.
+
+    Raises:
+        UserError: the policy, or an extractor of somebody's own, could not be built again with other timesteps.
     """
 
-    def __init__(self, policy: BasePolicy) -> None:
-        self.policy = policy
-        self._extractors = [m for m in policy.modules() if isinstance(m, SpikingFeaturesExtractor)]
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self.policy = model.policy
+        self._extractors = [m for m in self.policy.modules() if isinstance(m, SpikingFeaturesExtractor)]
+        kind = model.policy_kwargs.get("features_extractor_class")
+        if kind is None:
+            remedy = "has an extractor of its own; name it in policy_kwargs instead, as features_extractor_class"
+            raise UserError("policy", type(self.policy).__name__, remedy)
+        taken = signature(kind).parameters.values()
+        if not any(p.name == "timesteps" or p.kind is p.VAR_KEYWORD for p in taken):
+            remedy = "takes no timesteps: once pruned it could be saved, and not loaded; let its constructor take them"
+            raise UserError("features_extractor_class", kind.__name__, remedy)
 
     @staticmethod
     def fits(policy: BasePolicy) -> bool:
         """Tell whether a policy's features come from the extractor."""
-        kind = getattr(policy, "features_extractor_class", None)
-        return isinstance(kind, type) and issubclass(kind, SpikingFeaturesExtractor)
+        return any(isinstance(module, SpikingFeaturesExtractor) for module in policy.modules())
 
     @property
     def timesteps(self) -> int:
@@ -115,12 +130,11 @@ class ExtractorStages:
         """Change T in every network, targets too, and in what ``model.save`` writes; fresh moments of optimisers."""
         for extractor in self._extractors:
             extractor.set_timesteps(timesteps)
-        name = "features_extractor_kwargs"
         options = {**self.policy.features_extractor_kwargs, "timesteps": timesteps}  # not the caller's own
         self.policy.features_extractor_kwargs = options
-        model.policy_kwargs = {**model.policy_kwargs, name: options}
-        for module in self.policy.modules():
-            optimizer = getattr(module, "optimizer", None)
+        model.policy_kwargs = {**model.policy_kwargs, _OPTIONS: options}
+        made = [getattr(module, "optimizer", None) for module in self.policy.modules()]
+        for optimizer in (*made, getattr(model, "ent_coef_optimizer", None)):
             if isinstance(optimizer, torch.optim.Optimizer):
                 optimizer.state.clear()
 
@@ -129,8 +143,10 @@ def _vector_parts(space: spaces.Dict) -> tuple[str, ...]:
     """Return the names of the parts of a Dict observation.
 
     Raises:
-        UserError: one is an image or no vector.
+        UserError: one is an image or no vector, or there is none.
     """
+    if not space.spaces:
+        raise UserError("observation_space", str(space), "is an empty Dict; there is nothing to see")
     for name, part in space.spaces.items():
         if is_image_space(part) or not isinstance(
             part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -139,6 +155,12 @@ def _vector_parts(space: spaces.Dict) -> tuple[str, ...]:
                 "observation_space",
                 f"{name}: {part}",
                 "of a Dict only vectors are taken; leave it out with gymnasium.wrappers.FilterObservation, or make a "
-                "features extractor of your own that joins a SpikingFeaturesExtractor of each image",
+                "features extractor of your own (policy_kwargs of SB3's MultiInputPolicy) that joins one of each part",
             )
+        if np.any(getattr(part, "start", 0)):
+            raise UserError(
+                "observation_space", f"{name}: {part}", "must count from 0; wrap the environment to shift it"
+            )
+        if (not part.shape and isinstance(part, spaces.Box)) or getattr(part, "nvec", _ONE_AXIS).ndim > 1:
+            raise UserError("observation_space", f"{name}: {part}", "is no vector; wrap the environment to reshape it")
     return tuple(space.spaces)

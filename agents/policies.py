@@ -22,9 +22,9 @@ from spiking_rl.neurons import LIFState
 from spiking_rl.registry import build_network
 
 _OPTIMIZERS = (torch.optim.Adam, torch.optim.RAdam)  # ours and SB3's, with options of ours
-_NO_ACTOR = (
-    "gives Q-values, for SpikingDQN, SpikingPQN and SB3's DQN; PPO and A2C take SpikingActorCriticPolicy (images: "
-    "SpikingActorCriticCnnPolicy), SAC and TD3 SpikingFeaturesExtractor in policy_kwargs"
+_ACTORS = (
+    "PPO and A2C take SpikingActorCriticPolicy (images: SpikingActorCriticCnnPolicy), SAC and TD3 "
+    "SpikingFeaturesExtractor in policy_kwargs"
 )
 TIME_CONSTANTS = (0.2, 8.0)
 """Of a stateful agent's membranes, shortest and longest, in decisions."""
@@ -226,6 +226,7 @@ class SpikingMlpPolicy(DQNPolicy):
     q_net_target: SpikingQNetwork  # type: ignore[assignment]
     has_target = True
     default_network: ClassVar[str] = "mlp"
+    gives: ClassVar[str] = "Q-values, for SpikingDQN, SpikingPQN and SB3's DQN"
     carries_state = False
     """Whether the algorithm that this policy is for carries membranes through the episode."""
 
@@ -245,7 +246,7 @@ class SpikingMlpPolicy(DQNPolicy):
         **foreign: Any,
     ) -> None:
         if "use_sde" in foreign:  # which only algorithms with an actor hand over
-            raise UserError("policy", type(self).__name__, _NO_ACTOR)
+            raise UserError("policy", type(self).__name__, f"gives {self.gives}; {_ACTORS}")
         for name, value in foreign.items():
             raise UserError(name, value, "is no option of spiking policies; network_kwargs describes their layers")
         network = network or self.default_network
@@ -439,8 +440,8 @@ def check_spaces(
         raise UserError(
             "action_space",
             str(action_space),
-            "spiking Q-networks choose among discrete actions; use an environment with a Discrete "
-            "action space or wrap this one to discretise its actions",
+            "spiking Q-networks take a Discrete space; for continuous actions SAC and TD3 take "
+            "SpikingFeaturesExtractor in policy_kwargs, PPO SpikingActorCriticPolicy; or wrap the environment",
         )
     if action_space.start != 0:
         raise UserError("action_space", str(action_space), "must count from 0; wrap the environment to shift it")

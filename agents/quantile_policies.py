@@ -64,6 +64,8 @@ class SpikingQRMlpPolicy(SpikingMlpPolicy):
         UserError: n_quantiles below 1, or a space that a spiking Q-network cannot serve.
     """
 
+    gives: ClassVar[str] = "quantiles, for sb3_contrib.QRDQN"
+
     def __init__(
         self,
         observation_space: spaces.Space[Any],

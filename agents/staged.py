@@ -285,6 +285,9 @@ class StagedAlgorithm(BaseAlgorithm):
     def _finish_setup(self) -> None:
         """Set up what the learners share, with the policy made."""
         assert isinstance(self.action_space, spaces.Discrete)
+        gives = getattr(self.policy, "gives", "no Q-values")
+        if gives != SpikingMlpPolicy.gives:
+            raise UserError("policy", type(self.policy).__name__, f"gives {gives}; use MlpPolicy or CnnPolicy")
         self._move_held(self.device)  # those of a zip lie on the CPU
         self.explorer = EpsilonGreedy(self.n_envs, int(self.action_space.n), self.exploration_repeat)
         if self.policy.q_net.norm is not None:

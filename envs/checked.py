@@ -27,6 +27,7 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._name = name
         space = env.observation_space
         self._shape = space.shape if isinstance(space, gym.spaces.Box) else None
+        self._numbers = space if isinstance(space, gym.spaces.Discrete) else None
         self._floats = self._shape is not None and np.issubdtype(space.dtype, np.floating)
         self._steps = 0  # of the episode
         self._picture: tuple[int, ...] | None = None  # shape of the first
@@ -100,6 +101,14 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
             raise self._wrong(f"returned a picture of shape {picture.shape} after one of {self._picture}")
 
     def _check(self, observation: Any) -> None:
+        if self._numbers is not None:
+            first, count = int(self._numbers.start), int(self._numbers.n)
+            try:
+                fits = first <= observation < first + count and observation == int(observation)
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
+                raise self._wrong(f"returned {str(observation)[:100]!r} as an observation, which {self._numbers} lacks")
         if self._shape is None:
             return
         try:

@@ -75,9 +75,12 @@ def _suggestion(env_id: str, error: Exception) -> str:
     if isinstance(error, gym.error.DeprecatedEnv):
         return _one_line(error)
     named: dict[str, str] = {}
-    for key, spec in gym.registry.items():
-        if key.startswith("ALE/") or not str(spec.entry_point).startswith("ale_py"):  # no ids of an older ALE
-            named |= {key.lower(): key, key.lower().removeprefix("ale/"): key}
+    for key in sorted(gym.registry, key=lambda key: "/" not in key):  # an id of no namespace last: it wins
+        if key.startswith("ALE/") or not str(gym.registry[key].entry_point).startswith(
+            "ale_py"
+        ):  # none of an older ALE
+            short = key.lower().rpartition("/")[2]
+            named |= {key.lower(): key, short: key, short.rpartition("-v")[0] or short: key}
     close = difflib.get_close_matches(env_id.lower(), named, n=1, cutoff=0.7)
     hint = f"did you mean {named[close[0]]!r}?" if close else "see gymnasium.pprint_registry() for the ids"
     return f"no such environment; {hint} (your own: module:EnvId)"

@@ -25,6 +25,7 @@ env = Monitor(gym.make("Pendulum-v1"))
 model = SAC("MlpPolicy", env, policy_kwargs=policy_kwargs, learning_rate=1e-3, learning_starts=500, seed=seed)
 pruning = TemporalPruning(4, 1, first_budget=agent_steps // 2, stage_budget=agent_steps // 6)
 play = Monitor(gym.make("Pendulum-v1"))
+play.reset(seed=seed)
 callback = TemporalPruningCallback(pruning, eval_env=play, eval_episodes=min(10, episodes))
 model.learn(2 * agent_steps, callback=callback)
 for stage in pruning.stages:

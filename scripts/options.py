@@ -89,8 +89,9 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     words = list(takewhile(bool, dropwhile(lambda line: not line, lines[1:])))
     hints = dropwhile(lambda line: not line.startswith("Perhaps"), lines)
-    meant = [line.split()[0] for line in hints if line.startswith("-")]
-    hint = f"; did you mean {meant[0]}?" if meant else ""
+    meant = next(([word.strip(",") for word in line.split()] for line in hints if line.startswith("-")), None)
+    off = " --no-" in " ".join(words)
+    hint = f"; did you mean {next((w for w in meant if w.startswith('--no-') == off), meant[0])}?" if meant else ""
     return " ".join(words).rstrip(".") + hint if words else "cannot be understood"
 
 

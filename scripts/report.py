@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spiking_rl.checkpoint import read_json
+from spiking_rl.envs.atari import parse_atari
 from spiking_rl.envs.video import still
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
@@ -122,10 +123,18 @@ def _of_same_task(facts: Facts, rows: list[dict[str, Any]], field: str, path: Pa
     own = facts.settings.get("dataset" if facts.classifies else "env")
     for row in rows:
         other = row.get("dataset", row.get("environment"))
-        # Options of an Atari game, such as sticky actions, may differ: they make the same game harder.
-        if isinstance(other, str) and isinstance(own, str) and other.split("?")[0] != own.split("?")[0]:
+        if isinstance(other, str) and isinstance(own, str) and _task(other) != _task(own):
             raise UserError(field, str(path), f"is of {other}, and the run of {own}; their scores cannot be compared")
     return rows
+
+
+def _task(name: str) -> str:
+    """Return what a data set or environment is: an Atari game whatever its options, an id whatever its module."""
+    try:
+        atari = parse_atari(name)
+    except UserError:  # without ale-py, or a game of somebody else's ROMs
+        return name.partition("?")[0]
+    return name.rpartition(":")[2] if atari is None else atari.game
 
 
 def _published(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from spiking_rl.envs import check_environment, make_single, make_vectorised
         ("cartpole-v1", "did you mean 'CartPole-v1'?"),
         ("CartPole-v99", "did you mean 'CartPole-v1'?"),
         ("lunarlander", "did you mean 'LunarLander-v3'?"),
+        ("CartPoleMasked", "did you mean 'spiking_rl/CartPoleMasked-v1'?"),
         ("pong", "did you mean 'ALE/Pong-v5'?"),
         ("Snake-v0", "no such environment; see gymnasium.pprint_registry()"),
         ("Acrobat-v1", "did you mean 'Acrobot-v1'?"),

@@ -441,6 +441,8 @@ def one_line(text: str) -> str:
         (["fly"], ["command", "fly", "train"]),
         (["train", "cartpole", "--timesteps", "abc"], ["--timesteps", "abc"]),
         (["train", "cartpole", "--tiemsteps", "3"], ["--tiemsteps", "did you mean --timesteps?"]),
+        (["train", "cartpole", "--resum"], ["--resum", "did you mean --resume?"]),
+        (["train", "cartpole", "--no-resum"], ["--no-resum", "did you mean --no-resume?"]),
         (["evaluate", "cartpole", "--episode", "3"], ["--episode", "did you mean --episodes?"]),
         (["train", "cartpole", "--algo"], ["algo"]),
         (["train", "default"], ["default"]),

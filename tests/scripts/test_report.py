@@ -19,7 +19,7 @@ from conftest import SMALL, Cli, as_flags, last_json
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.charts import Line, chart
 from spiking_rl.scripts.page import page
-from spiking_rl.scripts.report import control_rows, read_facts
+from spiking_rl.scripts.report import _task, control_rows, read_facts
 
 HOSTILE = "</style><script>document.title='owned'</script><img src=x onerror=alert(1)>"
 
@@ -220,6 +220,20 @@ def test_scores_of_another_environment_are_no_controls(cli: Cli, reported: Path,
         assert done.returncode == 2
         assert "is of Acrobot-v1, and the run of CartPole-v1" in done.stderr
     assert (reported / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("ALE/Pong-v5?sticky_actions=0&frame_stack=4", "ALE/Pong-v5", True),
+        ("ALE/Pong-v5", "PongNoFrameskip-v4?sticky_actions=0.25", True),
+        ("ALE/Pong-v5", "ALE/Breakout-v5", False),
+        ("my_env:MyEnv-v0", "MyEnv-v0", True),
+        ("cifar10", "cifar100", False),
+    ],
+)
+def test_what_is_the_same_task(one: str, other: str, same: bool) -> None:
+    assert (_task(one) == _task(other)) is same
 
 
 def test_a_control_says_that_it_was_trained_directly(reported: Path, tmp_path: Path) -> None:

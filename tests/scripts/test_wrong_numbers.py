@@ -148,6 +148,16 @@ def test_what_an_environment_may_not_return(seen: object, reward: object, said: 
     assert "2 steps after a reset" in str(caught.value)
 
 
+@pytest.mark.parametrize("seen", [9, 0, -1, 1.5, None, "two", float("nan")])
+def test_a_number_that_a_discrete_space_lacks(seen: object) -> None:
+    env = Wrong(seen, 0.0)
+    env.observation_space = gym.spaces.Discrete(4, start=1)
+    with pytest.raises(WorkError, match=r"as an observation, which Discrete\(4, start=1\) lacks"):
+        CheckedEnv(env, "Wrong-v0")._check(seen)
+    for fits in (1, 4, np.int64(2), np.array(3), 2.0):
+        CheckedEnv(env, "Wrong-v0")._check(fits)
+
+
 @pytest.mark.parametrize(
     ("method", "result", "said"),
     [
