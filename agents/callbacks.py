@@ -118,7 +118,8 @@ class TemporalPruningCallback(BaseCallback):
                 "eval_env", str(self.eval_env), "wrap it in VecNormalize, as the training environment is wrapped"
             )
         self._seen = self.model.num_timesteps
-        if not self._best:
+        shapes = {name: tensor.shape for name, tensor in policy.state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in self._best.items()}:  # none, or those of another model
             self._keep()  # so that a pruning which goes on from earlier scores has weights to fall back on
 
     def _on_step(self) -> bool:

@@ -76,9 +76,8 @@ def _suggestion(env_id: str, error: Exception) -> str:
         return _one_line(error)
     named: dict[str, str] = {}
     for key in sorted(gym.registry, key=lambda key: "/" not in key):  # an id of no namespace last: it wins
-        if key.startswith("ALE/") or not str(gym.registry[key].entry_point).startswith(
-            "ale_py"
-        ):  # none of an older ALE
+        older = not key.startswith("ALE/") and str(gym.registry[key].entry_point).startswith("ale_py")
+        if not older:
             short = key.lower().rpartition("/")[2]
             named |= {key.lower(): key, short: key, short.rpartition("-v")[0] or short: key}
     close = difflib.get_close_matches(env_id.lower(), named, n=1, cutoff=0.7)

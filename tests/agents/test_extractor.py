@@ -174,7 +174,6 @@ def test_a_callback_that_is_used_again_prunes_the_model_before_it() -> None:
     with pytest.warns(UserWarning, match="not finished"):
         DQN("MlpPolicy", "CartPole-v1", policy_kwargs=extractor(2), **settings).learn(30, callback=callback)
     model = DQN(SpikingMlpPolicy, "CartPole-v1", policy_kwargs={"timesteps": 2}, **settings)
-    callback._best = {}  # those of the other network
     model.learn(600, callback=callback)
     assert callback.pruning.finished
     assert model.policy.timesteps == model.policy_kwargs["timesteps"] == 1
