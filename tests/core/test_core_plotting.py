@@ -188,3 +188,9 @@ def test_accuracies_are_drawn_as_such() -> None:
     curve = accuracy_curve([*rows, {**progress(0, 2, 79.0), "on_rates": 0.0}]).axes[0]
     assert texts(curve) == ["ReLU", "rates", "T=2"]
     assert curve.lines[0].get_ydata().tolist() == [80.0, 81.0, 78.0, 79.0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("title", ["\x00", "\u5b66\u7fd2"], ids=["control", "script"])
+def test_a_title_that_the_font_cannot_write_is_no_warning(title: str, tmp_path: Path) -> None:
+    save_figure(learning_curves({"pqn": [CURVE]}, title), tmp_path / "figure.png")  # a warning would be an error here
+    assert (tmp_path / "figure.png").stat().st_size > 1000
