@@ -68,12 +68,12 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
         share_features_extractor: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in _OURS:
-            if name in kwargs:
-                raise UserError(name, kwargs[name], "leave it out; network_kwargs describes the spiking layers")
-        for name in kwargs.keys() - _SB3:
-            taken = "timesteps, network, network_kwargs, share_features_extractor, or one of ActorCriticPolicy's"
-            raise UserError(name, kwargs[name], f"is no option of {type(self).__name__}; name {taken}")
+        for name, value in kwargs.items():
+            if name in _OURS:
+                raise UserError(name, value, "leave it out; network_kwargs describes the spiking layers")
+            if name not in _SB3:
+                taken = "timesteps, network, network_kwargs, share_features_extractor, or one of ActorCriticPolicy's"
+                raise UserError(name, value, f"is no option of {type(self).__name__}; name {taken}")
         self.network_options = {
             "timesteps": timesteps,
             "network": network or self.default_network,

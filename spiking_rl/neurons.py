@@ -148,7 +148,7 @@ def _as_tensor(parameter: Tensor | float, current: Tensor) -> Tensor:
     """Return a leak or threshold as what a network would have: no half, where the currents are halves."""
     if isinstance(parameter, Tensor):
         return parameter
-    wide = torch.float64 if current.dtype == torch.float64 else torch.float32
+    wide = torch.promote_types(current.dtype, torch.float32)
     return torch.tensor(parameter, dtype=wide, device=current.device)
 
 

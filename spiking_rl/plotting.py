@@ -36,6 +36,12 @@ def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axe
     return figure, axes
 
 
+def _entitled(figure: Figure, title: str) -> Figure:
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure atomically in the format that the file's ending names."""
     import io
@@ -85,9 +91,7 @@ def learning_curves(groups: Mapping[str, Sequence[Sequence[Row]]], title: str = 
             figure.legend(handles, names, frameon=False, loc="outside upper left", title=title, alignment="left")
             return figure
         axes[0].legend(frameon=False, loc="best")
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
+    return _entitled(figure, title)
 
 
 def _points(rows: Sequence[Row], key: str, unit: float) -> list[tuple[float, float]]:
@@ -272,9 +276,7 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
     axes[2].annotate(
         "ReLU network", (1, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_ORANGE, fontsize=8
     )
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
+    return _entitled(figure, title)
 
 
 def early_exit(rows: Sequence[Row], title: str = "") -> Figure:
@@ -299,9 +301,7 @@ def early_exit(rows: Sequence[Row], title: str = "") -> Figure:
         ax.set_xlabel("mean timesteps per decision")
         ax.set_ylabel(label)
     axes[0].legend(frameon=False, loc="best")
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    return figure
+    return _entitled(figure, title)
 
 
 _METHODS = {
