@@ -34,7 +34,8 @@ class SpikingActorCriticPolicy(ActorCriticPolicy):
     T=4, 100k agent steps, one seed: 500 against 45). Images share theirs, as in SB3.
 
     Args:
-        observation_space: a Box or Discrete space, or a Dict of such without images.
+        observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such without
+            images.
         action_space: any that the algorithm takes.
         lr_schedule: learning rate against progress remaining.
         timesteps: T per decision.

@@ -6,7 +6,6 @@ import math
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -16,12 +15,17 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
-from spiking_rl.agents.policies import RunningNorm, check_observation_space, observation_scaling
+from spiking_rl.agents.policies import (
+    SIMPLE_SPACES,
+    RunningNorm,
+    check_numbers,
+    check_observation_space,
+    observation_scaling,
+)
 from spiking_rl.errors import UserError
 from spiking_rl.neurons import LIF
 from spiking_rl.registry import build_network
 
-_ONE_AXIS = np.zeros(1)
 _OPTIONS = "features_extractor_kwargs"
 
 
@@ -33,7 +37,8 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
     pass in training. The parts of a Dict observation, as ``MultiInputPolicy`` has them, are laid side by side.
 
     Args:
-        observation_space: a Box or Discrete space, or a Dict of such without images.
+        observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such without
+            images.
         timesteps: T per decision.
         network: name of a registered network; default ``"nature_cnn"`` for images, else ``"mlp"``.
         network_kwargs: its options, such as ``hidden`` or ``neuron``.
@@ -148,19 +153,14 @@ def _vector_parts(space: spaces.Dict) -> tuple[str, ...]:
     if not space.spaces:
         raise UserError("observation_space", str(space), "is an empty Dict; there is nothing to see")
     for name, part in space.spaces.items():
-        if is_image_space(part) or not isinstance(
-            part, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-        ):
+        if is_image_space(part) or not isinstance(part, SIMPLE_SPACES):
             raise UserError(
                 "observation_space",
                 f"{name}: {part}",
                 "of a Dict only vectors are taken; leave it out with gymnasium.wrappers.FilterObservation, or make a "
                 "features extractor of your own (policy_kwargs of SB3's MultiInputPolicy) that joins one of each part",
             )
-        if np.any(getattr(part, "start", 0)):
-            raise UserError(
-                "observation_space", f"{name}: {part}", "must count from 0; wrap the environment to shift it"
-            )
-        if (not part.shape and isinstance(part, spaces.Box)) or getattr(part, "nvec", _ONE_AXIS).ndim > 1:
+        check_numbers(part, f"{name}: {part}")
+        if not part.shape and isinstance(part, spaces.Box):
             raise UserError("observation_space", f"{name}: {part}", "is no vector; wrap the environment to reshape it")
     return tuple(space.spaces)

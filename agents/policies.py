@@ -21,6 +21,9 @@ from spiking_rl.networks import NetworkState, Observer
 from spiking_rl.neurons import LIFState
 from spiking_rl.registry import build_network
 
+SIMPLE_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+"""Of observations that a network takes as a vector or as an image: whole numbers become one-hot."""
+
 _OPTIMIZERS = (torch.optim.Adam, torch.optim.RAdam)  # ours and SB3's, with options of ours
 _ACTORS = (
     "PPO and A2C take SpikingActorCriticPolicy (images: SpikingActorCriticCnnPolicy), SAC and TD3 "
@@ -81,7 +84,7 @@ class SpikingQNetwork(BasePolicy):
     Vectors are scaled by running statistics; images keep their shape and are divided by 255 instead.
 
     Args:
-        observation_space: a Box or Discrete space.
+        observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space.
         action_space: Discrete.
         network: name of a registered network.
         network_kwargs: its options.
@@ -202,7 +205,7 @@ class SpikingMlpPolicy(DQNPolicy):
     ``network_kwargs["threshold"]`` (0.5); our own learners set them from data.
 
     Args:
-        observation_space: a Box or Discrete space.
+        observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space.
         action_space: Discrete.
         lr_schedule: learning rate against progress remaining.
         timesteps: T per decision.
@@ -457,14 +460,14 @@ def check_observation_space(
         UserError: naming the space and what to do.
     """
     shown = str(observation_space)
-    if not isinstance(observation_space, (spaces.Box, spaces.Discrete)):
+    if not isinstance(observation_space, SIMPLE_SPACES):
         raise UserError(
             "observation_space",
             shown,
-            "must be a Box or Discrete space; flatten it with gymnasium.wrappers.FlattenObservation",
+            "must be a Box, Discrete, MultiDiscrete or MultiBinary space; flatten it with "
+            "gymnasium.wrappers.FlattenObservation",
         )
-    if isinstance(observation_space, spaces.Discrete) and observation_space.start != 0:
-        raise UserError("observation_space", shown, "must count from 0; wrap the environment to shift it")
+    check_numbers(observation_space, shown)
     if network == "mlp" and is_image_space(observation_space):
         raise UserError(
             "observation_space",
@@ -479,6 +482,18 @@ def check_observation_space(
             "is no image (uint8, 0 to 255, three axes); use an Mlp policy such as SpikingMlpPolicy, or "
             "normalize_images=False where the pixels are scaled already",
         )
+
+
+def check_numbers(space: spaces.Space[Any], shown: str) -> None:
+    """Refuse whole numbers that cannot be made one-hot: SB3 counts them from 0, along one axis.
+
+    Raises:
+        UserError: showing the space so.
+    """
+    if np.any(getattr(space, "start", 0)):
+        raise UserError("observation_space", shown, "must count from 0; wrap the environment to shift it")
+    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+        raise UserError("observation_space", shown, "is no vector; wrap the environment to reshape it")
 
 
 def as_state(membranes: tuple[np.ndarray[Any, Any], ...], device: torch.device) -> NetworkState:

@@ -20,7 +20,7 @@ class SpikingQuantileNetwork(SpikingQNetwork):
     """Quantiles of the return of each action (Dabney et al. 2018) from a network of spiking neurons.
 
     Args:
-        observation_space: a Box or Discrete space.
+        observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space.
         action_space: Discrete.
         n_quantiles: quantiles per action.
         kwargs: everything else that :class:`SpikingQNetwork` takes.
@@ -54,7 +54,7 @@ class SpikingQRMlpPolicy(SpikingMlpPolicy):
     ``QRDQN`` comes with ``pip install 'spiking-rl[contrib]'``.
 
     Args:
-        observation_space: a Box or Discrete space.
+        observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space.
         action_space: Discrete.
         lr_schedule: learning rate against progress remaining.
         n_quantiles: quantiles per action.

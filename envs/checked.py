@@ -26,8 +26,9 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._name = name
         space = env.observation_space
-        self._shape = space.shape if isinstance(space, gym.spaces.Box) else None
-        self._numbers = space if isinstance(space, gym.spaces.Discrete) else None
+        arrays = (gym.spaces.Box, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary)
+        self._shape = space.shape if isinstance(space, arrays) else None
+        self._whole = space if isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) else None
         self._floats = self._shape is not None and np.issubdtype(space.dtype, np.floating)
         self._steps = 0  # of the episode
         self._picture: tuple[int, ...] | None = None  # shape of the first
@@ -101,22 +102,18 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
             raise self._wrong(f"returned a picture of shape {picture.shape} after one of {self._picture}")
 
     def _check(self, observation: Any) -> None:
-        if self._numbers is not None:
-            first, count = int(self._numbers.start), int(self._numbers.n)
-            try:
-                fits = first <= observation < first + count and observation == int(observation)
-            except (TypeError, ValueError):
-                fits = False
-            if not fits:
-                raise self._wrong(f"returned {str(observation)[:100]!r} as an observation, which {self._numbers} lacks")
-        if self._shape is None:
-            return
+        if self._shape is not None:
+            self._check_array(observation, self._shape)
+        if self._whole is not None and _lacks(self._whole, observation):
+            raise self._wrong(f"returned {str(observation)[:100]!r} as an observation, which {self._whole} lacks")
+
+    def _check_array(self, observation: Any, wanted: tuple[int, ...]) -> None:
         try:
             shape, kind = np.shape(observation), np.asarray(observation).dtype
         except ValueError:
             raise self._wrong("returned an observation of uneven lists") from None
-        if shape != self._shape:
-            raise self._wrong(f"returned an observation of shape {shape}, and its space says {self._shape}")
+        if shape != wanted:
+            raise self._wrong(f"returned an observation of shape {shape}, and its space says {wanted}")
         if not (np.issubdtype(kind, np.number) or np.issubdtype(kind, np.bool_)):
             raise self._wrong(f"returned an observation of type {kind}, which are no numbers")
         if self._floats and not np.isfinite(observation).all():
@@ -124,6 +121,16 @@ class CheckedEnv(gym.Wrapper[Any, Any, Any, Any]):
 
     def _wrong(self, what: str) -> WorkError:
         return WorkError("env", self._name, f"{what}, {self._steps} steps after a reset; mend the environment")
+
+
+def _lacks(space: gym.spaces.Discrete | gym.spaces.MultiDiscrete, observation: Any) -> bool:
+    first, count = np.asarray(space.start), np.asarray(space.nvec if hasattr(space, "nvec") else space.n)
+    try:
+        numbers = np.asarray(observation, dtype=np.float64)
+    except (TypeError, ValueError):
+        return True
+    fits = (first <= numbers) & (numbers < first + count) & (numbers == np.floor(numbers))
+    return numbers.size != count.size or not fits.all()
 
 
 def _told(error: Exception) -> str:

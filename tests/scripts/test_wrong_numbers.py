@@ -159,6 +159,33 @@ def test_a_number_that_a_discrete_space_lacks(seen: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ([3, 0], r"'\[3, 0\]' as an observation, which MultiDiscrete\(\[3 2\]\) lacks"),
+        ([-1, 0], "lacks"),
+        ([0.5, 0], "lacks"),
+        ([np.nan, 0], "lacks"),
+        ([0, 0, 0], r"of shape \(3,\)"),
+        (["a", "b"], "no numbers"),
+    ],
+)
+def test_numbers_that_a_multi_discrete_space_lacks(seen: list[object], said: str) -> None:
+    env = Wrong(seen, 0.0)
+    env.observation_space = gym.spaces.MultiDiscrete([3, 2])
+    with pytest.raises(WorkError, match=said):
+        CheckedEnv(env, "Wrong-v0")._check(seen)
+    CheckedEnv(env, "Wrong-v0")._check(np.array([2, 1]))
+
+
+def test_bits_of_another_shape_than_their_space() -> None:
+    env = Wrong([0, 1], 0.0)
+    env.observation_space = gym.spaces.MultiBinary(3)
+    with pytest.raises(WorkError, match=r"of shape \(2,\), and its space says \(3,\)"):
+        CheckedEnv(env, "Wrong-v0")._check([0, 1])
+    CheckedEnv(env, "Wrong-v0")._check([0, 1, 1])
+
+
+@pytest.mark.parametrize(
     ("method", "result", "said"),
     [
         ("reset", OSError("no\nmotor"), "raised OSError: no motor, 0 steps"),
