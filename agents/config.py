@@ -48,8 +48,7 @@ class MainSettings:
     neuron: Neuron = "lif"
     """lif: spiking; relu: the control network of the same shape."""
     start_from: str | None = None
-    """Trained agent to start from, without random play: a run, a checkpoint or a pretrained one (a ReLU network is
-    converted)."""
+    """Agent to start from (no random play): a run, checkpoint or pretrained one; a ReLU network is converted."""
 
 
 @dataclass(kw_only=True)
@@ -77,8 +76,7 @@ class TrainConfig(MainSettings):
     teacher: str | None = None
     """Trained agent to imitate, one that sees more frames too; none: the one that it starts from."""
     encoding: Encoding = "direct"
-    """direct: the analog observation at every timestep; hybrid: at the first, then one spike per input, the larger
-    the earlier; poisson: random spikes."""
+    """direct: the observation at every timestep; hybrid: at the first, then a spike per input; poisson: random ones."""
     single_spike: bool = False
     """Let every hidden neuron fire at most once per decision."""
     kappa: float = 0.0
@@ -124,8 +122,7 @@ class TrainConfig(MainSettings):
     precision: Precision = "float32"
     """Arithmetic in which a ReLU network is trained; bfloat16 is faster where the processor has it."""
     spike_precision: Precision = "float32"
-    """Arithmetic in which spiking networks are trained. bfloat16 rounds currents, so a few neurons fire otherwise in
-    training than in play, which is always in float32."""
+    """Arithmetic that trains spiking networks; bfloat16 rounds currents: a few neurons fire otherwise than in play."""
     threads: int = 1
     """Torch threads; small networks gain nothing from more."""
 

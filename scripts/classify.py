@@ -100,7 +100,7 @@ class RunOptions(Where):
     recipe: str = "fast"
     """Recipe whose values the flags override."""
     run: Path | None = None
-    """Run folder; default runs/NETWORK-DATASET-seedN."""
+    """Run folder; none: runs/NETWORK-DATASET-seedN."""
     resume: bool = False
     """Go on with the run in that folder; epochs, threads and save_every may be others from there."""
 
@@ -146,7 +146,7 @@ class EvaluateOptions(Place):
     """What to measure."""
 
     timesteps: int | Literal["relu"] | None = None
-    """T of the run to score, or relu for its ReLU network; default everything it holds."""
+    """T of the run to score, or relu for its ReLU network; none: everything it holds."""
     predictions: Path | None = None
     """Also write the predicted classes of every T there."""
     dataset: str | None = None

@@ -38,7 +38,7 @@ class Options:
     """What to measure."""
 
     timesteps: int | None = None
-    """T of the run; default its highest."""
+    """T of the run; none: its highest."""
     margins: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0)
     """Margins to try, in units of the median gap between the two highest outputs after all timesteps."""
     episodes: int = 100
@@ -52,7 +52,7 @@ class Options:
     device: str = "cpu"
     """cpu, cuda or auto."""
     output: Path | None = None
-    """Figure (.png, .svg or .pdf), a .csv beside it; default figures/early-exit.png in the run."""
+    """Figure (.png, .svg or .pdf), a .csv beside it; none: figures/early-exit.png in the run."""
 
 
 def run(args: list[str]) -> dict[str, Any]:

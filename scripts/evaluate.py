@@ -23,11 +23,11 @@ class Options:
     """What to measure."""
 
     timesteps: int | None = None
-    """T of the run to score; default its lowest."""
+    """T of the run to score; none: its lowest."""
     episodes: int = 100
     """Number of episodes."""
     env: str | None = None
-    """Play in another environment with the same spaces, such as 'ALE/Pong-v5?sticky_actions=0.25'."""
+    """Another environment with the same spaces, as 'ALE/Pong-v5?sticky_actions=0.25'; none: its own."""
     seed: int = REPORT_SEED
     """Seed of the first episode; episode k uses seed + k."""
     device: str = "cpu"

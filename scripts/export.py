@@ -38,12 +38,11 @@ class Options:
     """What to export."""
 
     format: Literal["sb3", "onnx", "half"] = "sb3"
-    """sb3: the zip of Stable-Baselines3; onnx: for ONNX Runtime and others; half: a checkpoint whose weights have 16
-    bits (evaluate it again)."""
+    """sb3: Stable-Baselines3's zip; onnx: for ONNX Runtime and others; half: a checkpoint of 16-bit weights."""
     timesteps: int | None = None
-    """T of the run; default its lowest."""
+    """T of the run; none: its lowest."""
     output: Path | None = None
-    """The file or folder; default what is exported, such as cartpole-seed0-T1.zip, .onnx, or -half."""
+    """The file or folder; none: after what is exported, as cartpole-seed0-T1.zip, .onnx, or -half."""
 
 
 def run(args: list[str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Options:
     """What to show."""
 
     timesteps: int | None = None
-    """T of the run; default its lowest."""
+    """T of the run; none: its lowest."""
 
 
 def run(args: list[str]) -> dict[str, Any]:

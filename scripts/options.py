@@ -8,9 +8,16 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, takewhile
-from typing import Annotated, Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, TypeVar, Union, get_args
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
 from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
@@ -19,6 +26,34 @@ T = TypeVar("T")
 
 AsTheRun = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: as the run has it)")]
 """Type of a flag whose value, where it is not given, is a run's own (:func:`parse_over_run`)."""
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None:
+    """Show an option that may be left out as ``PATH (default: none)``; its text says what ``none`` means."""
+    kinds = get_args(info.type)
+    if NoneType not in kinds:
+        return None
+    given = Union[tuple(kind for kind in kinds if kind is not NoneType)]  # noqa: UP007  of as many as there are
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+
+    def read(words: list[str]) -> Any:
+        return None if [word.lower() for word in words] == ["none"] else spec.instance_from_str(words)
+
+    choices = None if spec.choices is None else ("none", *spec.choices)
+    return PrimitiveConstructorSpec(
+        nargs=(1, spec.nargs) if isinstance(spec.nargs, int) and spec.nargs != 1 else spec.nargs,
+        metavar=spec.metavar if choices is None else "{" + ",".join(choices) + "}",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["none"] if value is None else spec.str_from_instance(value),
+        choices=choices,
+    )
 
 
 def parse(kind: type[T], command: str, args: list[str], description: str, default: T | None = None) -> T:
@@ -36,8 +71,8 @@ def parse(kind: type[T], command: str, args: list[str], description: str, defaul
     try:
         with contextlib.redirect_stderr(said):
             if default is None:
-                return tyro.cli(kind, prog=name, args=args, description=description)
-            return tyro.cli(kind, prog=name, args=args, description=description, default=default)
+                return tyro.cli(kind, prog=name, args=args, description=description, registry=_REGISTRY)
+            return tyro.cli(kind, prog=name, args=args, description=description, default=default, registry=_REGISTRY)
     except SystemExit as stop:
         if not stop.code:
             raise  # --help

@@ -41,7 +41,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders."""
     output: Path | None = None
-    """Picture of several runs (.png, .svg or .pdf; a .png gets a .svg beside it); default learning_curves.png."""
+    """Picture of several runs (.png, .svg or .pdf; a .png gets a .svg beside it); none: learning_curves.png."""
 
 
 @dataclass(frozen=True)

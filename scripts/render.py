@@ -25,19 +25,19 @@ class Options:
     """What to film."""
 
     timesteps: int | None = None
-    """T of the run to film; default its lowest."""
+    """T of the run to film; none: its lowest."""
     spikes: bool = False
     """Draw Q-values, a live spike raster and membrane potentials around the picture."""
     neurons: tuple[str, ...] = ()
-    """With --spikes: whose membranes, such as layer1:3 layer2:17; default three with large readout weights."""
+    """With --spikes: whose membranes, such as layer1:3 layer2:17; three with large readout weights if not named."""
     episodes: int = 1
     """Number of episodes."""
     env: str | None = None
-    """Film in another environment with the same spaces, such as 'ALE/Pong-v5?sticky_actions=0.25'."""
+    """Another environment with the same spaces, as 'ALE/Pong-v5?sticky_actions=0.25'; none: its own."""
     seed: int = REPORT_SEED
     """Seed of the first episode; episode k uses seed + k."""
     output: Path | None = None
-    """The mp4; default RUN/videos/T1.mp4 and so on."""
+    """The mp4; none: RUN/videos/T1.mp4 and so on."""
 
 
 def run(args: list[str]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Options:
     results: Path | None = None
     """Published results (JSON) whose controls are shown too."""
     output: Path | None = None
-    """The page; default RUN/report.html."""
+    """The page; none: RUN/report.html."""
 
 
 def run(args: list[str]) -> dict[str, Any]:

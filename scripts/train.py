@@ -46,7 +46,7 @@ class RunOptions:
     """Where and how to run; nothing here changes what is learned."""
 
     run: Path | None = None
-    """Run folder; default runs/NAME-seedN."""
+    """Run folder; none: runs/NAME-seedN."""
     resume: bool = False
     """Go on with the run in that folder; agent steps of its stages may be others from there."""
     hours: float | None = None

@@ -43,8 +43,7 @@ class MainSettings:
     prune_epochs: int = 8
     """Epochs of each later stage."""
     start_from: str | None = None
-    """Run whose ReLU network the spiking one starts from, instead of training one; or a checkpoint of a run
-    (RUN/checkpoints/T1), to start from that spiking network, its thresholds and leaks."""
+    """Run whose ReLU network to start from; or a spiking network, as a checkpoint of a run (RUN/checkpoints/T1)."""
 
 
 @dataclass(kw_only=True)
@@ -54,20 +53,17 @@ class ClassifyConfig(MainSettings):
     network: str = "vgg16"
     """A registered network; `spiking-rl list` names them."""
     dataset: str = "cifar10"
-    """cifar10, cifar100, tiny-imagenet-32, imagenet (read from disk while it trains), or folder for images sorted into
-    a folder per class."""
+    """cifar10, cifar100, tiny-imagenet-32, imagenet (read from disk), or folder: images in a folder per class."""
     image_size: int = 0
     """Side in pixels to which images of imagenet or a folder are brought; 0: 224, and 32 for a folder."""
     workers: int = 2
     """Processes that decode the images of imagenet; 0: this one."""
     rate_epochs: int = 0
-    """Epochs on firing rates, before the first spiking stage: one pass for all timesteps, at the ReLU network's cost
-    and with its optimiser, learning rate and batches."""
+    """Epochs on firing rates, before spikes: one pass for all T, with the ReLU network's optimiser and batches."""
     last_epochs: int = 0
     """Epochs of the last stage, where it is not the first; 0: as prune_epochs."""
     ann_optimizer: Optimizer = "sgd"
-    """Optimiser of the ReLU network; sgd has momentum 0.9, Nesterov's; muon orthogonalises the updates of convolutions,
-    has Adam for the rest at a thirtieth of the learning rate, and likes large batches."""
+    """Of the ReLU network; sgd: Nesterov momentum 0.9; muon: orthogonal updates, Adam for vectors, large batches."""
     ann_learning_rate: float = 0.05
     """Highest learning rate of the ReLU network."""
     ann_weight_decay: float = 5e-4
@@ -91,16 +87,13 @@ class ClassifyConfig(MainSettings):
     label_smoothing: float = 0.0
     """Of the cross-entropy."""
     distill: float = 0.0
-    """Part of the spiking stages' loss that pulls their class probabilities to those of the ReLU network they start
-    from, on the same augmented images (Hinton et al. 2015); the rest is the cross-entropy with the labels."""
+    """Part of the spiking loss that pulls to the ReLU network's class probabilities (Hinton et al. 2015)."""
     spike_penalty: float = 0.0
-    """So many times the accumulates per multiply-accumulate behind the first layer, over all timesteps, are added to
-    the spiking stages' loss: fewer spikes, above all where they cost most."""
+    """Adds so often the accumulates per multiply-accumulate behind the first layer to the spiking loss."""
     max_grad_norm: float = 5.0
     """Gradient clipping."""
     precision: Precision = "auto"
-    """Arithmetic of training and of the scores that select, auto: bfloat16 on a GPU. Test scores are counted in
-    float32."""
+    """Arithmetic of training and selection; auto: bfloat16 on a GPU. Test scores are counted in float32."""
     batch_norm: bool = True
     """Train with batch normalisation, which costs nothing in the end: it folds into the weights."""
     fold_first: bool = False
@@ -118,8 +111,7 @@ class ClassifyConfig(MainSettings):
     calibration_timesteps: int = 100
     """Timesteps over which it sets them."""
     leak: float | None = None
-    """Part of the membrane potential that neurons keep from one timestep to the next, before it is trained; none: 1, or
-    what those have that a run starts from."""
+    """Initial leak (1 = none); none: 1, or what the neurons have that a run starts from."""
     train_threshold: bool = True
     """Train the thresholds."""
     train_leak: bool = True
@@ -127,8 +119,7 @@ class ClassifyConfig(MainSettings):
     rescale_thresholds: bool = False
     """Begin a stage of fewer timesteps with thresholds at which each layer goes on firing, instead of those it had."""
     encoding: Encoding = "direct"
-    """direct: the analog image at every timestep; hybrid: at the first, then one spike per pixel and channel, the
-    brighter the earlier; poisson: random spikes, as many as pixels are far from the mean."""
+    """direct: the image at every timestep; hybrid: at the first, then a spike per value; poisson: random ones."""
     single_spike: bool = False
     """Let every hidden neuron fire at most once per image."""
     kappa: float = 0.0

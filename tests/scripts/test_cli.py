@@ -9,8 +9,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import imageio_ffmpeg
 import numpy as np
@@ -22,8 +25,10 @@ from conftest import SMALL, Cli, as_flags, copy_run, curves_of, environment, las
 from spiking_rl import load_checkpoint
 from spiking_rl.agents import SpikingPQN, load_agent
 from spiking_rl.arithmetic import has_bfloat16
+from spiking_rl.errors import UserError
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.main import run as run_command
+from spiking_rl.scripts.options import parse
 from spiking_rl.scripts.plot import DrawnRun, group_runs, read_run
 
 
@@ -543,6 +548,17 @@ def test_help_fits_a_screen_and_has_an_example(cli: Cli, command: str) -> None:
     assert done.returncode == 0
     assert "Example: spiking-rl" in done.stdout
     assert len(done.stdout.splitlines()) <= 45
+    assert_readable(done.stdout)
+
+
+def assert_readable(shown: str) -> None:
+    """Options that may be left out say so in one word, and lines break where they are full."""
+    assert "None" not in shown
+    rows = [line[2:-1] for line in shown.splitlines() if line.startswith("│ ")]
+    for row, below in pairwise(rows):
+        if row.startswith(" " * 8) and below.startswith(" " * 8):
+            first = below.split()[0]
+            assert len(row.rstrip()) + 1 + len(first) > len(row) - 2, f"{row!r} has room for {first!r}"
 
 
 @pytest.mark.parametrize("command", ["prune", "classify prune"])
@@ -562,9 +578,45 @@ def test_all_settings_are_told_where_they_are_asked_for(cli: Cli, command: str) 
     assert "--help-all" in shown
     assert "--learning-rate" not in shown
     assert "--learning-rate" in everything
+    assert_readable(everything)
     for option in ("--timesteps", "--seed", "--run", "--resume"):
         assert option in shown
         assert option in everything
+
+
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_what_may_be_left_out_may_be_none(word: str) -> None:
+    def read(*args: str) -> Both:
+        return parse(Both, "try", list(args), "Tries.", Both(1.5, (1.0, 2.0), ("a",), True, "relu"))
+
+    assert read() == Both(1.5, (1.0, 2.0), ("a",), True, "relu")
+    assert read("--hours", word).hours is None
+    assert read("--pair", word).pair is None
+    assert read("--names", word).names is None
+    assert read("--part", word).part is None
+    assert read("--flag", "none").flag is None
+    assert read("--pair", "3", "4", "--names", "b", "c") == Both(1.5, (3.0, 4.0), ("b", "c"), True, "relu")
+    assert read("--part", "3").part == 3
+    assert read("--flag", "False").flag is False
+    for args in (["--hours", "soon"], ["--pair", "1"], ["--flag", "maybe"], ["--part", "lif"]):
+        with pytest.raises(UserError, match=args[0].removeprefix("--")):
+            read(*args)
+
+
+@dataclass
+class Both:
+    """Options of every kind that may be left out."""
+
+    hours: float | None
+    """A number."""
+    pair: tuple[float, float] | None
+    """Two."""
+    names: tuple[str, ...] | None
+    """Any number of words."""
+    flag: bool | None
+    """True or False."""
+    part: int | Literal["relu"] | None
+    """A number or a word."""
 
 
 def test_overview_and_version(cli: Cli) -> None:
