@@ -7,9 +7,11 @@ import dataclasses
 import io
 import sys
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import dropwhile, takewhile
+from operator import or_
 from types import NoneType
-from typing import Annotated, Any, TypeVar, Union, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import tyro
 from tyro.constructors import (
@@ -37,7 +39,7 @@ def _or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Unsuppo
     kinds = get_args(info.type)
     if NoneType not in kinds:
         return None
-    given = Union[tuple(kind for kind in kinds if kind is not NoneType)]  # noqa: UP007  of as many as there are
+    given = reduce(or_, [kind for kind in kinds if kind is not NoneType])
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
     if isinstance(spec, UnsupportedTypeAnnotationError):
         return spec
