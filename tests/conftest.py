@@ -31,13 +31,13 @@ torch.set_num_threads(1)  # small networks; the suite may share two cores
 SMALL = {
     "timesteps": 3,
     "prune_to": 2,
-    "agent_steps": 2560,
-    "prune_steps": 1024,
+    "agent_steps": 1664,
+    "prune_steps": 512,
     "num_envs": 4,
     "hidden": (16, 16),
-    "eval_every": 1024,
+    "eval_every": 512,
     "eval_episodes": 2,
-    "save_every": 512,
+    "save_every": 256,
     "report_episodes": 2,
     "video_episodes": 0,
 }

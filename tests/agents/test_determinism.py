@@ -31,9 +31,9 @@ ALGORITHMS = {
 
 def trained(name: str, folder: Path, seed: int) -> dict[str, torch.Tensor]:
     algo = name.split(",")[0]
-    settings = {**SMALL, "agent_steps": 1536, "prune_steps": 512, "timesteps": 2, "prune_to": 1, **ALGORITHMS[name]}
+    settings = {**SMALL, "agent_steps": 1280, "prune_steps": 256, "timesteps": 2, "prune_to": 1, **ALGORITHMS[name]}
     if algo == "dqn":
-        settings |= {"learning_starts": 256, "train_freq": 64, "gradient_steps": 4, "buffer_size": 2048}
+        settings |= {"learning_starts": 128, "train_freq": 64, "gradient_steps": 4, "buffer_size": 2048}
     config = replace_settings(load_recipe("cartpole", algo)[1], {**settings, "seed": seed})
     session = start_run(config, RunFolder(folder), device="cpu")
     session.run()

@@ -25,11 +25,11 @@ from spiking_rl.runs import RunFolder
 from spiking_rl.settings import read_settings
 from spiking_rl.stopping import Interrupted
 
-DQN = {"learning_starts": 512, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
+DQN = {"learning_starts": 256, "train_freq": 64, "gradient_steps": 8, "buffer_size": 2048, "batch_size": 16}
 
 
 def session_in(path: Path, algo: str, **changes: object) -> TrainingSession:
-    settings = {**SMALL, "agent_steps": 2048, **(DQN if algo == "dqn" else {}), **changes}
+    settings = {**SMALL, "agent_steps": 1536, **(DQN if algo == "dqn" else {}), **changes}
     return start_run(replace_settings(load_recipe("cartpole", algo)[1], settings), RunFolder(path), device="cpu")
 
 
@@ -73,7 +73,7 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return request.param, path
 
 
-@pytest.mark.parametrize("stop_at", [600, 1300, 2100])
+@pytest.mark.parametrize("stop_at", [300, 1300, 1700])
 def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_path: Path, stop_at: int) -> None:
     algo, whole = uninterrupted
     session = session_in(tmp_path / "run", algo)
@@ -85,7 +85,7 @@ def test_a_stopped_run_resumes_bit_for_bit(uninterrupted: tuple[str, Path], tmp_
     assert_same_end(whole, tmp_path / "run")
 
 
-HYBRID = {"ann_steps": 2048, "agent_steps": 1024, "imitation": 0.75, "save_every": 512}
+HYBRID = {"ann_steps": 1536, "agent_steps": 512, "imitation": 0.75, "save_every": 256}
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +95,14 @@ def whole_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stop_at", [600, 2100, 2600])
+@pytest.mark.parametrize("stop_at", [300, 1600, 1800])
 def test_a_run_that_starts_with_a_relu_network_resumes_bit_for_bit(
     whole_hybrid: Path, tmp_path: Path, stop_at: int
 ) -> None:
     """Stopped while the ReLU network learns, after its end, and after the first save with spikes."""
     session = session_in(tmp_path / "run", "pqn", **HYBRID)
     assert session.ann is not None
-    run_until(session.ann if stop_at < 2048 else session, stop_at)
+    run_until(session.ann if stop_at < 1536 else session, stop_at)
     torch.manual_seed(stop_at)
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert_same_end(whole_hybrid, tmp_path / "run")
@@ -116,7 +116,7 @@ def test_a_run_killed_without_warning_resumes_bit_for_bit(
 ) -> None:
     algo, whole = uninterrupted
     path = tmp_path / "run"
-    settings = {**SMALL, "agent_steps": 2048, **(DQN if algo == "dqn" else {})}
+    settings = {**SMALL, "agent_steps": 1536, **(DQN if algo == "dqn" else {})}
     command = [
         "train",
         "cartpole",
@@ -159,18 +159,18 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path) -> No
     assert f"--run {path} --resume" in errors
     assert "Traceback" not in errors
     state = json.loads((path / "resume" / "state.json").read_text())
-    assert state["counters"]["num_timesteps"] >= 1024
+    assert state["counters"]["num_timesteps"] >= 512
 
 
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
 def test_a_stopped_run_keeps_its_membranes(tmp_path: Path, algo: str) -> None:
     """The membranes, the replayed sequences and the episode starts go on bit for bit too."""
-    memory = {"stateful": True, "agent_steps": 2048}
+    memory = {"stateful": True, "agent_steps": 1536}
     if algo == "dqn":
         memory |= {"burn_in": 4, "sequence_length": 8, "buffer_size": 1024}
     session_in(tmp_path / "whole", algo, **memory).run()
     session = session_in(tmp_path / "run", algo, **memory)
-    run_until(session, 1700)
+    run_until(session, 1300)
     assert session.model.membranes is not None
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert_same_end(tmp_path / "whole", tmp_path / "run")
@@ -178,12 +178,12 @@ def test_a_stopped_run_keeps_its_membranes(tmp_path: Path, algo: str) -> None:
 
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
 def test_a_reached_goal_ends_the_stage_and_resumes_bit_for_bit(tmp_path: Path, algo: str) -> None:
-    easy = {"goal": 0.0, "eval_every": 512, "agent_steps": 100_000, "prune_steps": 100_000, "save_every": 300}
+    easy = {"goal": 0.0, "eval_every": 256, "agent_steps": 100_000, "prune_steps": 100_000, "save_every": 150}
     whole = session_in(tmp_path / "whole", algo, **easy)
     whole.run()
     assert [row["timesteps"] for row in whole.rows] == [3, 3, 3, 2, 2, 2], "three evaluations a stage, then on"
     session = session_in(tmp_path / "run", algo, **easy)
-    run_until(session, 1100)
+    run_until(session, 550)
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
@@ -200,27 +200,27 @@ def test_hours_stop_the_run_with_everything_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
 def test_a_run_under_way_may_get_other_lengths(tmp_path: Path, algo: str) -> None:
     """Stages to come end as in a run that began so; the stage under way ends where it is told to now."""
-    begun = session_in(tmp_path / "whole", algo, prune_steps=1536)
+    begun = session_in(tmp_path / "whole", algo, prune_steps=768)
     begun.run()
     session = session_in(tmp_path / "run", algo)
-    run_until(session, 600)
+    run_until(session, 300)
     session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
-    change_run(session, {"prune_steps": 1536, "video_episodes": 1})
+    change_run(session, {"prune_steps": 768, "video_episodes": 1})
     resume_run(RunFolder(tmp_path / "run"), device="cpu").run()
     assert_same_end(tmp_path / "whole", tmp_path / "run")
     told = read_settings(tmp_path / "run/config.yaml")["provenance"]["changes"]
-    assert [line.split(",")[0] for line in told] == ["prune_steps: 1024 to 1536", "video_episodes: 0 to 1"]
+    assert [line.split(",")[0] for line in told] == ["prune_steps: 512 to 768", "video_episodes: 0 to 1"]
 
     other = session_in(tmp_path / "longer", algo)
-    run_until(other, 600)
+    run_until(other, 300)
     other = resume_run(RunFolder(tmp_path / "longer"), device="cpu")
     with pytest.raises(UserError, match=r"agent_steps = \d+: the stage at T=3 has spent \d+ already"):
         change_run(other, {"agent_steps": other.model.num_timesteps - 1})
-    change_run(other, {"agent_steps": 3072})
-    assert other.model.exploration_progress() == pytest.approx(1 - other.model.num_timesteps / 3072)
+    change_run(other, {"agent_steps": 2048})
+    assert other.model.exploration_progress() == pytest.approx(1 - other.model.num_timesteps / 2048)
     other.run()
     ends = {row["timesteps"]: row["agent_steps"] for row in other.rows}
-    assert (ends[3], ends[2]) == (3072, 3072 + 1024)
+    assert (ends[3], ends[2]) == (2048, 2048 + 512)
     with pytest.raises(UserError, match="cannot change where training is finished"):
         change_run(other, {"agent_steps": 4096})
     change_run(other, {"video_episodes": 2})
@@ -229,20 +229,20 @@ def test_a_run_under_way_may_get_other_lengths(tmp_path: Path, algo: str) -> Non
 
 
 def test_a_run_whose_relu_network_is_under_way_may_get_other_lengths(tmp_path: Path) -> None:
-    session = session_in(tmp_path / "run", "pqn", ann_steps=2048)
+    session = session_in(tmp_path / "run", "pqn", ann_steps=1536)
     assert session.ann is not None
-    run_until(session.ann, 600)
+    run_until(session.ann, 300)
     session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
-    change_run(session, {"agent_steps": 3072, "threads": 2})
+    change_run(session, {"agent_steps": 1792, "threads": 2})
     (first, _) = read_settings(tmp_path / "run/config.yaml")["provenance"]["changes"]
-    assert "agent_steps: 2048 to 3072, relu after " in first
+    assert "agent_steps: 1536 to 1792, relu after " in first
     session = resume_run(RunFolder(tmp_path / "run"), device="cpu")
     assert session.ann is not None
     assert session.ann.config.threads == session.config.threads == 2
     change_run(session, {"threads": 1})  # two would wait for each other beside other tests
     session.run()
     ends = {row["timesteps"]: row["agent_steps"] for row in session.rows}
-    assert ends == {None: 2048, 3: 2048 + 3072, 2: 2048 + 3072 + 1024}
+    assert ends == {None: 1536, 3: 1536 + 1792, 2: 1536 + 1792 + 512}
 
 
 @pytest.mark.parametrize("file", ["state.json", "tensors.safetensors", "last_obs.npy", "replay/rewards.npy"])

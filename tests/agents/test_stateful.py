@@ -70,7 +70,7 @@ def learner(algo: str, *, stateful: bool = True, timesteps: int = 1, env: str = 
 
 @pytest.fixture(scope="module", params=["pqn", "dqn"])
 def trained(request: pytest.FixtureRequest) -> SpikingPQN | SpikingDQN:
-    return learner(request.param).learn(8_000)
+    return learner(request.param).learn(5_000)
 
 
 def test_it_remembers(trained: SpikingPQN | SpikingDQN) -> None:
@@ -82,7 +82,7 @@ def test_it_remembers(trained: SpikingPQN | SpikingDQN) -> None:
 
 @pytest.mark.parametrize("algo", ["pqn", "dqn"])
 def test_without_a_state_it_cannot(algo: str) -> None:
-    model = learner(algo, stateful=False).learn(6_000)
+    model = learner(algo, stateful=False).learn(5_000)
     assert evaluate(model, "Recall-v0", episodes=60).mean_return < 0.75
 
 
