@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
 from spiking_rl.agents.policies import (
+    CHOSEN_NETWORKS,
     SIMPLE_SPACES,
     RunningNorm,
     check_numbers,
@@ -56,7 +57,7 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
         network_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
     ) -> None:
-        network = network or ("nature_cnn" if is_image_space(observation_space) else "mlp")
+        network = network or CHOSEN_NETWORKS[is_image_space(observation_space)]
         self._parts: tuple[str, ...] = ()
         if isinstance(observation_space, spaces.Dict):
             self._parts = _vector_parts(observation_space)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from stable_baselines3.common.type_aliases import GymEnv
+
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.checkpoint import CONFIG, load_checkpoint
@@ -92,16 +94,19 @@ def find_checkpoint(path: Path | str, timesteps: int | None = None) -> tuple[Pat
     return path, run
 
 
-def load_agent(path: Path | str, timesteps: int | None = None, device: str = "auto") -> LoadedAgent:
-    """Load an agent for prediction.
+def load_agent(
+    path: Path | str, timesteps: int | None = None, device: str = "auto", env: GymEnv | str | None = None
+) -> LoadedAgent:
+    """Load an agent to play, or to learn on.
 
     Args:
         path: as for :func:`find_checkpoint`.
         timesteps: likewise.
         device: torch device or "auto".
+        env: environment to learn on in; None to play only (``model.set_env`` may come later).
 
     Raises:
-        UserError: nothing there, T not in the run, or a damaged checkpoint.
+        UserError: nothing there, T not in the run, a damaged checkpoint, or an environment of other spaces.
     """
     path, run = find_checkpoint(path, timesteps)
     config = load_checkpoint(path).config
@@ -109,7 +114,7 @@ def load_agent(path: Path | str, timesteps: int | None = None, device: str = "au
     environment = config.get("environment")
     if algorithm is None or not isinstance(environment, str):
         raise UserError("checkpoint", str(path), "holds no agent (no known algo or environment in config.json)")
-    return LoadedAgent(algorithm.load_checkpoint(path, device=device), environment, path, run)
+    return LoadedAgent(algorithm.load_checkpoint(path, env, device), environment, path, run)
 
 
 def _names(kept: list[int | None]) -> str:

@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit as Unit
 
 from spiking_rl.agents.config import TrainConfig
 from spiking_rl.agents.dqn import SpikingDQN
+from spiking_rl.agents.policies import CHOSEN_NETWORKS
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.errors import UserError
 from spiking_rl.registry import NETWORKS
@@ -57,7 +58,7 @@ def require_settings(model: SpikingPQN | SpikingDQN, run: Path | str) -> None:
     """
     kwargs = model.policy.q_net_kwargs
     foreign = sorted(kwargs["network_kwargs"].keys() - {*_NETWORK, *_WITHOUT_SETTING})
-    if kwargs["network"] not in ("mlp", "nature_cnn"):
+    if kwargs["network"] not in CHOSEN_NETWORKS:
         foreign.append("network")
     optimizer = torch.optim.RAdam if isinstance(model, SpikingPQN) else torch.optim.Adam
     if model.policy.optimizer_class is not optimizer or "optimizer_kwargs" in model.policy_kwargs:

@@ -21,6 +21,8 @@ from spiking_rl.networks import NetworkState, Observer
 from spiking_rl.neurons import LIFState
 from spiking_rl.registry import build_network
 
+CHOSEN_NETWORKS = ("mlp", "nature_cnn")
+"""What policies take where no network is named, for vectors and for images."""
 SIMPLE_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 """Of observations that a network takes as a vector or as an image: whole numbers become one-hot."""
 

@@ -15,7 +15,7 @@ from spiking_rl.agents.building import build_model, resolve_device
 from spiking_rl.agents.config import TrainConfig, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.model_settings import require_settings, settings_of
-from spiking_rl.agents.policies import check_spaces
+from spiking_rl.agents.policies import CHOSEN_NETWORKS, check_spaces
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.resume import has_training_state
 from spiking_rl.agents.session import TrainingSession
@@ -45,7 +45,7 @@ def start_run(
     check_hours(hours)
     folder.require_free()  # before a start is loaded and played
     observations, actions = check_environment(config.env)
-    check_spaces(observations, actions, "nature_cnn" if is_image_space(observations) else "mlp")
+    check_spaces(observations, actions, CHOSEN_NETWORKS[is_image_space(observations)])
     if is_image_space(observations) and not is_image_space_channels_first(observations):  # type: ignore[arg-type]
         raise UserError(
             "env",

@@ -355,7 +355,8 @@ def _finish(trainer: Trainer, command: str, where: Where) -> dict[str, Any]:
     try:
         trainer.run()
     except Interrupted as stop:
-        again = ["spiking-rl", "classify", "train", config.network, config.dataset, "--run", str(folder.path)]
+        again = [*trainer.team.command(), "classify", "train", config.network, config.dataset]
+        again += ["--run", str(folder.path)]
         again += [] if where.data is None else ["--data", str(where.data)]
         again += [] if where.device == Where.device else ["--device", where.device]
         text = f"stopped, everything is saved.\nGo on with: {shlex.join([*again, '--resume'])}"

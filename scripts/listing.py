@@ -6,6 +6,7 @@ from typing import Any
 
 from spiking_rl.agents.config import recipes
 from spiking_rl.agents.loading import pretrained
+from spiking_rl.agents.policies import CHOSEN_NETWORKS
 from spiking_rl.errors import UserError
 from spiking_rl.registry import NETWORKS
 from spiking_rl.vision import config as vision
@@ -30,7 +31,7 @@ def run(args: list[str]) -> dict[str, Any]:
         print(f"  {name:22}{env}")
     print("  ...                   any other Gymnasium id")
     print(f"pretrained agents (spiking-rl render NAME): {', '.join(agents)}")
-    of_agents = [name for name in networks if name in ("mlp", "nature_cnn")]
+    of_agents = [name for name in networks if name in CHOSEN_NETWORKS]
     print(f"networks of agents: {', '.join(of_agents)}")
     print(f"networks of images: {', '.join(name for name in networks if name not in of_agents)}")
     images = sorted(vision.recipes())

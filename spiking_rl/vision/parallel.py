@@ -39,6 +39,13 @@ class Team:
         """Whether this process writes, prints and scores."""
         return self.rank == 0
 
+    def command(self) -> list[str]:
+        """Return how to start the command line in as many processes again; on several machines add what says so."""
+        if self.size == 1:
+            return ["spiking-rl"]
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(self.size))
+        return ["torchrun", "--nproc_per_node", here, "-m", "--", "spiking_rl.scripts"]
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of floating point by their sums over all processes.
 

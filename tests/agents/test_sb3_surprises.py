@@ -13,6 +13,7 @@ import torch
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 
 from spiking_rl import LIF, TemporalPruning
 from spiking_rl.agents import (
@@ -50,6 +51,17 @@ def test_an_agent_loaded_to_play_learns_on_in_an_environment(tmp_path: Path) -> 
     assert loaded.buffer_size == 500
     assert loaded._n_updates > 0
     assert not all(torch.equal(a, b) for a, b in zip(weights, loaded.q_net.parameters(), strict=True))
+
+
+def test_an_agent_is_loaded_into_an_environment_to_learn_on_in() -> None:
+    env = make_vec_env("CartPole-v1", 3, seed=0)
+    model = load_agent("cartpole", env=env).model
+    weights = [p.clone() for p in model.policy.q_net.parameters()]
+    model.learn(1024)
+    assert model.n_envs == 3
+    assert not all(torch.equal(a, b) for a, b in zip(weights, model.policy.q_net.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"env = .*other spaces"):
+        load_agent("cartpole", env="Acrobot-v1")
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -88,9 +88,7 @@ def test_a_threshold_at_its_floor_is_told_before_training(
     whole: Path, tmp_path: Path, percentile: float, told: bool
 ) -> None:
     # The first percentile of a current is far below zero, where no threshold can be.
-    config = replace(
-        SMALL, start_from=str(whole), firing_rate=None, percentile=percentile, calibration_timesteps=8
-    )
+    config = replace(SMALL, start_from=str(whole), firing_rate=None, percentile=percentile, calibration_timesteps=8)
     said: list[str] = []
     Trainer(config, RunFolder(tmp_path / "run"), dataset(), CPU, note=said.append)
     warnings = [line for line in said if "layer1's threshold is at its floor, 0.001" in line]

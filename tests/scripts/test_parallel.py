@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import socket
@@ -138,7 +139,12 @@ def test_running_out_of_time_stops_all_at_one_batch(quickly: Quickly, pair: Path
     codes, errors = quickly(command(data, run, "--hours", "1e-9"))
     assert codes == [0, 0], errors
     assert errors.count("everything is saved") == 1
-    assert quickly(command(data, run, "--resume"))[0] == [0, 0]
+    again = next(line for line in errors.splitlines() if line.startswith("Go on with: "))
+    assert again.startswith(
+        "Go on with: torchrun --nproc_per_node 2 -m -- spiking_rl.scripts classify train vgg6 folder"
+    )
+    given = shlex.split(again)
+    assert quickly([*TORCHRUN, *given[given.index("spiking_rl.scripts") :]])[0] == [0, 0]
     torch.testing.assert_close(tensors(run, "T1"), tensors(pair, "T1"), rtol=0, atol=0)
 
 
