@@ -12,7 +12,7 @@ from spiking_rl.errors import UserError
 from spiking_rl.event_layers import is_plain
 from spiking_rl.events import EventMap, runs_on_events
 from spiking_rl.folding import fold_batch_norm
-from spiking_rl.fused import FreshScan
+from spiking_rl.fused_fresh import FreshScan
 from spiking_rl.networks import LayeredNetwork, NetworkState
 from spiking_rl.neurons import LIF, LIFState
 from spiking_rl.surrogate import fire

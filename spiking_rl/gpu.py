@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from spiking_rl.compiling import SWITCH
-from spiking_rl.fused import Arriving, FusedScan, Job, Leaving, Loops, Options, Plan, Wanted, plan_for
+from spiking_rl.fused import Arriving, FusedScan, Job, Leaving, Loops, Options, Wanted
+from spiking_rl.fused_plan import Plan, plan_for
 from spiking_rl.neurons import lif_scan_reference
 
 try:

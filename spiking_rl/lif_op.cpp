@@ -1,8 +1,8 @@
 /* The scan from rest as an operation of torch's own: what most of training is, with no Python between two convolutions.
  *
- * What it does is what fused.py does, with the same loops (lif_scan.c, whose addresses it is given), so the same bits.
+ * It does what fused_fresh.py does, with the same loops (lif_scan.c, whose addresses it is given), so the same bits.
  * There the layout of tensors is worked out, once per layer; here it is compared with what the layer had the last time.
- * Whatever is not plain (another layout, subclasses, modes and transforms that look at tensors) is left to fused.py.
+ * What is not plain (another layout, subclasses, modes and transforms that look at tensors) is left to fused_fresh.py.
  */
 #define PY_SSIZE_T_CLEAN
 #include <ATen/Parallel.h>
@@ -90,12 +90,12 @@ Tensor laid(const Tensor &parameter, const std::vector<int64_t> &sizes) {
   return parameter.to(at::kFloat).resolve_neg().contiguous();
 }
 
-/* The gradients of current, leak and threshold, themselves differentiable, which fused.py knows. */
+/* The gradients of current, leak and threshold, themselves differentiable, which fused_fresh.py knows. */
 variable_list differentiable(const Tensor &current, const Tensor &leak, const Tensor &threshold, double gamma,
                              const Way &way, const Tensor &grad) {
   const auto wrapped = [](const Tensor &tensor) { return THPObjectPtr(THPVariable_Wrap(tensor)); };
   const pybind11::gil_scoped_acquire python;
-  THPObjectPtr module(PyImport_ImportModule("spiking_rl.fused"));
+  THPObjectPtr module(PyImport_ImportModule("spiking_rl.fused_fresh"));
   if (!module) throw python_error();
   THPObjectPtr of(wrapped(current)), leaking(wrapped(leak)), limits(wrapped(threshold)), arriving(wrapped(grad));
   THPObjectPtr found(PyObject_CallMethod(module.get(), "differentiable_fresh", "OOOdLLO", of.get(), leaking.get(),

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from spiking_rl.encoding import direct
 from spiking_rl.errors import UserError
 from spiking_rl.event_layers import is_plain
-from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, Plan, Ways, fused_fresh, fused_scan, plan
+from spiking_rl.fused import COMPILED, FusedScan, Loops, Options, fused_scan
+from spiking_rl.fused_fresh import Ways, fused_fresh
+from spiking_rl.fused_plan import Plan, plan
 from spiking_rl.surrogate import DEFAULT_GAMMA, fire, fire_reference, surrogate_derivative
 from spiking_rl.watching import is_exporting, is_watched
 

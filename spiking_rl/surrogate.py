@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiking_rl.fused import fused_fresh
+from spiking_rl.fused_fresh import fused_fresh
 
 DEFAULT_GAMMA = 0.3
 """Height of the surrogate gradient at threshold, as in all three papers."""

@@ -21,7 +21,7 @@ from forking import Forker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spiking_rl import compiling, fused
+from spiking_rl import compiling, fused_fresh
 from spiking_rl.agents.config import load_recipe
 from spiking_rl.agents.training import replace_settings, start_run
 from spiking_rl.runs import RunFolder
@@ -160,19 +160,19 @@ def built_operation() -> ModuleType:
 @pytest.fixture
 def operation(built_operation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Scan with it."""
-    monkeypatch.setattr(fused, "built_op", lambda: built_operation)
-    fused._fresh.cache_clear()
+    monkeypatch.setattr(fused_fresh, "built_op", lambda: built_operation)
+    fused_fresh._fresh.cache_clear()
     yield
-    fused._fresh.cache_clear()
+    fused_fresh._fresh.cache_clear()
 
 
 @pytest.fixture
 def scan_in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Get to the same loops by way of Python."""
-    monkeypatch.setattr(fused, "built_op", lambda: None)
-    fused._fresh.cache_clear()
+    monkeypatch.setattr(fused_fresh, "built_op", lambda: None)
+    fused_fresh._fresh.cache_clear()
     yield
-    fused._fresh.cache_clear()
+    fused_fresh._fresh.cache_clear()
 
 
 @pytest.fixture(params=["scan_in_python", "operation"])

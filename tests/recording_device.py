@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spiking_rl import fused, graphs, neurons
+from spiking_rl import fused_plan, graphs, neurons
 
 ATEN = torch.ops.aten
 WAITING = {
@@ -114,5 +114,5 @@ def recording_device(monkeypatch: pytest.MonkeyPatch, scan_in_python: None) -> N
     monkeypatch.setattr(torch.cuda, "graph", Tape.recording)
     radam = importlib.import_module("torch.optim.radam")  # torch.optim leaves out its name
     monkeypatch.setattr(radam, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
-    monkeypatch.setattr(fused, "built_loops", lambda *_: None)
+    monkeypatch.setattr(fused_plan, "built_loops", lambda *_: None)
     monkeypatch.setattr(neurons, "is_watched", lambda: False)  # a device records without a dispatch mode

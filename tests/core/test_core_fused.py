@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiking_rl import LIF, LIFState, build_network, compiling, fused, lif_scan, lif_scan_reference
+from spiking_rl import LIF, LIFState, build_network, compiling, fused_fresh, fused_plan, lif_scan, lif_scan_reference
 from spiking_rl.surrogate import fire
 
 needs_compiler = pytest.mark.skipif(compiling.built_loops() is None, reason="no C compiler here")
@@ -81,7 +81,7 @@ def test_it_is_the_plain_loop(
         "threshold": torch.rand(() if shared == "both" else per_channel, generator=draw) + 0.2,
         "starts": torch.rand(steps * repeat, batch, generator=draw) < 0.3 if reset else None,
     }
-    assert fused.plan(tensors["current"], tensors["leak"], tensors["threshold"]) is not None  # type: ignore[arg-type]
+    assert fused_plan.plan(tensors["current"], tensors["leak"], tensors["threshold"]) is not None  # type: ignore[arg-type]
     shapes = [(steps * repeat, batch, *neurons)] * 2 + [(batch, *neurons)]
     arriving = [torch.randn(shape, generator=draw) for shape in shapes]
     once = once and not carried and not reset  # the loops do the rest
@@ -245,24 +245,24 @@ def test_threads_that_plan_together_keep_one_plan(monkeypatch: pytest.MonkeyPatc
     """Each takes an address along, which is kept for as long as the plan: it must not be that of a loser."""
     both = threading.Barrier(2, timeout=10)
 
-    class Slow(fused._Shape):
+    class Slow(fused_plan.Shape):
         def __init__(self, *sizes: int) -> None:
             super().__init__(*sizes)
             both.wait()
 
-    monkeypatch.setattr(fused, "_Shape", Slow)
+    monkeypatch.setattr(fused_plan, "Shape", Slow)
     parameter = torch.tensor(0.5)
-    made = fused.plan(torch.zeros(2, 3, 23), parameter, parameter)
+    made = fused_plan.plan(torch.zeros(2, 3, 23), parameter, parameter)
     assert made is not None
     made.kept.clear()
     with ThreadPoolExecutor(2) as pool:
-        addresses = set(pool.map(lambda _: fused._sizes(made, 2, 1, 1), range(2)))
+        addresses = set(pool.map(lambda _: fused_plan.sizes_of(made, 2, 1, 1), range(2)))
     assert addresses == {ctypes.addressof(kept) for kept in made.kept.values()}
 
 
 @needs_compiler
 def test_parameters_that_were_shared_with_another_process_are_found_where_they_are() -> None:
-    scan, current = fused.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1), torch.randn(6, 4)
+    scan, current = fused_fresh.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1), torch.randn(6, 4)
     expected = scan(current)
     scan.leak.share_memory_()  # moves them, as to send them does
     scan.threshold.share_memory_()
@@ -276,12 +276,12 @@ def test_currents_last_one_timestep_or_all(repeat: int) -> None:
     with pytest.raises(ValueError, match=f"repeat is {repeat}"):
         LIF().fresh(torch.randn(3, 5), 3, repeat)
     parameter = torch.tensor(0.5)
-    assert fused.fused_fresh(torch.randn(3, 5), parameter, parameter, 0.3, 3, repeat) is None
+    assert fused_fresh.fused_fresh(torch.randn(3, 5), parameter, parameter, 0.3, 3, repeat) is None
 
 
 @needs_compiler
 def test_tensors_that_are_not_on_the_cpu_are_not_taken_for_the_last() -> None:
-    scan = fused.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1)
+    scan = fused_fresh.FreshScan(torch.tensor(0.9), torch.tensor(0.5), 2, 1)
     assert scan(torch.randn(6, 4)) is not None
     assert scan(torch.randn(6, 4, device="meta")) is None
 
@@ -329,7 +329,7 @@ def test_any_number_of_threads_gives_the_same_gradients() -> None:
 )
 def test_what_it_cannot_do_the_loops_do(current: Tensor, threshold: Tensor) -> None:
     leak = torch.tensor(0.75, dtype=current.dtype)
-    assert fused.plan(current, leak, threshold) is None
+    assert fused_plan.plan(current, leak, threshold) is None
     found = lif_scan(current, None, leak, threshold)
     assert torch.equal(found.spikes, lif_scan_reference(current, None, leak, threshold).spikes)
 
@@ -423,11 +423,11 @@ def test_one_timestep_reads_no_leak(sizes: tuple[int, int], learning: bool) -> N
     """Whatever is read beyond a parameter's end would be other memory; here it is the rest of a larger tensor."""
     leaks, thresholds = (torch.full((8,), 0.5)[:n].reshape(() if n == 1 else (n,)) for n in sizes)
     current = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    way = fused._find(current, leaks, thresholds, 1, 1)
+    way = fused_fresh._find(current, leaks, thresholds, 1, 1)
     assert way is not None
-    told = ctypes.cast(way.sizes, ctypes.POINTER(fused._Shape)).contents
+    told = ctypes.cast(way.sizes, ctypes.POINTER(fused_plan.Shape)).contents
     assert told.leaks == told.thresholds == sizes[1]
     with torch.set_grad_enabled(learning):
-        spikes = fused.fused_fresh(current, leaks, thresholds, 1.0, 1, 1)
+        spikes = fused_fresh.fused_fresh(current, leaks, thresholds, 1.0, 1, 1)
     assert spikes is not None
     assert torch.equal(spikes, (current > 0.5).float())

@@ -21,7 +21,8 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 SCRIPT = """
 import random, torch
 from spiking_rl import LIFState, gpu, lif_scan_reference
-from spiking_rl.fused import FusedScan, Options, plan_for
+from spiking_rl.fused import FusedScan, Options
+from spiking_rl.fused_plan import plan_for
 
 assert gpu._usable(torch.device("cpu"))
 

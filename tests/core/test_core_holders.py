@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spiking_rl import LIF, compiling, fused, holders
+from spiking_rl import LIF, compiling, fused_fresh, holders
 
 needs_compiler = pytest.mark.skipif(compiling.built_loops() is None, reason="no C compiler here")
 
@@ -31,7 +31,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(holders._holders(grads) == holders._fewest())
         return found[-1]
 
-    monkeypatch.setattr(fused, "held_alone", spy)
+    monkeypatch.setattr(fused_fresh, "held_alone", spy)
     return found
 
 
@@ -41,7 +41,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_it_makes_no_difference(timesteps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for answer in (True, False):
-        monkeypatch.setattr(fused, "held_alone", lambda _, answer=answer: answer)
+        monkeypatch.setattr(fused_fresh, "held_alone", lambda _, answer=answer: answer)
         current, _, score = spikes_and_score(timesteps)
         score.backward()
         found.append(current.grad)

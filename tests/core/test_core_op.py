@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from spiking_rl import LIF, build_network, compiling, fused
-from spiking_rl.fused import FreshScan, fused_fresh
+from spiking_rl import LIF, build_network, compiling, fused_fresh
+from spiking_rl.fused_fresh import FreshScan
 
 
 def learnt(lif: LIF, current: Tensor, timesteps: int, repeat: int) -> list[Tensor]:
@@ -70,10 +70,10 @@ def test_it_gives_the_same_bits(
     for parameter in (lif.leak, lif.threshold):
         torch.nn.init.uniform_(parameter, 0.2, 1, generator=draw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "built_op", lambda: None)
-        fused._fresh.cache_clear()
+        patch.setattr(fused_fresh, "built_op", lambda: None)
+        fused_fresh._fresh.cache_clear()
         longer = learnt(copy.deepcopy(lif), current, timesteps, repeat)
-        fused._fresh.cache_clear()
+        fused_fresh._fresh.cache_clear()
     shorter = learnt(lif, current, timesteps, repeat)
     assert "FusedFresh" in str(longer[0].grad_fn)
     assert "FusedFresh" not in str(shorter[0].grad_fn)
@@ -369,7 +369,7 @@ def test_what_a_compiler_refuses_is_not_tried_again(words: str, final: bool, pla
     told = path.with_suffix(".failed")
     assert (told.read_text() if told.exists() else None) == (words if final else None)
     lif = LIF()
-    assert fused_fresh(torch.randn(4, 3), lif.leak, lif.threshold, 1.0, 2, 1, ways=lif._ways) is not None
+    assert fused_fresh.fused_fresh(torch.randn(4, 3), lif.leak, lif.threshold, 1.0, 2, 1, ways=lif._ways) is not None
 
 
 @pytest.mark.parametrize("variable", [{"SPIKING_RL_COMPILE": "0"}, {"CXX": "/nowhere", "PATH": "/nowhere"}])

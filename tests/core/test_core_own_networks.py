@@ -236,7 +236,7 @@ def test_rates_and_codes_exclude_each_other_whichever_comes_first() -> None:
 
 
 def test_halves_are_scanned_in_32_bits_without_compiled_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spiking_rl.fused.built_loops", lambda stored=torch.float32: None)
+    monkeypatch.setattr("spiking_rl.fused_plan.built_loops", lambda stored=torch.float32: None)
     torch.manual_seed(0)
     for halves in (torch.bfloat16, torch.float16):
         current = torch.randn(5, 64, 32).to(halves)
