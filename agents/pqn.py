@@ -45,6 +45,7 @@ class Rollout(NamedTuple):
     taught: NDArray[np.float32] | None = None
 
 
+_MINIBATCHES = 4
 _FALLING = LinearSchedule(1e-3, 0.0, 1.0)
 
 SelfSpikingPQN = TypeVar("SelfSpikingPQN", bound="SpikingPQN")
@@ -63,7 +64,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             to 0 by default, and a constant one is markedly less steady.
         n_steps: agent steps per environment and rollout.
         n_epochs: passes over each rollout.
-        n_minibatches: minibatches per pass.
+        n_minibatches: minibatches per pass; default 4, or one per environment where a stateful agent has fewer.
         gamma: discount.
         lam: lambda of the returns.
         reward_scale: rewards are multiplied by it for learning (reported returns are not).
@@ -113,7 +114,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         learning_rate: float | Schedule = _FALLING,
         n_steps: int = 32,
         n_epochs: int = 4,
-        n_minibatches: int = 4,
+        n_minibatches: int | None = None,
         gamma: float = 0.99,
         lam: float = 0.9,
         reward_scale: float = 0.1,
@@ -148,6 +149,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         )
         self.n_steps = n_steps
         self.n_epochs = n_epochs
+        if n_minibatches is None:  # a stateful agent splits its environments
+            n_minibatches = min(_MINIBATCHES, self.n_envs) if stateful and self.env is not None else _MINIBATCHES
         self.n_minibatches = n_minibatches
         self.gamma = gamma
         self.lam = lam

@@ -8,7 +8,7 @@ from spiking_rl.agents import SpikingPQN
 
 agent_steps = int(sys.argv[1]) if len(sys.argv) > 1 else 500_000
 env_id = "spiking_rl/CartPoleMasked-v1"  # CartPole without its velocities
-model = SpikingPQN("MlpPolicy", env_id, stateful=True, n_minibatches=1, policy_kwargs={"timesteps": 1}, seed=0)
+model = SpikingPQN("MlpPolicy", env_id, stateful=True, policy_kwargs={"timesteps": 1}, seed=0)
 model.learn(agent_steps)
 env = gym.make(env_id)
 observation, _ = env.reset(seed=0)

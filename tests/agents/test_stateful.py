@@ -258,6 +258,8 @@ def test_misuse_is_told_at_construction() -> None:
         SpikingDQN("MlpPolicy", venv, stateful=True, buffer_size=40)
     with pytest.raises(UserError, match="n_minibatches"):
         SpikingPQN("MlpPolicy", venv, stateful=True, n_minibatches=4)
+    assert SpikingPQN("MlpPolicy", venv, stateful=True).n_minibatches == 2, "as many as it can"
+    assert SpikingPQN("MlpPolicy", venv).n_minibatches == 4
     with pytest.warns(UserWarning, match="stack"):
         SpikingPQN("MlpPolicy", VecFrameStack(make_vectorised("Recall-v0", 4, 0), 3), stateful=True)
     made = SpikingDQN(SpikingMlpPolicy, venv, stateful=True, buffer_size=1000)
