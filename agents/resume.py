@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
+from numpy.typing import NDArray
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from spiking_rl.agents.fitting import require_fit
@@ -84,8 +85,8 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
         replay = getattr(model, "replay_buffer", None)
         if replay is not None:
             for name, rows in _replay_arrays(replay).items():
-                np.save(partial / "replay" / f"{name}.npy", rows, allow_pickle=False)
-        np.save(partial / "last_obs.npy", last_obs, allow_pickle=False)
+                _write_array(partial / "replay" / f"{name}.npy", rows)
+        _write_array(partial / "last_obs.npy", last_obs)
         state = {
             "spaces": _spaces(model),
             "counters": {name: getattr(model, name) for name in _COUNTERS if hasattr(model, name)},
@@ -102,6 +103,18 @@ def save_training_state(folder: Path, model: StagedAlgorithm, extra: dict[str, A
             "sha256": hashes_of(partial),
         }
         (partial / "state.json").write_text(json.dumps(state, default=plain_number))
+
+
+class _Chunks:
+    """What numpy writes to piece by piece: of a file that it knows for one it loses the reason why a write failed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write = file.write
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        np.save(_Chunks(file), array, allow_pickle=False)
 
 
 def _spaces(model: StagedAlgorithm) -> list[dict[str, Any]]:
