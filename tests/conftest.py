@@ -43,6 +43,20 @@ SMALL = {
 }
 """Settings of a run that takes seconds."""
 
+_LONG = (
+    *("test_parallel.py", "test_resume.py", "test_classify.py", "test_core_vision_disasters.py", "test_cli.py"),
+    *("test_core_vision_training.py", "test_stateful.py", "test_readme.py", "test_atari.py", "test_imitation.py"),
+    *("test_determinism.py", "test_disasters.py", "test_recorded.py", "test_fuzz_runs.py", "test_learners.py"),
+    *("test_stock_pruning.py", "test_stock_zoo.py", "test_wrong_numbers.py", "test_deployed.py", "test_envs_atari.py"),
+    *("test_core_allocator.py", "test_core_vision.py", "test_stock_policies.py", "test_layers.py", "test_benchmark.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first: whoever is given one of them last keeps everybody waiting."""
+    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 

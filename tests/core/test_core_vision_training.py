@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +221,18 @@ def test_the_stage_under_way_may_become_shorter_or_longer(tmp_path: Path) -> Non
     assert load_config(over.folder.config).threads == 2
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Trainer]:
+    """Stop a run after so many updates, once for all tests that leave it as it is."""
+
+    @functools.cache
+    def after(updates: int) -> Trainer:
+        config = dataclasses.replace(SMALL, rate_epochs=1, epochs=3)
+        return stopped_after(tmp_path_factory.mktemp("stopped") / "run", updates, config)
+
+    return after
+
+
 @pytest.mark.parametrize(
     ("updates", "changes", "words"),
     [
@@ -236,9 +250,9 @@ def test_the_stage_under_way_may_become_shorter_or_longer(tmp_path: Path) -> Non
     ],
 )
 def test_a_length_that_cannot_be_changes_nothing(
-    tmp_path: Path, updates: int, changes: dict[str, int], words: str
+    stopped: Callable[[int], Trainer], updates: int, changes: dict[str, int], words: str
 ) -> None:
-    run = stopped_after(tmp_path / "run", updates, dataclasses.replace(SMALL, rate_epochs=1, epochs=3))
+    run = stopped(updates)
     before = run.folder.config.read_bytes(), run.stages.pruning.state_dict(), run.config
     with pytest.raises(UserError, match=words):
         change_run(run, changes)
