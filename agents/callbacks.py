@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from spiking_rl.agents.features import ExtractorStages
+from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.staged import StagedAlgorithm
 from spiking_rl.errors import UserError
 from spiking_rl.pruning import Next, TemporalPruning
@@ -61,8 +62,8 @@ class TemporalPruningCallback(BaseCallback):
 
     Raises:
         UserError: a number below 1 or, when learning starts, a policy without timesteps, another T
-            than ``pruning.timesteps``, no episode returns to score by, or an ``eval_env`` without the
-            normalisation of the training environment.
+            than ``pruning.timesteps``, no episode returns to score by, an ``eval_env`` without the
+            normalisation of the training environment, or ``learning_starts`` behind the end of the stage.
     """
 
     def __init__(
@@ -117,10 +118,25 @@ class TemporalPruningCallback(BaseCallback):
             raise UserError(
                 "eval_env", str(self.eval_env), "wrap it in VecNormalize, as the training environment is wrapped"
             )
+        self._leave_time_to_learn()
         self._seen = self.model.num_timesteps
         shapes = {name: tensor.shape for name, tensor in policy.state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in self._best.items()}:  # none, or those of another model
             self._keep()  # so that a pruning which goes on from earlier scores has weights to fall back on
+
+    def _leave_time_to_learn(self) -> None:
+        """Let random play take half of the stage that it opens at most, or say that it takes all of it.
+
+        Raises:
+            UserError: ``learning_starts`` lies behind the end of the stage.
+        """
+        budget = int(self.pruning.budget)
+        if isinstance(self.model, SpikingPQN) and not self.model.calibrated:
+            self.model.calibration_steps = max(1, min(self.model.calibration_steps, budget // 2))
+        starts = getattr(self.model, "learning_starts", 0) - self.model.num_timesteps
+        if not self.pruning.finished and starts > 0 and starts >= budget - self._spent:
+            remedy = f"leaves nothing of the {budget} agent steps of the first stage to learn in; lower it"
+            raise UserError("learning_starts", getattr(self.model, "learning_starts", 0), remedy)
 
     def _on_step(self) -> bool:
         return not self.pruning.finished

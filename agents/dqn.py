@@ -182,9 +182,10 @@ class SpikingDQN(StagedAlgorithm, DQN):
         env = self._wrap_env(env, self.verbose)
         if self.stateful and unwrap_vec_normalize(env) is not None:
             raise UserError("env", "VecNormalize", _SCALES_ITSELF)
-        if self.plays_only:
-            self.replay_buffer = None
-        super().set_env(env, force_reset)
+        with self._as_it_was_if_refused():
+            if self.plays_only:
+                self.replay_buffer = None
+            super().set_env(env, force_reset)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         """Load what ``save_replay_buffer`` wrote, of our own buffers too; as all of SB3's it unpickles.

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ def playing_network(model: BaseAlgorithm) -> SpikingQNetwork:
     Raises:
         UserError: the model has none, or learned from observations that the environment does not give.
     """
-    if model.get_vec_normalize_env() is not None:
+    outside = model.get_vec_normalize_env()
+    if (outside is not None and outside.norm_obs) or getattr(model, "scaled_outside", False):
         remedy = "learned behind VecNormalize, and an environment made here has none; use SB3's evaluate_policy"
         raise UserError("model", type(model).__name__, remedy)
     return q_network(model)
@@ -110,7 +112,7 @@ def check_episodes(episodes: int, seed: int) -> None:
     Raises:
         UserError: naming ``episodes`` or ``seed``.
     """
-    if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 1:
+    if isinstance(episodes, bool) or not isinstance(episodes, Integral) or episodes < 1:
         raise UserError("episodes", episodes, "must be a whole number of at least 1")
     if seed < 0:
         raise UserError("seed", seed, "must not be negative")

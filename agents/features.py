@@ -19,8 +19,8 @@ from spiking_rl.agents.policies import (
     CHOSEN_NETWORKS,
     SIMPLE_SPACES,
     RunningNorm,
-    check_numbers,
     check_observation_space,
+    check_vector,
     observation_scaling,
 )
 from spiking_rl.errors import UserError
@@ -161,7 +161,5 @@ def _vector_parts(space: spaces.Dict) -> tuple[str, ...]:
                 "of a Dict only vectors are taken; leave it out with gymnasium.wrappers.FilterObservation, or make a "
                 "features extractor of your own (policy_kwargs of SB3's MultiInputPolicy) that joins one of each part",
             )
-        check_numbers(part, f"{name}: {part}")
-        if not part.shape and isinstance(part, spaces.Box):
-            raise UserError("observation_space", f"{name}: {part}", "is no vector; wrap the environment to reshape it")
+        check_vector(part, f"{name}: {part}")
     return tuple(space.spaces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -469,7 +470,7 @@ def check_observation_space(
             "must be a Box, Discrete, MultiDiscrete or MultiBinary space; flatten it with "
             "gymnasium.wrappers.FlattenObservation",
         )
-    check_numbers(observation_space, shown)
+    check_vector(observation_space, shown)
     if network == "mlp" and is_image_space(observation_space):
         raise UserError(
             "observation_space",
@@ -486,15 +487,16 @@ def check_observation_space(
         )
 
 
-def check_numbers(space: spaces.Space[Any], shown: str) -> None:
-    """Refuse whole numbers that cannot be made one-hot: SB3 counts them from 0, along one axis.
+def check_vector(space: spaces.Space[Any], shown: str) -> None:
+    """Refuse what SB3 makes no vector of: whole numbers that do not count from 0 or lie along two axes, and nothing.
 
     Raises:
         UserError: showing the space so.
     """
     if np.any(getattr(space, "start", 0)):
         raise UserError("observation_space", shown, "must count from 0; wrap the environment to shift it")
-    if isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1:
+    several = isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim > 1
+    if several or (isinstance(space, spaces.Box) and not math.prod(space.shape or (0,))):
         raise UserError("observation_space", shown, "is no vector; wrap the environment to reshape it")
 
 

@@ -64,7 +64,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
             to 0 by default, and a constant one is markedly less steady.
         n_steps: agent steps per environment and rollout.
         n_epochs: passes over each rollout.
-        n_minibatches: minibatches per pass; default 4, or one per environment where a stateful agent has fewer.
+        n_minibatches: minibatches per pass; default 4. A stateful agent splits its environments: loaded into fewer, it
+            has as many minibatches as there are.
         gamma: discount.
         lam: lambda of the returns.
         reward_scale: rewards are multiplied by it for learning (reported returns are not).
@@ -73,7 +74,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         exploration_final_eps: epsilon afterwards.
         exploration_repeat: mean number of steps that a random action is held.
         max_grad_norm: gradient clipping.
-        calibration_steps: random agent steps before learning, on which observation scaling and
+        calibration_steps: random agent steps before learning, at most half of a run, on which observation scaling and
             thresholds are set.
         firing_rate: spikes per neuron and timestep that calibration aims at.
         stats_window_size: episodes over which the training return is averaged.
@@ -149,8 +150,11 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         )
         self.n_steps = n_steps
         self.n_epochs = n_epochs
-        if n_minibatches is None:  # a stateful agent splits its environments
+        if n_minibatches is None:
             n_minibatches = min(_MINIBATCHES, self.n_envs) if stateful and self.env is not None else _MINIBATCHES
+        elif stateful and self.env is not None and self.n_envs < n_minibatches:
+            remedy = f"a stateful agent splits its environments, {self.n_envs}, so often"
+            raise UserError("n_minibatches", n_minibatches, f"{remedy}; take fewer, or more environments")
         self.n_minibatches = n_minibatches
         self.gamma = gamma
         self.lam = lam
@@ -177,12 +181,6 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.policy = self.policy.to(self.device)
         self.episode_starts = np.ones(self.n_envs, dtype=bool)
         self._finish_setup()
-        if self.stateful and self.env is not None and self.n_envs < self.n_minibatches:
-            raise UserError(
-                "n_minibatches",
-                self.n_minibatches,
-                f"a stateful agent splits its environments, {self.n_envs}, so often; take fewer, or more environments",
-            )
         # The schedule divides by the fraction.
         first = self.exploration_initial_eps if self.exploration_fraction else self.exploration_final_eps
         self.exploration_schedule = LinearSchedule(first, self.exploration_final_eps, self.exploration_fraction or 1.0)
@@ -202,7 +200,9 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         )
         callback.on_training_start(locals(), globals())
         assert self.env is not None
-        if not self.calibrated and not self._calibrate_on_random_policy(callback):
+        # Of a short run half is left to learn in.
+        random = min(self.calibration_steps, max(1, (total_timesteps - self.num_timesteps) // 2))
+        if not self.calibrated and not self._calibrate_on_random_policy(random, callback):
             callback.on_training_end()
             return self
         iteration = 0
@@ -231,14 +231,14 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
         self.logger.dump(step=self.num_timesteps)
 
-    def _calibrate_on_random_policy(self, callback: BaseCallback) -> bool:
-        """Act at random for ``calibration_steps`` agent steps, then scale inputs and set thresholds.
+    def _calibrate_on_random_policy(self, agent_steps: int, callback: BaseCallback) -> bool:
+        """Act at random for so many agent steps, then scale inputs and set thresholds.
 
         Returns False if a callback stops it.
         """
         assert self.env is not None
         seen, starts = [np.array(self._last_obs)], [np.ones(self.n_envs, dtype=bool)]
-        for _ in range(-(-self.calibration_steps // self.n_envs)):
+        for _ in range(-(-agent_steps // self.n_envs)):
             actions = self.explorer.choose(np.zeros(self.n_envs, dtype=np.int64), epsilon=1.0)
             self._last_obs, rewards, dones, infos = self.env.step(actions)  # type: ignore[assignment]
             self.explorer.end_episodes(dones)

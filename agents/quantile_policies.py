@@ -6,6 +6,7 @@ Nothing of that package is imported: its ``QRDQN`` asks a policy for ``quantile_
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, ClassVar
 
 from gymnasium import spaces
@@ -65,6 +66,7 @@ class SpikingQRMlpPolicy(SpikingMlpPolicy):
     """
 
     gives: ClassVar[str] = "quantiles, for sb3_contrib.QRDQN"
+    n_quantiles: int
 
     def __init__(
         self,
@@ -75,9 +77,9 @@ class SpikingQRMlpPolicy(SpikingMlpPolicy):
         n_quantiles: int = 200,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(n_quantiles, int) or n_quantiles < 1:
+        if not isinstance(n_quantiles, Integral) or n_quantiles < 1:
             raise UserError("n_quantiles", n_quantiles, "must be a whole number of at least 1")
-        self.n_quantiles = n_quantiles
+        self.n_quantiles = int(n_quantiles)
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def make_q_net(self) -> SpikingQuantileNetwork:  # type: ignore[override]

@@ -17,7 +17,7 @@ from gymnasium.wrappers import FrameStackObservation
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TrainFreq
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict, TrainFreq
 from stable_baselines3.common.utils import LinearSchedule, obs_as_tensor
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped
 
@@ -86,6 +86,7 @@ class StagedAlgorithm(BaseAlgorithm):
         exploration_repeat: mean number of steps that a random action is held.
         explorer: chooses between greedy and random actions.
         calibrated: observation scaling and thresholds have been set from data.
+        scaled_outside: it learned from observations that VecNormalize had scaled, which no environment of ours does.
         stage: index of the current stage, 0 before temporal pruning begins.
         stage_start: agent steps at which it began.
         last_loss: mean loss of the latest training, None before it.
@@ -115,6 +116,7 @@ class StagedAlgorithm(BaseAlgorithm):
     explorer: EpsilonGreedy
     last_loss: float | None = None
     calibrated = False
+    scaled_outside = False
     plays_only = False
     stage = 0
     stage_start = 0
@@ -376,19 +378,49 @@ class StagedAlgorithm(BaseAlgorithm):
         An agent that was loaded to play takes any number of environments, and can learn on.
         """
         left = self._last_obs
-        if self.plays_only:
-            env = self._wrap_env(env, self.verbose)
-            self.n_envs = env.num_envs
-        super().set_env(env, force_reset)
-        if self.plays_only:
-            self.plays_only = False
-            learned = self.policy.state_dict()
-            self._setup_model()
-            self.policy.load_state_dict(learned)
+        with self._as_it_was_if_refused():
+            if self.plays_only:
+                env = self._wrap_env(env, self.verbose)
+                self.n_envs = env.num_envs
+            super().set_env(env, force_reset)
+            if self.plays_only:
+                self.plays_only = False
+                learned = self.policy.state_dict()
+                self._setup_model()
+                self.policy.load_state_dict(learned)
         if left is not None and force_reset:
             self._last_obs = left
             self.end_episodes()
             self._last_obs = None
+
+    @contextmanager
+    def _as_it_was_if_refused(self) -> Iterator[None]:
+        """Undo what was replaced in this agent where the body raises: a refused environment costs nothing."""
+        held = dict(self.__dict__)
+        try:
+            yield
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(held)
+            raise
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | TensorDict,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """As in Stable-Baselines3; thresholds and scaling that come with the weights are not set anew by ``learn``."""
+        before = self._set_from_data()
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        after = self._set_from_data()
+        if any(not torch.equal(tensor, after[name]) for name, tensor in before.items()):
+            self.calibrated = True
+
+    def _set_from_data(self) -> dict[str, torch.Tensor]:
+        """Return a copy of what calibration sets."""
+        state = self.policy.q_net.state_dict()
+        return {n: t.clone() for n, t in state.items() if n.endswith("threshold") or n.startswith("norm.")}
 
     def _setup_learn(
         self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any
@@ -396,6 +428,8 @@ class StagedAlgorithm(BaseAlgorithm):
         if reset_num_timesteps and self._last_obs is not None:
             self.end_episodes()  # Stable-Baselines3 is about to reset the environments
         total, callback = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args)
+        outside = self.get_vec_normalize_env()
+        self.scaled_outside = outside is not None and outside.norm_obs
         # A user's own `learn` on a pruned model counts from zero again: so must the stage's schedules.
         self.stage_start = min(self.stage_start, self.num_timesteps)
         if reset_num_timesteps:
@@ -461,6 +495,7 @@ class StagedAlgorithm(BaseAlgorithm):
             "timesteps": self.policy.timesteps if self.policy.q_net.network.spiking else None,
             "agent_steps": self.num_timesteps,
             "calibrated": self.calibrated,
+            **({"scaled_outside": True} if self.scaled_outside else {}),
             **info,
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
@@ -522,6 +557,7 @@ class StagedAlgorithm(BaseAlgorithm):
             if model.policy.q_net.network.spiking and model.policy.timesteps != config["timesteps"]:
                 raise ValueError(f"timesteps {config['timesteps']} and {model.policy.timesteps} contradict")
             model.calibrated = bool(config["calibrated"])
+            model.scaled_outside = bool(config.get("scaled_outside", False))
             model.num_timesteps = int(config["agent_steps"])
         except UserError:
             raise

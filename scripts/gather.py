@@ -15,7 +15,7 @@ import tyro
 from spiking_rl.checkpoint import read_json
 from spiking_rl.errors import UserError
 from spiking_rl.scripts.options import parse, script
-from spiking_rl.scripts.published import checked_rows, published_runs, write_results
+from spiking_rl.scripts.published import checked_rows, go_on_with, published_runs, write_results
 
 DESCRIPTION = """Gather the final tables of runs that were trained one by one.
 
@@ -40,7 +40,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for folder in published_runs(options.runs, options.output):
         if not folder.results.is_file():
-            raise UserError("runs", str(folder.path), "has no final table yet; go on with train --resume")
+            raise UserError("runs", str(folder.path), f"has no final table yet; go on with {go_on_with(folder)}")
         results = read_json(folder.results, "results")
         about = {key: results.get(key) for key in _ABOUT_THE_RUN}
         rows += [{"run": folder.name, **row, **about} for row in checked_rows(results, folder.results)]

@@ -13,9 +13,21 @@ from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
 from spiking_rl.provenance import commit, machine, today
 from spiking_rl.runs import RunFolder
+from spiking_rl.settings import read_settings
 
 _LARGEST = 1e100
 _MOST_TIMESTEPS = 1_000_000
+
+
+def go_on_with(folder: RunFolder) -> str:
+    """Return the command that continues a run which is not finished, an agent's or a classifier's."""
+    settings = read_settings(folder.config)
+    if "dataset" in settings:
+        command = ["classify", "train", str(settings.get("network")), str(settings["dataset"])]
+    else:
+        command = ["train", str(settings.get("env"))]
+        command += [] if "algo" not in settings else ["--algo", str(settings["algo"])]
+    return shlex.join(["spiking-rl", *command, "--run", str(folder.path), "--resume"])
 
 
 def distinct_runs(runs: Sequence[Path]) -> list[RunFolder]:

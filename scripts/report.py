@@ -14,7 +14,7 @@ from spiking_rl.files import write_atomically
 from spiking_rl.runs import RunFolder
 from spiking_rl.scripts.options import first_argument, parse
 from spiking_rl.scripts.page import Facts, page
-from spiking_rl.scripts.published import checked_rows
+from spiking_rl.scripts.published import checked_rows, go_on_with
 from spiking_rl.settings import read_settings
 
 DESCRIPTION = """Write one self-contained HTML page about a run: settings, curves, every T, spikes, energy, video.
@@ -82,7 +82,8 @@ def read_facts(folder: RunFolder) -> Facts:
         facts.results = read_json(folder.results, "results")
         facts.rows = checked_rows(facts.results, folder.results)
     else:
-        facts.missing.append("scores at every T, energy and latency: no final table yet; go on with train --resume")
+        told = f"no final table yet; go on with {go_on_with(folder)}"
+        facts.missing.append(f"scores at every T, energy and latency: {told}")
     if facts.classifies:
         return facts
     films = (v for v in sorted(folder.videos.glob("*.mp4")) if v.is_file())
@@ -109,7 +110,7 @@ def control_rows(folder: RunFolder) -> list[dict[str, Any]]:
     """
     folder.require()
     if not folder.results.is_file():
-        raise UserError("controls", str(folder.path), "has no final table yet; go on with train --resume")
+        raise UserError("controls", str(folder.path), f"has no final table yet; go on with {go_on_with(folder)}")
     rows = checked_rows(read_json(folder.results, "results"), folder.results)
     settings = read_settings(folder.config)
     start = settings.get("timesteps")

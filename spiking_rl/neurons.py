@@ -66,6 +66,8 @@ def _fits(shape: torch.Size, neurons: torch.Size) -> bool:
 def _check(
     current: Tensor, state: LIFState | None, leak: Tensor, threshold: Tensor, starts: Tensor | None, repeat: int
 ) -> None:
+    if not current.is_floating_point():
+        raise ValueError(f"current is {current.dtype}; membranes are real numbers, so make it floating point: .float()")
     if current.dim() < 2 or current.shape[0] < 1:
         raise ValueError(f"current has shape {tuple(current.shape)}; lif_scan takes (S, B, *N) with S >= 1 timesteps")
     for name, parameter in (("leak", leak), ("threshold", threshold)):

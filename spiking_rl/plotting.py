@@ -272,6 +272,7 @@ def continuum(rows: Sequence[Row], title: str = "") -> Figure:
         axes[0].axhline(_mean(control), color=_ORANGE, linestyle="--", linewidth=1, label="ReLU network")
     if control or len(methods) > 1:
         axes[0].legend(frameon=False, loc="lower left")
+    axes[2].set_ylim(top=max(axes[2].get_ylim()[1], 1.12))  # with room for what stands above the line at 1
     axes[2].axhline(1, color=_ORANGE, linestyle="--", linewidth=1)
     axes[2].annotate(
         "ReLU network", (1, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_ORANGE, fontsize=8

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spiking_rl.fused_fresh import fused_fresh
+from spiking_rl.watching import is_transforming
 
 DEFAULT_GAMMA = 0.3
 """Height of the surrogate gradient at threshold, as in all three papers."""
@@ -28,18 +29,23 @@ def surrogate_derivative(potential: Tensor, threshold: Tensor, gamma: float) -> 
     (Chowdhury, Rathi, Roy 2022).
     """
     # In place: these tensors hold all timesteps, and memory traffic is the cost.
-    triangle = (potential / threshold).sub_(1).abs_().neg_().add_(1).clamp_(min=0)
+    triangle = (potential / threshold).sub_(1).abs_().neg_().add_(1).clamp_min_(0)
     return triangle.mul_(gamma / threshold)
 
 
 class _Fire(torch.autograd.Function):
-    """Made of torch's operations, there and back, so that it can be differentiated twice."""
+    """Made of torch's operations, there and back: it can be differentiated twice, and transformed by ``torch.func``."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, potential: Tensor, threshold: Tensor, gamma: float) -> Tensor:
-        ctx.save_for_backward(potential, threshold)
-        ctx.gamma = gamma
+    def forward(potential: Tensor, threshold: Tensor, gamma: float) -> Tensor:
         return (potential > threshold).to(potential.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        potential, threshold, ctx.gamma = inputs
+        ctx.save_for_backward(potential, threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -67,7 +73,8 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         Spikes in {0, 1}, shape and dtype of ``potential``.
     """
     learning = torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad)
-    if not learning and potential.dtype is torch.float32:
+    plain = torch.compiler.is_compiling() or not is_transforming()  # the compiler cannot look through the latter
+    if not learning and plain and potential.dtype is torch.float32:
         # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way.
         return torch.gt(potential, threshold, out=torch.empty_like(potential))
     spikes = fused_fresh(potential, threshold, threshold, gamma, 1, 1)  # as many spikes with a gradient as without

@@ -111,7 +111,8 @@ def extend_run(trainer: Trainer, to: int, epochs: int | None, rescale_thresholds
     if not trainer.stages.spiking:
         raise UserError("run", str(trainer.folder.path), "holds a ReLU network alone; see classify convert")
     if not trainer.finished:
-        raise UserError("run", str(trainer.folder.path), "has not finished training; continue it with train --resume")
+        again = f"classify train {trainer.config.network} {trainer.config.dataset} --run {trainer.folder.path} --resume"
+        raise UserError("run", str(trainer.folder.path), f"has not finished training; continue it with {again}")
     if epochs is not None:
         if epochs < 1:
             raise UserError("epochs", epochs, "must be at least 1")

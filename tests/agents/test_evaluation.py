@@ -41,7 +41,7 @@ def test_episodes_with_the_same_actions_count_as_one(small_run: Path) -> None:
     played = record(agent.model, "CartPole-v1", episodes=12, seed=500)
     episodes = np.split(played.actions, np.flatnonzero(played.episode_starts)[1:])
     distinct = len({tuple(actions.tolist()) for actions in episodes})
-    result = evaluate(agent.model, "CartPole-v1", episodes=12, seed=500, measure_latency=False)
+    result = evaluate(agent.model, "CartPole-v1", episodes=np.int64(12), seed=500, measure_latency=False)  # type: ignore[arg-type]
     assert result.distinct_episodes == distinct
     same = gym.spec("CartPole-v1").make().reset(seed=1)[0]
     gym.register("SameStart-v0", entry_point=lambda: SameStart(same), max_episode_steps=500)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from spiking_rl import LIF, TemporalPruning
 from spiking_rl.agents import (
@@ -23,6 +25,7 @@ from spiking_rl.agents import (
     SpikingMlpPolicy,
     SpikingPQN,
     TemporalPruningCallback,
+    evaluate,
     load_agent,
 )
 from spiking_rl.agents.replay import SequenceReplay
@@ -62,6 +65,95 @@ def test_an_agent_is_loaded_into_an_environment_to_learn_on_in() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(weights, model.policy.q_net.parameters(), strict=True))
     with pytest.raises(UserError, match=r"env = .*other spaces"):
         load_agent("cartpole", env="Acrobot-v1")
+
+
+def test_a_stateful_agent_learns_on_in_fewer_environments_than_its_recipe_had() -> None:
+    model = load_agent("cartpole-masked", env="spiking_rl/CartPoleMasked-v1").model
+    assert (model.n_envs, model.n_minibatches) == (1, 8)  # type: ignore[union-attr]
+    model.learn(64)
+
+
+def test_a_refused_environment_costs_an_agent_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    model = load_agent("cartpole-masked", device="cpu").model
+
+    def actions() -> list[int]:
+        state, chosen = None, []
+        for row in seen:
+            action, state = model.predict(row, state, deterministic=True)
+            chosen.append(int(action))
+        return chosen
+
+    wanted = actions()
+    assert 0 < sum(wanted) < 40
+
+    def refuse(*_: Any) -> None:
+        raise UserError("env", "any", "is refused when a new network is there already")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpikingPQN, "_finish_setup", refuse)
+        with pytest.raises(UserError, match="is refused"):
+            model.set_env(gym.make("spiking_rl/CartPoleMasked-v1"))
+    assert model.plays_only
+    assert model.env is None
+    assert actions() == wanted
+    model.set_env(gym.make("spiking_rl/CartPoleMasked-v1"))
+    assert actions() == wanted
+
+
+def test_a_refused_environment_costs_a_replaying_agent_nothing(tmp_path: Path) -> None:
+    made = SpikingDQN("MlpPolicy", "CartPole-v1", stateful=True, buffer_size=1000, policy_kwargs=SMALL)
+    made.save_checkpoint(tmp_path / "agent", environment="CartPole-v1")
+    model = load_agent(tmp_path / "agent").model
+    assert isinstance(model, SpikingDQN)
+    model.buffer_size, model.learning_starts = 5, 50
+    with pytest.raises(UserError, match="buffer_size = 5"):
+        model.set_env(gym.make("CartPole-v1"))
+    assert model.plays_only
+    model.buffer_size = 1000
+    model.set_env(gym.make("CartPole-v1"))
+    model.learn(100)
+
+
+@pytest.mark.parametrize("algorithm", [SpikingPQN, SpikingDQN])
+def test_weights_that_are_set_are_not_calibrated_again(algorithm: type[SpikingPQN | SpikingDQN]) -> None:
+    options = {"policy_kwargs": SMALL, "learning_rate": 0.0, "seed": 0}
+    options |= {"learning_starts": 50} if algorithm is SpikingDQN else {"calibration_steps": 64}
+    model = algorithm("MlpPolicy", "CartPole-v1", **options)  # type: ignore[arg-type]
+    model.learn(100)
+    other = algorithm("MlpPolicy", "CartPole-v1", **{**options, "seed": 1})  # type: ignore[arg-type]
+    other.set_parameters(model.get_parameters())
+    other.learn(100)
+    thresholds = [[float(n.threshold.detach()) for n in m.policy.q_net.network.neurons] for m in (model, other)]
+    assert thresholds[0] == thresholds[1]
+    fresh = algorithm("MlpPolicy", "CartPole-v1", **options)  # type: ignore[arg-type]
+    fresh.set_parameters(algorithm("MlpPolicy", "CartPole-v1", **options).get_parameters())  # type: ignore[arg-type]
+    assert not fresh.calibrated, "what was never set from data is still to be"
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_an_agent_of_scaled_observations_is_not_scored_without_them(norm_obs: bool, tmp_path: Path) -> None:
+    env = VecNormalize(make_vec_env("CartPole-v1", 2, seed=0), norm_obs=norm_obs)
+    model = SpikingPQN("MlpPolicy", env, policy_kwargs=SMALL, calibration_steps=64, seed=0)
+    model.learn(256)
+    model.save_checkpoint(tmp_path / "agent", environment="CartPole-v1")
+    model.save(tmp_path / "zip")
+    for again in (model, load_agent(tmp_path / "agent").model, SpikingPQN.load(tmp_path / "zip")):
+        if norm_obs:
+            with pytest.raises(UserError, match="learned behind VecNormalize"):
+                evaluate(again, "CartPole-v1", episodes=1)
+        else:
+            assert evaluate(again, "CartPole-v1", episodes=1, measure_latency=False).episodes == 1
+
+
+def test_a_short_run_is_not_all_random_play() -> None:
+    model = SpikingPQN("MlpPolicy", make_vec_env("CartPole-v1", 4), policy_kwargs=SMALL, n_steps=8)
+    updates: list[int] = []
+    train, model.train = model.train, lambda rollout: (updates.append(model.num_timesteps), train(rollout))  # type: ignore[assignment, method-assign, misc]
+    model.learn(500)
+    assert model.calibrated
+    assert updates[0] < 300
+    assert len(updates) >= 7
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -194,6 +286,31 @@ def test_spaces_come_back_as_they_are(low: float, high: float, dtype: type[np.ge
 def test_a_stateful_agent_takes_no_other_replay() -> None:
     with pytest.raises(UserError, match="replay_buffer_class = 'ReplayBuffer'"):
         SpikingDQN("MlpPolicy", "CartPole-v1", stateful=True, replay_buffer_class=ReplayBuffer, policy_kwargs=SMALL)
+
+
+def test_random_play_leaves_half_of_the_first_stage_to_learn_in() -> None:
+    pruning = TemporalPruning(2, 1, first_budget=400, stage_budget=200)
+    model = SpikingPQN("MlpPolicy", make_vec_env("CartPole-v1", 4), policy_kwargs={**SMALL, "timesteps": 2}, n_steps=8)
+    learned: dict[int, int] = {}
+    train = model.train
+
+    def counted(rollout: Any) -> None:
+        learned[model.policy.timesteps] = learned.get(model.policy.timesteps, 0) + 1
+        train(rollout)
+
+    model.train = counted  # type: ignore[method-assign]
+    model.learn(10_000, callback=TemporalPruningCallback(pruning, report_every=100))
+    assert pruning.finished
+    assert learned[2] >= 5
+    assert learned[1] >= 5
+
+
+def test_a_first_stage_before_learning_starts_is_refused() -> None:
+    model = SpikingDQN("MlpPolicy", "CartPole-v1", learning_starts=500, policy_kwargs={**SMALL, "timesteps": 2})
+    callback = TemporalPruningCallback(TemporalPruning(2, 1, first_budget=500, stage_budget=200))
+    with pytest.raises(UserError, match=r"learning_starts = 500: leaves nothing of the 500 agent steps"):
+        model.learn(10_000, callback=callback)
+    assert model.num_timesteps == 0
 
 
 def test_no_stage_begins_that_nobody_trains() -> None:

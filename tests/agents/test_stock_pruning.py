@@ -109,7 +109,7 @@ def marker(model: BaseAlgorithm) -> torch.Tensor:
 
 def test_the_next_stage_starts_from_the_best_weights_with_a_fresh_optimiser() -> None:
     model = model_of("dqn", 2)
-    model.learning_starts = 10_000  # nothing is trained: only the callback changes weights
+    model.learning_starts = model.gradient_steps = 0  # nothing is trained: only the callback changes weights
     model.policy.optimizer.state[marker(model)] = {"old": torch.zeros(1)}
     # Reports 0..3 in the first stage (best is 1), 4 and on in the second (best is 5).
     callback = Told(TemporalPruning(2, 1, 32, 32), [0.1, 0.9, 0.5, 0.2, 0.3, 0.8, 0.7, 0.6])

@@ -161,6 +161,9 @@ def test_descriptions_that_no_agent_has(described: dict[str, Any]) -> None:
     [
         (spaces.MultiDiscrete([2, 3], start=[0, 1]), "must count from 0"),
         (spaces.MultiDiscrete([[2, 3], [2, 3]]), "is no vector"),
+        (spaces.Box(-1, 1, ()), "is no vector"),
+        (spaces.Box(-1, 1, (0,)), "is no vector"),
+        (spaces.Box(-1, 1, (3, 0)), "is no vector"),
         (spaces.Tuple([spaces.Discrete(2)]), "Box, Discrete, MultiDiscrete or MultiBinary.*FlattenObservation"),
     ],
 )

@@ -411,9 +411,47 @@ def test_a_layer_that_has_changed_since_its_last_scan_is_looked_at_again() -> No
 
 @needs_compiler
 @pytest.mark.usefixtures("scanning")
-def test_transforms_of_functions_are_refused_as_torch_refuses_them() -> None:
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda current: LIF().fresh(current, 2).sum())(torch.randn(4, 3))
+def test_transforms_of_functions_see_the_scan() -> None:
+    neurons, currents = LIF(gamma=1.0), torch.rand(5, 4, 3)  # of five samples, each near its threshold
+
+    def spikes(current: torch.Tensor) -> torch.Tensor:
+        return neurons.fresh(current, 2)
+
+    def total(current: torch.Tensor) -> torch.Tensor:
+        return (spikes(current) * torch.arange(3.0)).sum()
+
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(spikes)(currents), torch.stack([spikes(c) for c in currents]))
+    each = torch.func.vmap(torch.func.grad(total))(currents)
+    for got, current in zip(each, currents, strict=True):
+        leaf = current.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(total(leaf), leaf)
+        torch.testing.assert_close(got, wanted)
+        assert wanted.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("timesteps", [1, 3])
+def test_gradients_of_single_samples(timesteps: int) -> None:
+    """Of a whole network's parameters, by ``torch.func``, and one by one."""
+    network = build_network("mlp", (4,), 2, timesteps=timesteps, hidden=[8, 8], layer_norm=True)
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    inputs = torch.randn(6, 4)
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(network, parameters, (x.reshape(1, 1, 4),))[0].square().sum()
+
+    with torch.no_grad():
+        network.readout.weight.normal_()
+        parameters = {name: p.detach().clone() for name, p in network.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, inputs)
+    for i, x in enumerate(inputs):
+        names, leaves = zip(*network.named_parameters(), strict=True)
+        wanted = torch.autograd.grad(
+            network(x.reshape(1, 1, 4))[0].square().sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+        for name, gradient in zip(names, wanted, strict=True):
+            torch.testing.assert_close(each[name][i], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @needs_compiler

@@ -152,6 +152,14 @@ def test_the_continuum_shows_return_rate_and_energy() -> None:
     assert figure.axes[0].lines[-1].get_ydata()[0] == 450
 
 
+@pytest.mark.parametrize("ratio", [0.01, 0.85, 1.0, 30.0])
+def test_the_line_of_the_relu_network_is_on_the_picture(ratio: float) -> None:
+    energy = continuum([result(1, 400.0, ratio=ratio), result(2, 400.0, ratio=0.9 * ratio)]).axes[2]
+    assert energy.lines[-1].get_ydata()[0] == 1
+    assert energy.get_ylim()[0] == 0
+    assert energy.get_ylim()[1] >= max(ratio, 1.1)
+
+
 def test_the_continuum_takes_the_mean_over_seeds() -> None:
     figure = continuum([result(1, 400.0), result(1, 500.0)])
     assert list(figure.axes[0].lines[0].get_ydata()) == [450]

@@ -89,6 +89,8 @@ def test_the_potential_is_returned_only_when_asked_for(scan: object) -> None:
     [
         ({"current": torch.zeros(3)}, ["(3,)", "(S, B, *N)"]),
         ({"current": torch.zeros(0, 2, 4)}, ["(0, 2, 4)", "(S, B, *N)"]),
+        ({"current": torch.zeros(3, 2, 4, dtype=torch.int64)}, ["torch.int64", ".float()"]),
+        ({"current": torch.zeros(3, 2, 4, dtype=torch.bool)}, ["torch.bool", ".float()"]),
         ({"state": LIFState(torch.zeros(2, 5))}, ["(2, 5)", "(2, 4)"]),
         ({"state": LIFState(torch.zeros(3, 4))}, ["(3, 4)", "(2, 4)"]),
         ({"state": LIFState(torch.zeros(4))}, ["(4,)", "(2, 4)"]),

@@ -473,6 +473,12 @@ def test_a_classifier_is_reported_on_one_page(
         assert f"<td>{row['energy_ratio_int32']:.2f}</td>" in text
         assert f"<td>{row['energy_ratio_of_rates']:.2f}</td>" in text
     assert "Mean threshold of each layer" in text
+    unfinished = tmp_path / "un finished"
+    unfinished.mkdir()
+    shutil.copy(run / "config.yaml", unfinished)
+    missing = last_json(cli("report", unfinished, "--json").stdout)["missing"]
+    told = f"go on with spiking-rl classify train vgg6 folder --run '{unfinished}' --resume"
+    assert any(told in text for text in missing), missing  # type: ignore[attr-defined]
 
 
 @needs_browser

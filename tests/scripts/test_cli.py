@@ -154,7 +154,7 @@ def test_the_scores_of_several_runs_are_published_together(
     (unfinished / "results.json").unlink()
     refused = gather(whole_job[0], unfinished, "--output", output)
     assert refused.returncode == 2
-    assert "has no final table yet; go on with train --resume" in refused.stderr
+    assert "has no final table yet; go on with spiking-rl train CartPole-v1 --algo pqn --run" in refused.stderr
     refused = gather(whole_job[0], whole_job[0], "--output", output)
     assert (refused.returncode, "is named twice" in refused.stderr) == (2, True)
     assert not output.exists()
