@@ -15,7 +15,7 @@ from gymnasium import Env
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from spiking_rl.agents.deployed import DeployedAgent
-from spiking_rl.agents.policies import SpikingQNetwork, q_network
+from spiking_rl.agents.policies import SpikingQNetwork, q_network, sees_scaled
 from spiking_rl.encoding import PoissonEncoder
 from spiking_rl.energy import SpikeCounter, measured_energy
 from spiking_rl.envs.make import make_single
@@ -84,8 +84,7 @@ def playing_network(model: BaseAlgorithm) -> SpikingQNetwork:
     Raises:
         UserError: the model has none, or learned from observations that the environment does not give.
     """
-    outside = model.get_vec_normalize_env()
-    if (outside is not None and outside.norm_obs) or getattr(model, "scaled_outside", False):
+    if sees_scaled(model):
         remedy = "learned behind VecNormalize, and an environment made here has none; use SB3's evaluate_policy"
         raise UserError("model", type(model).__name__, remedy)
     return q_network(model)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.preprocessing import is_image_space
 
 from spiking_rl.agents.dqn import SpikingDQN
-from spiking_rl.agents.policies import SpikingQNetwork
+from spiking_rl.agents.policies import SpikingQNetwork, sees_scaled
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.errors import UserError
 from spiking_rl.onnx_model import Observation, onnx_model
@@ -28,8 +28,14 @@ def agent_onnx(model: SpikingPQN | SpikingDQN, about: Mapping[str, str] | None =
         about: facts to store with it.
 
     Raises:
-        UserError: onnx is not installed, or the agent has a code or an observation that cannot be exported.
+        UserError: onnx is not installed, or the agent has a code or an observation that cannot be exported, or
+            learned behind VecNormalize.
     """
+    if sees_scaled(model):
+        remedy = (
+            "learned behind VecNormalize, whose scaling the file would lack; learn without it: agents scale themselves"
+        )
+        raise UserError("model", type(model).__name__, remedy)
     q_net = model.policy.q_net
     return onnx_model(q_net.network, raw_observation(q_net), stateful=q_net.stateful, about=about)
 

@@ -521,3 +521,9 @@ def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
             "model", type(model).__name__, "has no spiking Q-network; SB3's evaluate_policy scores any agent"
         )
     return model.policy.q_net
+
+
+def sees_scaled(model: BaseAlgorithm) -> bool:
+    """Tell whether a model learned from observations that VecNormalize scaled, which nobody else does for it."""
+    outside = model.get_vec_normalize_env()
+    return getattr(model, "scaled_outside", False) if outside is None else outside.norm_obs

@@ -15,7 +15,7 @@ from spiking_rl.agents.building import build_model, resolve_device
 from spiking_rl.agents.config import TrainConfig, load_config, load_recipe, save_config
 from spiking_rl.agents.dqn import SpikingDQN
 from spiking_rl.agents.model_settings import require_settings, settings_of
-from spiking_rl.agents.policies import CHOSEN_NETWORKS, check_spaces
+from spiking_rl.agents.policies import CHOSEN_NETWORKS, check_spaces, sees_scaled
 from spiking_rl.agents.pqn import SpikingPQN
 from spiking_rl.agents.resume import has_training_state
 from spiking_rl.agents.session import TrainingSession
@@ -309,7 +309,7 @@ def prune(
         raise UserError("num_envs", config.num_envs, f"the model has {model.n_envs}; load it with as many environments")
     if check_environment(config.env) != (model.observation_space, model.action_space):
         raise UserError("env", config.env, "has other spaces than the model")
-    if model.get_vec_normalize_env() is not None:
+    if model.get_vec_normalize_env() is not None or sees_scaled(model):
         remedy = "learned behind VecNormalize, and the environments here have none; use TemporalPruningCallback"
         raise UserError("model", type(model).__name__, remedy)
     if run is not None:

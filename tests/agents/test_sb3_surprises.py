@@ -27,7 +27,9 @@ from spiking_rl.agents import (
     TemporalPruningCallback,
     evaluate,
     load_agent,
+    prune,
 )
+from spiking_rl.agents.exporting import agent_onnx
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.spaces import space_from_json, space_to_json
 from spiking_rl.errors import UserError
@@ -134,7 +136,7 @@ def test_weights_that_are_set_are_not_calibrated_again(algorithm: type[SpikingPQ
 @pytest.mark.parametrize("norm_obs", [True, False])
 def test_an_agent_of_scaled_observations_is_not_scored_without_them(norm_obs: bool, tmp_path: Path) -> None:
     env = VecNormalize(make_vec_env("CartPole-v1", 2, seed=0), norm_obs=norm_obs)
-    model = SpikingPQN("MlpPolicy", env, policy_kwargs=SMALL, calibration_steps=64, seed=0)
+    model = SpikingPQN("MlpPolicy", env, policy_kwargs={**SMALL, "timesteps": 2}, calibration_steps=64, seed=0)
     model.learn(256)
     model.save_checkpoint(tmp_path / "agent", environment="CartPole-v1")
     model.save(tmp_path / "zip")
@@ -142,6 +144,10 @@ def test_an_agent_of_scaled_observations_is_not_scored_without_them(norm_obs: bo
         if norm_obs:
             with pytest.raises(UserError, match="learned behind VecNormalize"):
                 evaluate(again, "CartPole-v1", episodes=1)
+            with pytest.raises(UserError, match="learned behind VecNormalize"):
+                agent_onnx(again)
+            with pytest.raises(UserError, match="learned behind VecNormalize"):
+                prune(again, "CartPole-v1", agent_steps=64, to=1)
         else:
             assert evaluate(again, "CartPole-v1", episodes=1, measure_latency=False).episodes == 1
 
