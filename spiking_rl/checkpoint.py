@@ -41,10 +41,16 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
         config: JSON-serialisable; ``format``, ``format_version`` and ``sha256`` are added.
 
     Raises:
-        UserError: something else than a checkpoint is there, which would be lost. Nothing is written then.
+        UserError: something else than a checkpoint is there, which would be lost, or the config is no JSON. Nothing is
+            written then.
         OSError: the folder cannot be written; the old checkpoint stays.
     """
     _require_own(Path(folder))
+    for name, value in config.items():
+        try:
+            json.dumps(value, allow_nan=False, default=plain_number)
+        except (TypeError, ValueError) as error:
+            raise UserError("config", name, f"cannot be written as JSON ({error}); leave it out") from None
     plain: dict[str, Tensor] = {}
     stored: set[int] = set()  # safetensors takes no two tensors of one memory, as of a map that serves two layers
     for name, tensor in tensors.items():
@@ -76,12 +82,12 @@ def _require_own(folder: Path) -> None:
 
 
 def plain_number(value: Any) -> Any:
-    """Return NumPy's scalars as JSON has them: the ``default`` of ``json.dumps``.
+    """Return scalars of NumPy and torch as JSON has them: the ``default`` of ``json.dumps``.
 
     Raises:
         TypeError: something else.
     """
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.dim() == 0):
         return value.item()
     raise TypeError(f"{type(value).__name__} is not JSON-serialisable")
 

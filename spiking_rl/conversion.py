@@ -264,7 +264,25 @@ def _check(network: LayeredNetwork, inputs: Tensor, rate: float, starts: Tensor 
         )
     if starts is not None and not network.takes_state():
         raise UserError("starts", tuple(starts.shape), "membranes are carried under direct encoding only; leave it out")
-    count = len(inputs) if starts is None else starts.numel()
+    _require_numbers(network, inputs, len(inputs) if starts is None else starts.numel())
+
+
+def require_inputs(network: LayeredNetwork, inputs: Tensor) -> None:
+    """Refuse what is no batch ``(B, *input_shape)`` to measure a network on.
+
+    Raises:
+        UserError: another shape or dtype, fewer than 2, or not finite.
+    """
+    if tuple(inputs.shape[1:]) != tuple(network.input_shape):
+        wanted = ", ".join(["B", *map(str, network.input_shape)])
+        raise UserError("inputs", tuple(inputs.shape), f"must be of shape ({wanted}), as the network's are")
+    _require_numbers(network, inputs, len(inputs))
+
+
+def _require_numbers(network: LayeredNetwork, inputs: Tensor, count: int) -> None:
+    wanted = next(network.parameters()).dtype
+    if inputs.dtype != wanted:
+        raise UserError("inputs", inputs.dtype, f"must be {wanted}, as the network's parameters; .to({wanted})")
     if count < 2:
         raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")
     if not bool(torch.isfinite(inputs).all()):

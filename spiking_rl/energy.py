@@ -400,9 +400,15 @@ def measured_energy(network: LayeredNetwork, counter: SpikeCounter, timesteps: f
         network: that made them.
         counter: its observer.
         timesteps: their mean where they exit early; None: T.
+
+    Raises:
+        UserError: the counter has watched no decision of this network.
     """
     if not network.spiking:
         return Energy(1.0, 1.0, None, 1.0)
+    if not counter.rates.keys() >= set(network.layer_names):
+        seen = ", ".join(counter.rates) or "nothing"
+        raise UserError("counter", seen, f"has not seen {', '.join(network.layer_names)}; pass it on as the observer")
     macs, norms, coded = macs_per_layer(network), normalisation_macs(network), counter.coded_input(network)
     taken = network.timesteps if timesteps is None else timesteps
     spikes = spikes_per_input(network, counter.rates)

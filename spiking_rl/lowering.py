@@ -15,7 +15,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.conversion import linear_map
+from spiking_rl.conversion import linear_map, require_inputs
 from spiking_rl.energy import SpikeCounter
 from spiking_rl.errors import UserError
 from spiking_rl.layerwise import bisect, fire, layer_by_layer
@@ -62,8 +62,7 @@ def lower_timesteps(network: LayeredNetwork, timesteps: int, inputs: Tensor) -> 
         )
     if network.on_rates:
         raise UserError("network", "rates", "T is lowered by spikes; set_rates(False) first")
-    if len(inputs) < 2 or not bool(torch.isfinite(inputs).all()):
-        raise UserError("inputs", len(inputs), "must be at least 2, and finite")
+    require_inputs(network, inputs)
     largest = before * max(math.prod(shape) for shape in network.neuron_shapes())
     inputs = inputs[: max(2, _HELD // largest)]
     kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -157,8 +157,8 @@ class TemporalPruning:
 
     @property
     def remaining(self) -> float:
-        """What the current stage and those after it may spend."""
-        return sum(map(self._budget_at, range(self.stop, self.timesteps + 1)))
+        """What the current stage and those after it may spend; 0 once all is done."""
+        return 0 if self.finished else sum(map(self._budget_at, range(self.stop, self.timesteps + 1)))
 
     def _budget_at(self, timesteps: int) -> float:
         """Return what a stage may spend."""
@@ -328,6 +328,8 @@ class TemporalPruning:
             or not made.stop <= made.timesteps <= made.start
         ):
             raise ValueError(f"stages at T = {reached} do not lead from {made.start} to {made.stop}")
+        if made.finished and made.timesteps != made.stop:
+            raise ValueError(f"it is not finished at T = {made.timesteps}, above {made.stop}")
         scores = [made.goal, *(score for stage in made.stages for score in (stage.best, stage.last))]
         if not all(score is None or type(score) in (int, float) for score in scores):
             raise TypeError("a score is no number")

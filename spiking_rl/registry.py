@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from spiking_rl.errors import UserError
@@ -39,10 +40,14 @@ def build_network(name: str, input_shape: Sequence[int], outputs: int, **options
             to :meth:`LayeredNetwork.set_coding`.
 
     Raises:
-        UserError: unknown name, or an option that the builder refuses.
+        UserError: unknown name, sizes below 1, or an option that the builder refuses.
     """
     if name not in NETWORKS:
         raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
+    for field, sizes in (("outputs", (outputs,)), ("input_shape", tuple(input_shape))):
+        if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
+            given = outputs if field == "outputs" else sizes
+            raise UserError(field, given, "must be whole numbers of at least 1")
     coding = {option: options.pop(option) for option in _CODING if option in options}
     known = inspect.signature(NETWORKS[name]).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())

@@ -74,7 +74,7 @@ def nature_cnn(
         per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
-    if not isinstance(features, int) or features < 1:
+    if isinstance(features, bool) or not isinstance(features, int) or features < 1:
         raise UserError("features", features, "must be a whole number of at least 1")
     if len(input_shape) != 3 or min(input_shape[1:]) < _NATURE_MINIMUM:
         raise UserError(

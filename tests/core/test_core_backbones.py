@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,24 @@ def test_bad_options_are_refused(name: str, option: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         build_network(name, (3, 16, 16), 3, **({"width": 1 / 16} | option))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "field"),
+    [
+        ((4,), 0, "outputs"),
+        ((4,), 2.5, "outputs"),
+        ((4,), True, "outputs"),
+        ((-4,), 2, "input_shape"),
+        ((4.5,), 2, "input_shape"),
+        ((), 2, "input_shape"),
+    ],
+)
+def test_sizes_that_no_network_has_are_refused(shape: tuple[Any, ...], outputs: Any, field: str) -> None:
+    with pytest.raises(UserError, match="must be whole numbers of at least 1") as caught:
+        build_network("mlp", shape, outputs)
+    assert caught.value.field == field
+    assert build_network("mlp", (np.int64(4),), np.int64(2)).input_shape == (4,)
 
 
 @pytest.mark.parametrize("name", NAMES)

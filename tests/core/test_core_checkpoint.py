@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,9 +127,15 @@ def test_a_loaded_config_can_be_saved_with_other_weights(folder: Path) -> None:
 
 @pytest.mark.parametrize("config", [{"score": float("nan")}, {"policy": object()}])
 def test_a_config_that_is_not_json_keeps_the_old_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(UserError, match=rf"config = '{next(iter(config))}': cannot be written as JSON"):
         save_checkpoint(folder, {"w": torch.zeros(3)}, config)
     assert torch.equal(load_checkpoint(folder).tensors["w"], torch.arange(100.0))
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(folder: Path) -> None:
+    save_checkpoint(folder, {"w": torch.zeros(3)}, {"a": torch.tensor(1.5), "b": np.float32(0.5), "c": torch.tensor(3)})
+    config = load_checkpoint(folder).config
+    assert (config["a"], config["b"], config["c"]) == (1.5, 0.5, 3)
 
 
 def test_reading_moves_nothing_while_a_save_is_under_way(folder: Path) -> None:

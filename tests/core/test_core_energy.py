@@ -21,6 +21,7 @@ from spiking_rl import (
 )
 from spiking_rl.conversion import calibrate_thresholds
 from spiking_rl.energy import Energy, SpikeCost, accumulate_weights, energy_pj, measured_energy, odd_layers
+from spiking_rl.errors import UserError
 
 
 @pytest.mark.parametrize("neuron", ["lif", "relu"])
@@ -90,6 +91,14 @@ def test_the_counter_reads_a_network() -> None:
     # other neuron never; an input of 2 fires in all four.
     network(torch.tensor([[[0.5], [2.0]]]), observer=counter)
     assert counter.rates == {"layer1": (1 + 4) / 16}
+
+
+def test_a_counter_that_saw_nothing_of_a_network_is_told() -> None:
+    network = build_network("mlp", (4,), 2, hidden=(8, 8))
+    with pytest.raises(
+        UserError, match=r"counter = 'nothing': has not seen layer1, layer2; pass it on as the observer"
+    ):
+        measured_energy(network, SpikeCounter())
 
 
 def test_odd_layers_are_named() -> None:

@@ -152,6 +152,9 @@ def test_it_gives_the_same_whenever_it_is_asked() -> None:
         (True, torch.zeros(4, 8), "timesteps"),
         (1, torch.zeros(1, 8), "inputs"),
         (1, torch.full((4, 8), float("nan")), "inputs"),
+        (1, torch.zeros(4, 7), "inputs"),
+        (1, torch.zeros(4, 8, dtype=torch.int64), "inputs"),
+        (1, torch.zeros(4, 8, dtype=torch.float64), "inputs"),
     ],
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(timesteps: int, inputs: torch.Tensor, field: str) -> None:

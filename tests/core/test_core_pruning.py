@@ -293,3 +293,20 @@ def test_a_budget_that_no_stage_has_cannot_change() -> None:
     with pytest.raises(UserError, match="no stage is left") as caught:
         alone.change_budgets(0, {"last_budget": 3})
     assert caught.value.field == "last_budget"
+
+
+def test_a_state_that_is_finished_before_its_end_is_none() -> None:
+    pruning = TemporalPruning(5, 3, 10, 5)
+    state = {**pruning.state_dict(), "finished": True}
+    with pytest.raises(ValueError, match="not finished at T = 5, above 3"):
+        TemporalPruning.from_state_dict(state)
+
+
+def test_nothing_remains_when_all_is_done() -> None:
+    pruning = TemporalPruning(2, 1, 10, 5)
+    assert pruning.remaining == 15
+    pruning.report(1.0, 10)
+    assert (pruning.timesteps, pruning.remaining) == (1, 5)
+    pruning.report(1.0, 5)
+    assert pruning.finished
+    assert pruning.remaining == 0

@@ -274,6 +274,19 @@ def test_a_damaged_image_is_told_with_its_file_and_row(tmp_path: Path, kind: str
     refused(tmp_path, "test.parquet, row 7", "cannot be decoded", name="folder")
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_is_grey(mode: str) -> None:
+    """A black line on nothing, which is stored as black too, stays a line."""
+    pixels = np.zeros((8, 8, len(mode)), dtype=np.uint8)
+    pixels[3, :, -1] = 255
+    pixels[5, :] = 255
+    shown = np.asarray(decode(encode(pixels.transpose(2, 0, 1)), "line.png"))
+    assert shown.shape == (8, 8, 3)
+    assert (shown[3] == 0).all()
+    assert (shown[5] == 255).all()
+    assert (shown[[0, 1, 2, 4, 6, 7]] == 128).all()
+
+
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "EPS"])
 def test_other_formats_are_never_decoded(tmp_path: Path, kind: str) -> None:
     for split in ("train", "test"):

@@ -19,6 +19,7 @@ from spiking_rl.vision.data.sources import ImageSource
 # No others: Pillow hands some formats to outside programs, and these files may be anybody's.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MOST_PIXELS = 80_000_000  # a few bytes may stand for any number; ImageNet's largest photograph has 61 million
+_BEHIND = (128, 128, 128, 255)
 _SMALLEST_AREA = 0.08  # of a random crop, as a share of the image; with the aspect ratio, Szegedy et al. 2014
 _WIDEST_RATIO = 4 / 3
 _TRIES = 10
@@ -41,7 +42,7 @@ def decode(raw: bytes, name: str, *, upright: bool = False) -> Image.Image:
             if math.prod(image.size) > _MOST_PIXELS:
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are more than {_MOST_PIXELS:,}")
             picture = ImageOps.exif_transpose(image) if upright else image
-            return _eight_bits(picture).convert("RGB")
+            return _opaque(_eight_bits(picture))
     except Exception as error:  # damaged bytes raise many types: OSError, SyntaxError, ValueError, struct.error ...
         reason = "no PNG, JPEG, WebP or BMP" if isinstance(error, UnidentifiedImageError) else error
         raise UserError("data", name, f"cannot be decoded ({reason}); replace or remove it") from None
@@ -53,6 +54,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     shades = np.asarray(image).astype(np.int64)
     return Image.fromarray((shades.clip(0, 65535) // 257).astype(np.uint8))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return RGB; what is transparent shows mid-grey, on which black shapes and white ones stay what they are."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    shown = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", shown.size, _BEHIND), shown).convert("RGB")
 
 
 def pixels(image: Image.Image) -> NDArray[np.uint8]:
