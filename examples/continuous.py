@@ -22,7 +22,8 @@ policy_kwargs = {
     "net_arch": {"pi": [], "qf": [64, 64]},  # the action joins the critics behind their spikes, and needs layers there
 }
 env = Monitor(gym.make("Pendulum-v1"))
-model = SAC("MlpPolicy", env, policy_kwargs=policy_kwargs, learning_rate=1e-3, learning_starts=500, seed=seed)
+starts = min(500, agent_steps // 8)
+model = SAC("MlpPolicy", env, policy_kwargs=policy_kwargs, learning_rate=1e-3, learning_starts=starts, seed=seed)
 pruning = TemporalPruning(4, 1, first_budget=agent_steps // 2, stage_budget=agent_steps // 6)
 play = Monitor(gym.make("Pendulum-v1"))
 play.reset(seed=seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from spiking_rl.scripts.options import (
 from spiking_rl.scripts.plot import draw_run
 from spiking_rl.stopping import Interrupted, check_hours
 from spiking_rl.vision.config import ClassifyConfig, MainSettings, load_config, load_recipe, recipes, save_config
-from spiking_rl.vision.continuing import CHANGEABLE, change_run, convert_run, extend_run
+from spiking_rl.vision.continuing import CHANGEABLE, change_run, convert_run, extend_run, settle
 from spiking_rl.vision.data import StreamedDataset, load_dataset
 from spiking_rl.vision.evaluation import check_predictions, evaluate, save_predictions
 from spiking_rl.vision.feeding import Images
@@ -243,9 +244,9 @@ def _open(folder: RunFolder, where: Where) -> Trainer:
 
 def _go_on(folder: RunFolder, where: Where, command: str, asked: ClassifyConfig, args: list[str]) -> dict[str, Any]:
     folder.require()
-    saved = load_config(folder.config)
-    changes = changes_of(folder, saved, asked, args, ("network", "dataset"), CHANGEABLE)
     with _held(folder):
+        saved = load_config(folder.config)
+        changes = changes_of(folder, saved, asked, args, ("network", "dataset"), CHANGEABLE)
         trainer = _open(folder, where)
         if kept := kept_instead(saved, asked, args):
             trainer.record.note(f"{', '.join(kept)}: as the run was started, not as the recipe has it")
@@ -339,9 +340,15 @@ def _without_classes(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "predicted"}
 
 
-def _held(folder: RunFolder) -> AbstractContextManager[None]:
-    """Hold the run for these processes."""
-    return folder.locked() if join().leads else nullcontext()
+@contextmanager
+def _held(folder: RunFolder) -> Iterator[None]:
+    """Hold the run for these processes, its settings in their place."""
+    team = join()
+    with folder.locked() if team.leads else nullcontext():
+        if team.leads:
+            settle(folder)
+        team.told(None)  # nobody reads them before
+        yield
 
 
 def _finish(trainer: Trainer, command: str, where: Where) -> dict[str, Any]:

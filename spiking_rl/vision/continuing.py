@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spiking_rl.errors import UserError
+from spiking_rl.files import recover_folder, write_atomically
+from spiking_rl.runs import RunFolder
 from spiking_rl.settings import changed_settings, continued
 from spiking_rl.vision.config import ClassifyConfig, save_config
 from spiking_rl.vision.stages import budgets_of
@@ -43,8 +45,7 @@ def convert_run(trainer: Trainer, timesteps: int, prune_to: int, epochs: int, ra
     trainer.stages.config = config
     trainer.stages.plan()
     trainer.begin_spikes()
-    trainer.save()
-    _save_settings(trainer, "by classify convert")
+    _save_both(trainer, "by classify convert")
 
 
 def change_run(trainer: Trainer, changes: Mapping[str, Any]) -> None:
@@ -121,8 +122,25 @@ def extend_run(trainer: Trainer, to: int, epochs: int | None, rescale_thresholds
         trainer.config.rescale_thresholds = rescale_thresholds
     trainer.next_stage(trainer.stages.pruning.extend(to, epochs))
     trainer.config.prune_to = to
-    trainer.save()
-    _save_settings(trainer, "by classify prune")
+    _save_both(trainer, "by classify prune")
+
+
+def _save_both(trainer: Trainer, when: str) -> None:
+    """Save the run with the settings with which it goes on: whoever dies in between loses neither."""
+    own = trainer.folder.config
+    provenance = continued(own, trainer.config, when) if trainer.team.leads else {}
+    trainer.save(lambda folder: save_config(folder / own.name, trainer.config, provenance))
+    if trainer.team.leads:
+        settle(trainer.folder)
+
+
+def settle(folder: RunFolder) -> None:
+    """Put settings in their place that were saved with a run by a process that died before it could."""
+    recover_folder(folder.resume)
+    pending = folder.resume / folder.config.name
+    if pending.is_file():
+        write_atomically(folder.config, pending.read_bytes())
+        pending.unlink()
 
 
 def _save_settings(trainer: Trainer, when: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -466,8 +466,11 @@ class Trainer:
             text = f"is too high: the loss is {loss}{where}; start again with a lower one"
             raise WorkError(self.stages.rate_setting, self.highest_rate, text)
 
-    def save(self) -> None:
+    def save(self, beside: Callable[[Path], None] | None = None) -> None:
         """Save everything that continuing needs, atomically.
+
+        Args:
+            beside: writes more into the folder that is being made.
 
         Raises:
             WorkError: the loss is no longer a number; the last good state stays.
@@ -493,6 +496,8 @@ class Trainer:
                 "sha256": hashes_of(partial),
             }
             (partial / "state.json").write_text(json.dumps(state))
+            if beside is not None:
+                beside(partial)
         self._saved = time.monotonic()
 
     def restore(self) -> None:

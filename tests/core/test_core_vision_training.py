@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from spiking_rl.neurons import LIF
 from spiking_rl.runs import RunFolder
 from spiking_rl.settings import read_settings
 from spiking_rl.stopping import Interrupted
-from spiking_rl.vision import predicting
+from spiking_rl.vision import continuing, predicting
 from spiking_rl.vision.building import build
 from spiking_rl.vision.config import ClassifyConfig, load_config, load_recipe, recipes, save_config
 from spiking_rl.vision.continuing import change_run, convert_run, extend_run
@@ -318,6 +319,30 @@ def test_step_by_step_gives_what_one_command_gives(whole: Trainer, tmp_path: Pat
     trainer.run()
     tensors = [load_checkpoint(t.folder.checkpoint(1)).tensors for t in (whole, trainer)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_death_between_the_state_and_the_settings_loses_neither(
+    whole: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_run(tmp_path / "run", dataclasses.replace(SMALL, epochs=0))
+    trainer.run()
+    for change in (
+        partial(convert_run, timesteps=2, prune_to=2, epochs=SMALL.epochs),
+        partial(extend_run, to=1, epochs=1),
+    ):
+        before = trainer.folder.config.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(continuing, "settle", lambda folder: None)  # dead
+            change(trainer)
+        assert trainer.folder.config.read_bytes() == before
+        for _ in range(2):  # once more: dead in the middle of that, too
+            continuing.settle(trainer.folder)  # as who opens the run does
+            trainer = opened(trainer)
+        trainer.run()
+    tensors = [load_checkpoint(t.folder.checkpoint(1)).tensors for t in (whole, trainer)]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    told = read_settings(trainer.folder.config)["provenance"]["changes"]
+    assert [line.partition(",")[0] for line in told] == ["epochs: 0 to 2", "prune_to: 1 to 2", "prune_to: 2 to 1"]
 
 
 @pytest.mark.parametrize("changes", [{"fold_first": True, "firing_rate": None}, {"batch_norm": False}])
