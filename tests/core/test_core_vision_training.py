@@ -342,7 +342,7 @@ def test_a_death_between_the_state_and_the_settings_loses_neither(
     tensors = [load_checkpoint(t.folder.checkpoint(1)).tensors for t in (whole, trainer)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     told = read_settings(trainer.folder.config)["provenance"]["changes"]
-    assert [line.partition(",")[0] for line in told] == ["epochs: 0 to 2", "prune_to: 1 to 2", "prune_to: 2 to 1"]
+    assert [line.partition(",")[0] for line in told] == ["prune_to: 1 to 2", "epochs: 0 to 2", "prune_to: 2 to 1"]
 
 
 @pytest.mark.parametrize("changes", [{"fold_first": True, "firing_rate": None}, {"batch_norm": False}])
