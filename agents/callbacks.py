@@ -134,7 +134,8 @@ class TemporalPruningCallback(BaseCallback):
         if isinstance(self.model, SpikingPQN) and not self.model.calibrated:
             self.model.calibration_steps = max(1, min(self.model.calibration_steps, budget // 2))
         starts = getattr(self.model, "learning_starts", 0) - self.model.num_timesteps
-        if not self.pruning.finished and starts > 0 and starts >= budget - self._spent:
+        begins = self.pruning.timesteps == self.pruning.start and not self._spent
+        if begins and not self.pruning.finished and 0 < budget <= starts:
             remedy = f"leaves nothing of the {budget} agent steps of the first stage to learn in; lower it"
             raise UserError("learning_starts", getattr(self.model, "learning_starts", 0), remedy)
 
