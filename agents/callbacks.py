@@ -133,11 +133,11 @@ class TemporalPruningCallback(BaseCallback):
         budget = int(self.pruning.budget)
         if isinstance(self.model, SpikingPQN) and not self.model.calibrated:
             self.model.calibration_steps = max(1, min(self.model.calibration_steps, budget // 2))
-        starts = getattr(self.model, "learning_starts", 0) - self.model.num_timesteps
+        starts: int = getattr(self.model, "learning_starts", 0)
         begins = self.pruning.timesteps == self.pruning.start and not self._spent
-        if begins and not self.pruning.finished and 0 < budget <= starts:
+        if begins and not self.pruning.finished and 0 < budget <= starts - self.model.num_timesteps:
             remedy = f"leaves nothing of the {budget} agent steps of the first stage to learn in; lower it"
-            raise UserError("learning_starts", getattr(self.model, "learning_starts", 0), remedy)
+            raise UserError("learning_starts", starts, remedy)
 
     def _on_step(self) -> bool:
         return not self.pruning.finished

@@ -46,28 +46,36 @@ def save_checkpoint(folder: Path | str, tensors: dict[str, Tensor], config: dict
         OSError: the folder cannot be written; the old checkpoint stays.
     """
     _require_own(Path(folder))
-    for name, value in config.items():
-        try:
-            json.dumps(value, allow_nan=False, default=plain_number)
-        except (TypeError, ValueError) as error:
-            raise UserError("config", name, f"cannot be written as JSON ({error}); leave it out") from None
     plain: dict[str, Tensor] = {}
     stored: set[int] = set()  # safetensors takes no two tensors of one memory, as of a map that serves two layers
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
         plain[name] = own.clone() if own.untyped_storage().data_ptr() in stored else own
         stored.add(own.untyped_storage().data_ptr())
+    blob = safetensors.torch.save(plain)
+    ours = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+    }
+    # Ours win over a config that was loaded with an older checkpoint.
+    text = _as_json(ours | {name: value for name, value in config.items() if name not in ours})
     with replace_folder(Path(folder)) as partial:
-        blob = safetensors.torch.save(plain)
         (partial / WEIGHTS).write_bytes(blob)
-        ours = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "sha256": hashlib.sha256(blob).hexdigest(),
-        }
-        # Ours win over a config that was loaded with an older checkpoint.
-        full = ours | {name: value for name, value in config.items() if name not in ours}
-        (partial / CONFIG).write_text(json.dumps(full, indent=2, allow_nan=False, default=plain_number) + "\n")
+        (partial / CONFIG).write_text(text + "\n")
+
+
+def _as_json(config: dict[str, Any]) -> str:
+    try:
+        return json.dumps(config, indent=2, allow_nan=False, default=plain_number)
+    except (TypeError, ValueError) as error:
+        if len(config) == 1:
+            raise UserError(
+                "config", next(iter(config)), f"cannot be written as JSON ({error}); leave it out"
+            ) from None
+        for name, value in config.items():  # one of them names itself
+            _as_json({name: value})
+        raise
 
 
 def _require_own(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -254,35 +255,29 @@ def _set_spike_time(score: SpikeTimeScore, current: Tensor) -> None:
 def _check(network: LayeredNetwork, inputs: Tensor, rate: float, starts: Tensor | None = None) -> None:
     if not 0 < rate < 1:
         raise UserError("rate", rate, "the target firing rate must lie strictly between 0 and 1")
-    batch = inputs.shape[: 1 if starts is None else 2]
-    if tuple(inputs.shape[len(batch) :]) != tuple(network.input_shape):
-        wanted = ", ".join(["B" if starts is None else "L, B", *map(str, network.input_shape)])
-        raise UserError("inputs", tuple(inputs.shape), f"must be of shape ({wanted}), as the network's are")
+    require_inputs(network, inputs, ("B",) if starts is None else ("L", "B"))
+    batch = inputs.shape[:2]
     if starts is not None and (starts.shape != batch or starts.dtype != torch.bool):
         raise UserError(
             "starts", f"{starts.dtype} {tuple(starts.shape)}", f"must be torch.bool of shape {tuple(batch)}"
         )
     if starts is not None and not network.takes_state():
         raise UserError("starts", tuple(starts.shape), "membranes are carried under direct encoding only; leave it out")
-    _require_numbers(network, inputs, len(inputs) if starts is None else starts.numel())
 
 
-def require_inputs(network: LayeredNetwork, inputs: Tensor) -> None:
-    """Refuse what is no batch ``(B, *input_shape)`` to measure a network on.
+def require_inputs(network: LayeredNetwork, inputs: Tensor, axes: Sequence[str] = ("B",)) -> None:
+    """Refuse what is no batch ``(*axes, *input_shape)`` to measure a network on.
 
     Raises:
         UserError: another shape or dtype, fewer than 2, or not finite.
     """
-    if tuple(inputs.shape[1:]) != tuple(network.input_shape):
-        wanted = ", ".join(["B", *map(str, network.input_shape)])
-        raise UserError("inputs", tuple(inputs.shape), f"must be of shape ({wanted}), as the network's are")
-    _require_numbers(network, inputs, len(inputs))
-
-
-def _require_numbers(network: LayeredNetwork, inputs: Tensor, count: int) -> None:
-    wanted = next(network.parameters()).dtype
-    if inputs.dtype != wanted:
-        raise UserError("inputs", inputs.dtype, f"must be {wanted}, as the network's parameters; .to({wanted})")
+    if tuple(inputs.shape[len(axes) :]) != tuple(network.input_shape):
+        shape = ", ".join([*axes, *map(str, network.input_shape)])
+        raise UserError("inputs", tuple(inputs.shape), f"must be of shape ({shape}), as the network's are")
+    dtype = next(network.parameters()).dtype
+    if inputs.dtype != dtype:
+        raise UserError("inputs", inputs.dtype, f"must be {dtype}, as the network's parameters; .to({dtype})")
+    count = math.prod(inputs.shape[: len(axes)])
     if count < 2:
         raise UserError("inputs", count, "calibration needs at least 2 inputs, better 1,000")
     if not bool(torch.isfinite(inputs).all()):

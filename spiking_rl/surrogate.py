@@ -73,9 +73,9 @@ def fire(potential: Tensor, threshold: Tensor, gamma: float = DEFAULT_GAMMA) -> 
         Spikes in {0, 1}, shape and dtype of ``potential``.
     """
     learning = torch.is_grad_enabled() and (potential.requires_grad or threshold.requires_grad)
-    plain = torch.compiler.is_compiling() or not is_transforming()  # the compiler cannot look through the latter
-    if not learning and plain and potential.dtype is torch.float32:
-        # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way.
+    # Acting with a batch of one is all overhead: skip the autograd machinery, and booleans on the way. Transforms know
+    # no results in place, and the compiler cannot look through the question.
+    if not learning and potential.dtype is torch.float32 and (torch.compiler.is_compiling() or not is_transforming()):
         return torch.gt(potential, threshold, out=torch.empty_like(potential))
     spikes = fused_fresh(potential, threshold, threshold, gamma, 1, 1)  # as many spikes with a gradient as without
     if spikes is None and not potential.is_cpu:

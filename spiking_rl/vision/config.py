@@ -89,7 +89,7 @@ class ClassifyConfig(MainSettings):
     distill: float = 0.0
     """Part of the spiking loss that pulls to the ReLU network's class probabilities (Hinton et al. 2015)."""
     spike_penalty: float = 0.0
-    """Adds so often the accumulates per multiply-accumulate behind the first layer to the spiking loss."""
+    """This many times the accumulates per multiply-accumulate behind the first layer are added to the spiking loss."""
     max_grad_norm: float = 5.0
     """Gradient clipping."""
     precision: Precision = "auto"
