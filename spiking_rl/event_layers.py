@@ -210,7 +210,9 @@ class _Convolution(torch.autograd.Function):
             density = built_events(x.dtype).events_density(x.data_ptr(), x.numel(), threads_of(sizes))  # type: ignore[union-attr]
         ctx.sizes, ctx.layer, ctx.few = sizes, layer, density <= _most_weighed(sizes, x.dtype)
         if outputs is None:
-            outputs = layer._conv_forward(x, weight, bias)
+            # Rounded here, not by autocast: torch 2.8 keeps for others, too, what it rounds without gradients.
+            small = None if bias is None else bias.to(x.dtype)
+            outputs = layer._conv_forward(x, weight.to(x.dtype), small)
             outputs = outputs.clone() if outputs._is_view() else outputs  # views made here must not be written to
         return outputs
 

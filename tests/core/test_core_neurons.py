@@ -177,7 +177,7 @@ def run(scan: object, case: Case, dtype: torch.dtype) -> Expected:
     )
     gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
     values = [t.detach().numpy() for t in (result.spikes, result.state.membrane, result.potential)]
-    return Expected(*values, {n: g.numpy() for n, g in zip(inputs, gradients, strict=True)}, 0.0)
+    return Expected(*values, {n: g.detach().numpy() for n, g in zip(inputs, gradients, strict=True)}, 0.0)
 
 
 def assert_same(found: Expected, expected: Expected, tolerance: float) -> None:
