@@ -25,11 +25,11 @@ def scored(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_the_readme_shows_what_is_shown(cli: Cli) -> None:
+def test_the_page_shows_what_is_shown(cli: Cli) -> None:
     done = cli("inspect", "pong")
     assert done.returncode == 0, done.stderr
     _, shown = done.stdout.split("\n\n", 1)
-    assert shown.strip() in (Path(__file__).parents[2] / "README.md").read_text()
+    assert shown.strip() in (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
 
 
 def test_a_run_shows_its_lowest_stage_with_what_was_measured(cli: Cli, scored: Path) -> None:
