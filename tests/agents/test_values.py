@@ -16,7 +16,7 @@ from spiking_rl.agents import SpikingDQN, SpikingPQN
 GAMMA = 0.8
 END = 0.5  # for action 1, which ends the episode
 # Action 0 goes back and forth for ever between two places, for a reward of 1 on the way to the second: from the first
-# 1 + GAMMA * 0 + GAMMA^2 * 1 + ... = 1 / (1 - GAMMA^2), from the second a step later. A time limit takes none of it away.
+# 1 + GAMMA * 0 + GAMMA^2 * 1 + ... = 1 / (1 - GAMMA^2), from the second a step later. A time limit takes none away.
 FIRST = 1 / (1 - GAMMA**2)
 VALUES = [[FIRST, END], [GAMMA * FIRST, END]]
 
