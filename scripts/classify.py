@@ -355,6 +355,7 @@ def _finish(trainer: Trainer, command: str, where: Where) -> dict[str, Any]:
     """Train to the end, then score every T on the test images."""
     folder, config = trainer.folder, trainer.config
     trainer.record.note(f"run folder: {folder.path}")
+    trainer.record.note(f"{trainer.feed.count} training images of {len(trainer.images.classes)} classes")
     for name in ("ann_batch_size",) * config.trains_ann + ("batch_size",) * (config.epochs > 0):
         if getattr(config, name) > trainer.feed.count:
             count = trainer.feed.count

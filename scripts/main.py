@@ -85,7 +85,7 @@ def run(argv: list[str]) -> int:
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail(f"interrupted{_kept(name, args)}", 130)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         if as_json:

@@ -252,10 +252,15 @@ class LayeredNetwork(nn.Module):
         Returns:
             Outputs ``(L, B, n)`` averaged over the timesteps, and the membranes after the last
             decision (None when stateless).
+
+        Raises:
+            ValueError: inputs of another number of axes or without environment steps, or a state that nobody takes.
         """
         if inputs.dim() != len(self.input_shape) + 2:
             raise ValueError(f"inputs have {inputs.dim()} axes; a network takes (L, B, {self._axes()})")
         length = inputs.shape[0]  # asked with len, tensors take as long as a small layer
+        if type(length) is int and length == 0:
+            raise ValueError("inputs hold no environment steps (L = 0)")
         flat = inputs.squeeze(0) if _is_one(length) else inputs.flatten(0, 1)
         if state is not None and not self.takes_state():
             raise ValueError("a state is carried by spikes under direct encoding only, by neurons that may fire again")

@@ -34,8 +34,12 @@ class SmallMapConv2d(nn.Conv2d):
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernel_size == (1, 1) and max(self.stride) > 1 and input.is_cpu and self.in_channels < _FEW_CHANNELS:
             # Of fewer than eight channels torch 2.13 writes beyond its memory (float32, channels last).
+            if self.padding_mode != "zeros" or isinstance(self.padding, str):
+                return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
+            down, across = self.padding
+            input = functional.pad(input, (across, across, down, down)) if any(self.padding) else input
             input = input[..., :: self.stride[0], :: self.stride[1]].contiguous(memory_format=torch.channels_last)
-            return functional.conv2d(input, weight, bias, 1, self.padding, self.dilation, self.groups)
+            return functional.conv2d(input, weight, bias, 1, 0, self.dilation, self.groups)
         return super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
     def _layout(self, input: Tensor, kind: torch.dtype) -> tuple[int, int]:

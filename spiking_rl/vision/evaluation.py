@@ -184,7 +184,7 @@ def check_predictions(path: Path, images: Images, dataset: str) -> list[dict[str
     loaded = read_json(path, "predictions")
     if loaded.get("format") != "spiking-rl predictions":
         raise UserError("predictions", str(path), "is no file of predicted classes; classify evaluate writes them")
-    if loaded.get("rows") == []:
+    if not loaded.get("rows", True):
         raise UserError("predictions", str(path), "holds no rows; classify evaluate writes one for every T")
     try:
         return [_checked(path, row, images, dataset) for row in loaded["rows"]]
@@ -197,7 +197,9 @@ def check_predictions(path: Path, images: Images, dataset: str) -> list[dict[str
 def _checked(path: Path, row: dict[str, Any], images: Images, dataset: str) -> dict[str, Any]:
     if row["dataset"] != dataset:
         raise UserError("dataset", dataset, f"is not that of {path}, which is {row['dataset']}")
-    predicted = torch.tensor(row["predicted"])
+    timesteps, predicted = row["timesteps"], torch.tensor(row["predicted"])
+    if (timesteps is not None and (type(timesteps) is not int or timesteps < 1)) or predicted.dim() != 1:
+        raise ValueError("timesteps must be a whole number or null, and predicted a list of classes")
     if len(predicted) != len(images.test_labels):
         raise UserError("predictions", str(path), f"has {len(predicted)} classes for {len(images.test_labels)} images")
     if len(predicted) and not 0 <= int(predicted.min()) <= int(predicted.max()) < len(images.classes):
@@ -205,4 +207,4 @@ def _checked(path: Path, row: dict[str, Any], images: Images, dataset: str) -> d
     top1 = 100 * float((predicted == images.test_labels).float().mean())
     if not abs(top1 - row["top1"]) <= 1e-6:  # so that NaN is refused too
         raise UserError("predictions", str(path), f"claims {row['top1']:.2f} % where {top1:.2f} % are right")
-    return {"timesteps": row["timesteps"], "top1": top1, "claimed": row["top1"]}
+    return {"timesteps": timesteps, "top1": top1, "claimed": row["top1"]}

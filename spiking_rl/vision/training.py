@@ -63,6 +63,7 @@ from spiking_rl.vision.record import Record
 from spiking_rl.vision.stages import Stages
 
 _WATCHED = 4  # images, at least, of each batch that is scored: their spikes are counted
+_WATCHED_IN_ALL = 256  # at least: rates of a few images say little of a layer
 _BALANCED = 512  # that set the thresholds: the papers' number; for firing rates as many as four passes take
 _ALONE = Team()
 _MOST_EPOCHS = 2**20  # of a stage
@@ -354,9 +355,6 @@ class Trainer:
             return None
         config = self.config
         self.network.train()
-        progress = self.batches / (self.stages.epochs * self.batches_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.highest_rate * rate_factor(progress, self.stages.milestones)
         self.optimizer.zero_grad()
         seed = int(torch.randint(2**31, (1,), generator=generator))
         torch.manual_seed(seed + self.team.rank)  # dropout draws from it
@@ -372,6 +370,9 @@ class Trainer:
             total += loss.detach() * share
         if self.team.size > 1 and not self._share(total, out=batch is None):
             return None
+        progress = self.batches / (self.stages.epochs * self.batches_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.highest_rate * rate_factor(progress, self.stages.milestones)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.max_grad_norm)
         self.optimizer.step()
         return total
@@ -402,7 +403,8 @@ class Trainer:
             for images, labels in self.images.validation():
                 # From everywhere: images of a folder lie class by class.
                 watched = torch.zeros(len(labels), dtype=torch.bool)
-                watched[:: max(1, len(labels) // max(_WATCHED, len(labels) // 10))] = True
+                some = max(_WATCHED, len(labels) // 10, _WATCHED_IN_ALL - count)
+                watched[:: max(1, len(labels) // some)] = True
                 for observer, part in ((counter, watched), (None, ~watched)):
                     if part.any():
                         found = predict(self.network, images[part], self.mean, self.std, observer)

@@ -334,6 +334,8 @@ def test_a_code_lies_where_its_network_does_and_has_a_number_for_every_channel()
 def test_inputs_without_the_axis_of_decisions_are_told() -> None:
     with pytest.raises(ValueError, match=r"inputs have 2 axes; a network takes \(L, B, 4\)"):
         mlp(3)(torch.randn(8, 4))
+    with pytest.raises(ValueError, match="no environment steps"):
+        mlp(3)(torch.randn(0, 8, 4))
     with pytest.raises(ValueError, match="spiking network"):
         mlp(neuron="relu").currents(torch.randn(1, 8, 4))
 

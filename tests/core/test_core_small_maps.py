@@ -27,6 +27,15 @@ def _pair(bias: bool, channels: tuple[int, int] = (3, 5), **options: int) -> tup
     return small, plain
 
 
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_single_pixels_at_a_stride_are_padded_as_ever(mode: str) -> None:
+    for channels in (3, 8):
+        small, plain = (kind(channels, 4, 1, 2, 1, padding_mode=mode) for kind in (SmallMapConv2d, nn.Conv2d))
+        plain.load_state_dict(small.state_dict())
+        x = torch.randn(2, channels, 8, 8)
+        torch.testing.assert_close(small(x), plain(x))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     **SIZES,

@@ -156,6 +156,26 @@ def test_images_sorted_by_class_are_shuffled_before_the_split_always_alike(tmp_p
     assert torch.equal(first.val_images, second.val_images)
 
 
+def test_of_few_images_every_class_is_learned(tmp_path: Path) -> None:
+    """Twenty classes of one or two images: the last of them are not kept for validation."""
+    counts = {f"c{c:02}": 1 + c % 2 for c in range(20)}
+    for split in ("train", "test"):
+        write_folders(tmp_path / split, {name: list(random_pixels(n, 2, n)) for name, n in counts.items()})
+    assert load_dataset("folder", tmp_path, size=2).val_labels.tolist() != [18, 19, 19]
+
+
+def test_images_that_are_left_out_are_told_but_for_hidden_ones(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_folders(tmp_path / split, {name: list(random_pixels(10, 2, 0)) for name in ("ant", "bee")})
+    ant = tmp_path / "train" / "ant"
+    (ant / "._0.png").write_bytes(b"what macOS leaves")
+    assert len(load_dataset("folder", tmp_path, size=2).train_labels) == 18
+    (ant / "more").mkdir()
+    (ant / "one.gif").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 left out in .*train, such as .*more: images are .png"):
+        assert len(load_dataset("folder", tmp_path, size=2).train_labels) == 18
+
+
 @pytest.mark.parametrize("order", [[2, 0, 3, 1], [3, 2, 1, 0], [0, 1, 2, 3, 0, 1, 2, 3]])
 def test_images_class_by_class_are_shuffled_whatever_the_order_of_classes(tmp_path: Path, order: list[int]) -> None:
     labels = [label for label in order for _ in range(400 // len(order))]

@@ -161,6 +161,24 @@ def test_half_of_the_random_crops_are_mirrored() -> None:
     assert 150 < rising < 250
 
 
+def test_a_strip_of_pixels_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled up first, one of 60,000 x 1 would take 15 GB."""
+    sizes = []
+    resize = Image.Image.resize
+
+    def spy(image: Image.Image, size: tuple[int, int], *args: object) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    strip = np.tile(np.linspace(0, 255, 20001).astype(np.uint8)[None, :, None], (1, 1, 3))
+    for turned in (strip, strip.transpose(1, 0, 2)):
+        out = pixels(centre_crop(Image.fromarray(turned), 64))
+        assert out.shape == (3, 64, 64)
+        assert abs(int(out.mean()) - 127) <= 1, "the centre"
+    assert max(map(max, sizes)) < 1000
+
+
 def test_evaluation_cuts_out_the_centre_of_the_scaled_image() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (256, 300, 3), dtype=np.uint8)
     assert np.array_equal(pixels(centre_crop(Image.fromarray(noise), 224)), noise[16:240, 38:262].transpose(2, 0, 1))

@@ -442,12 +442,17 @@ def test_a_predictions_file_is_counted_again(whole: Trainer, tmp_path: Path) -> 
         ({"top1": row["top1"] + 1}, "claims"),
         ({"predicted": row["predicted"][1:]}, "has 127 classes for 128 images"),
         ({"predicted": [3, *row["predicted"][1:]]}, "outside 0 to 2"),
+        ({"predicted": [[found] for found in row["predicted"]]}, "is damaged"),
+        ({"timesteps": "1: 99.99 %, as claimed"}, "is damaged"),
     ):
         save_predictions(path, [{**row, **change}], seed=0)
         with pytest.raises(UserError, match=words):
             check_predictions(path, images, "cifar10")
     path.write_text('{"format": "spiking-rl predictions"}')
     with pytest.raises(UserError, match="is damaged"):
+        check_predictions(path, images, "cifar10")
+    path.write_text('{"format": "spiking-rl predictions", "rows": {}}')
+    with pytest.raises(UserError, match="holds no rows"):
         check_predictions(path, images, "cifar10")
     save_predictions(path, [row], seed=0)
     with pytest.raises(UserError, match="is not that of"):

@@ -108,6 +108,7 @@ def test_two_processes_learn_what_one_learns(pair: Path, cli: Cli, data: Path, t
     assert [row["timesteps"] for row in first] == [row["timesteps"] for row in second]
     for mine, its in zip(first, second, strict=True):
         assert mine["loss"] == pytest.approx(its["loss"], rel=0.1)
+        assert mine["learning_rate"] == pytest.approx(its["learning_rate"], rel=1e-6)
     rows = json.loads((pair / "results.json").read_text())["rows"]
     assert min(row["top1"] for row in rows) > 90
 

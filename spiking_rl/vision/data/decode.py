@@ -24,6 +24,7 @@ _SMALLEST_AREA = 0.08  # of a random crop, as a share of the image; with the asp
 _WIDEST_RATIO = 4 / 3
 _TRIES = 10
 _SHORT_SIDE = 256 / 224  # of an evaluated image before its centre is cut out
+_LONGEST = 8  # sides in a side of an evaluated image; what is beyond is cut off first
 
 
 def decode(raw: bytes, name: str, *, upright: bool = False) -> Image.Image:
@@ -150,6 +151,11 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Scale the short side to 256/224 of ``size``, then cut out the centred ``size`` x ``size``."""
+    if max(image.size) > _LONGEST * min(image.size):  # scaled up first, a strip of pixels would take gigabytes
+        short = min(image.size)
+        width, height = (min(side, _LONGEST * short) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     width, height = image.size
     scale = round(size * _SHORT_SIDE) / min(width, height)
     width, height = round(width * scale), round(height * scale)

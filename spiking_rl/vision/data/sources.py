@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from spiking_rl.files import read_bounded
 
 LARGEST_IMAGE_FILE = 64 * 2**20  # bytes; ImageNet's largest has 15 million
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_OTHER_IMAGES = (".gif", ".tif", ".tiff", ".jfif", ".jpe", ".jp2", ".avif", ".heic", ".ppm", ".pgm", ".npy")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def check_labels(source: ImageSource, split: str, place: Path | str) -> None:
     """
     if not len(source.labels):
         raise UserError(
-            "data", str(place), f"has no images in its {split} split; put {', '.join(_SUFFIXES)} files there"
+            "data",
+            str(place),
+            f"has no images in its {split} split; put {', '.join(_SUFFIXES)} files right in the folders of its classes",
         )
     outside = (source.labels < 0) | (source.labels >= len(source.classes))
     if outside.any():
@@ -88,16 +92,34 @@ class ClassFolders(ImageSource):
 def open_class_folders(folder: Path) -> ClassFolders:
     """List ``folder/<class>/*.png`` (or jpg, jpeg, webp, bmp); classes and files in alphabetical order.
 
+    What begins with a dot is left out; images of other kinds, and folders in a class's folder, with a warning.
+
     Raises:
         UserError: the folder has no class folders, or cannot be listed.
     """
     try:
         classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
         # Strings, not Paths: ImageNet has 1.3 million of them.
-        files = [sorted(e.path for e in os.scandir(folder / c) if e.name.lower().endswith(_SUFFIXES)) for c in classes]
+        files = [sorted(e.path for e in _shown(folder / c) if e.name.lower().endswith(_SUFFIXES)) for c in classes]
+        others = [e.path for c in classes for e in _shown(folder / c) if _is_left_out(e)]
     except OSError as error:
         raise UserError("data", str(folder), f"cannot be listed ({error.strerror})") from None
     if not classes:
         raise UserError("data", str(folder), "holds no class folders; sort its images into one folder per class")
+    if others:
+        kinds = ", ".join(_SUFFIXES)
+        remedy = f"images are {kinds} right in their class's folder"
+        warnings.warn(f"{len(others)} left out in {folder}, such as {min(others)}: {remedy}", stacklevel=2)
     labels = np.repeat(np.arange(len(classes)), [len(of_class) for of_class in files])
     return ClassFolders(classes, labels, np.arange(len(labels) + 1), [path for of_class in files for path in of_class])
+
+
+def _shown(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _is_left_out(entry: os.DirEntry[str]) -> bool:
+    """Tell whether somebody may have taken it for images that are read."""
+    name = entry.name.lower()
+    return name.endswith(_OTHER_IMAGES) or (not name.endswith(_SUFFIXES) and entry.is_dir())
