@@ -8,8 +8,10 @@ import importlib
 import json
 import os
 import sys
+import warnings
 from typing import NoReturn, Protocol, cast
 
+import spiking_rl
 from spiking_rl.allocator import keep_memory
 from spiking_rl.errors import UserError, WorkError
 
@@ -26,6 +28,9 @@ COMMANDS = {
     "report": "write one self-contained HTML page about a run",
     "list": "list recipes and networks",
 }
+
+_OWN = os.path.join(os.path.abspath(os.path.dirname(spiking_rl.__file__)), "")
+_usual_format = warnings.formatwarning
 
 USAGE = """usage: spiking-rl COMMAND ...
 
@@ -50,6 +55,7 @@ class Command(Protocol):
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed while working, 2 bad input, 130 interrupted."""
     keep_memory()  # here and not in run: a process that imports us decides for itself
+    warnings.formatwarning = _format_warning
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -60,9 +66,7 @@ def run(argv: list[str]) -> int:
         print(USAGE.format(commands=lines))
         return 0 if argv else 2
     if argv[0] == "--version":
-        from spiking_rl import __version__
-
-        print(f"spiking-rl {__version__}")
+        print(f"spiking-rl {spiking_rl.__version__}")
         return 0
     name, args = argv[0], argv[1:]
     if name not in COMMANDS:
@@ -102,6 +106,15 @@ def run(argv: list[str]) -> int:
         return _fail(f"{text}{_kept(name, args)}", 1)
     except OSError as error:
         return _fail(_disk_message(error, _trains(name, args)), 1)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return our own warnings in a line, for people; others as Python has them."""
+    if os.path.abspath(filename).startswith(_OWN):
+        return f"warning: {message}\n"
+    return _usual_format(message, category, filename, lineno, line)
 
 
 class Stopped(Exception):

@@ -38,6 +38,24 @@ def test_a_machine_that_is_too_small(
     assert "--resume" in said
 
 
+@pytest.mark.parametrize(("name", "goes_on"), [("classify", True), ("listing", False)])
+def test_ctrl_c_outside_of_training_says_how_to_go_on(
+    name: str, goes_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_interrupted(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"spiking_rl.scripts.{name}.run", is_interrupted)
+    assert main.run(["classify", "train"] if goes_on else ["list"]) == 130
+    assert ("--resume" in capsys.readouterr().err) is goes_on
+
+
+def test_warnings_of_ours_are_a_line() -> None:
+    ours = (main.__file__, "warning: rates are low\n")
+    for file, told in (ours, ("/usr/lib/other.py", "/usr/lib/other.py:7: UserWarning: rates are low\n")):
+        assert main._format_warning("rates are low", UserWarning, file, 7) == told
+
+
 def test_an_error_of_ours_is_not_taken_for_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(args: list[str]) -> None:
         raise RuntimeError("a fault")
