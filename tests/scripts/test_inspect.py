@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import Cli, last_json
 
 from spiking_rl import load_checkpoint, save_checkpoint
@@ -56,7 +56,7 @@ def test_a_run_shows_its_lowest_stage_with_what_was_measured(cli: Cli, scored: P
     assert measured["mean_return"] == row["mean_return"]  # type: ignore[index]
     origin = facts["provenance"]
     assert origin["weights_sha256"] == config["sha256"]  # type: ignore[index]
-    assert torch.__version__.startswith(origin["versions"]["torch"])  # type: ignore[index]
+    assert origin["versions"]["torch"] == version("torch")  # type: ignore[index]
     assert origin["environment"] == "CartPole-v1"  # type: ignore[index]
     assert last_json(cli("inspect", scored, "--timesteps", 3, "--json").stdout)["timesteps"] == 3
 

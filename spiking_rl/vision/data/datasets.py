@@ -120,8 +120,9 @@ def load_dataset(name: str, data: Path | str | None = None, *, size: int = 32) -
             not fit; an empty split; pyarrow is needed and missing.
     """
     if name not in _KINDS:
-        close = difflib.get_close_matches(name, (*DATASETS, "imagenet"), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join((*DATASETS, 'imagenet'))}"
+        known = (*DATASETS, "imagenet")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
         raise UserError("dataset", name, f"no such data set; {hint}")
     if size < 1 or (name != "folder" and size != 32):
         raise UserError("size", size, "must be at least 1 for 'folder', and 32 for the other data sets")

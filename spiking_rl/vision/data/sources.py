@@ -99,14 +99,13 @@ def open_class_folders(folder: Path) -> ClassFolders:
     """
     try:
         classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-        # Strings, not Paths: ImageNet has 1.3 million of them.
-        files = [sorted(e.path for e in _shown(folder / c) if e.name.lower().endswith(_SUFFIXES)) for c in classes]
-        others = [e.path for c in classes for e in _shown(folder / c) if _is_left_out(e)]
+        listed = [_images_and_others(folder / c) for c in classes]
     except OSError as error:
         raise UserError("data", str(folder), f"cannot be listed ({error.strerror})") from None
     if not classes:
         raise UserError("data", str(folder), "holds no class folders; sort its images into one folder per class")
-    if others:
+    files = [images for images, _ in listed]
+    if others := [path for _, of_class in listed for path in of_class]:
         kinds = ", ".join(_SUFFIXES)
         remedy = f"images are {kinds} right in their class's folder"
         warnings.warn(f"{len(others)} left out in {folder}, such as {min(others)}: {remedy}", stacklevel=2)
@@ -114,12 +113,16 @@ def open_class_folders(folder: Path) -> ClassFolders:
     return ClassFolders(classes, labels, np.arange(len(labels) + 1), [path for of_class in files for path in of_class])
 
 
-def _shown(folder: Path) -> list[os.DirEntry[str]]:
+def _images_and_others(folder: Path) -> tuple[list[str], list[str]]:
+    """List the images of a class in order, and what somebody may have taken for images that are read."""
+    images, others = [], []  # strings, not Paths: ImageNet has 1.3 million of them
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def _is_left_out(entry: os.DirEntry[str]) -> bool:
-    """Tell whether somebody may have taken it for images that are read."""
-    name = entry.name.lower()
-    return name.endswith(_OTHER_IMAGES) or (not name.endswith(_SUFFIXES) and entry.is_dir())
+        for entry in entries:
+            name = entry.name.lower()
+            if name.startswith("."):
+                continue
+            if name.endswith(_SUFFIXES):
+                images.append(entry.path)
+            elif name.endswith(_OTHER_IMAGES) or entry.is_dir():
+                others.append(entry.path)
+    return sorted(images), others
