@@ -31,6 +31,10 @@ AsTheRun = Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: as the ru
 
 
 _REGISTRY = ConstructorRegistry()
+_PLAIN = {
+    "invalid literal for int() with base 10:": "a whole number is wanted, not",
+    "could not convert string to float:": "a number is wanted, not",
+}
 
 
 @_REGISTRY.primitive_rule
@@ -129,7 +133,10 @@ def _first_sentence(box: str) -> str:
     meant = next(([word.strip(",") for word in line.split()] for line in hints if line.startswith("-")), None)
     off = " --no-" in " ".join(words)
     hint = f"; did you mean {next((w for w in meant if w.startswith('--no-') == off), meant[0])}?" if meant else ""
-    return " ".join(words).rstrip(".") + hint if words else "cannot be understood"
+    message = " ".join(words).rstrip(".")
+    for python, plain in _PLAIN.items():
+        message = message.replace(python, plain)
+    return message + hint if message else "cannot be understood"
 
 
 def changes_of(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from spiking_rl.encoding import scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.initialisation import scale_channels
-from spiking_rl.layerwise import bisect, fire, layer_by_layer
+from spiking_rl.layerwise import bisect, layer_by_layer
 from spiking_rl.networks import LayeredNetwork, evaluating
-from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore
+from spiking_rl.neurons import LIF, MIN_THRESHOLD, SpikeTimeScore, lif_scan
 
 _RATES = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
 """Firing rates that a conversion tries."""
@@ -209,9 +209,13 @@ def _calibrate(
     reached = []
 
     def balance(_: int, neuron: LIF, current: Tensor) -> None:
+        # The search is no finer than that, and the compiled scans take no 64 bits.
+        current, leak = (t.float() if t.dtype is torch.float64 else t for t in (current, neuron.leak))
+
         def fires(threshold: float) -> float:
-            neuron.threshold.fill_(max(threshold, MIN_THRESHOLD))
-            return float(fire(neuron, current, neuron.threshold, opens, network.single_spike).mean())
+            now = torch.tensor(max(threshold, MIN_THRESHOLD), dtype=leak.dtype, device=leak.device)
+            once = network.single_spike
+            return float(lif_scan(current, None, leak, now, opens, single_spike=once, carry=False).spikes.mean())
 
         # Where few currents are ever positive, a higher rate would leave the threshold at its floor, far below all of
         # them: whatever fires would then always fire, and no surrogate gradient would pass.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from spiking_rl.encoding import scan_starts
+from spiking_rl.encoding import HybridEncoder, scan_starts
 from spiking_rl.errors import UserError
 from spiking_rl.event_layers import is_plain
 from spiking_rl.events import EventMap, runs_on_events
@@ -59,7 +59,8 @@ def check_plain(network: LayeredNetwork) -> None:
         raise UserError(
             "neurons", "LIF", "somebody listens to them, or they scan otherwise; only our own can be deployed"
         )
-    if network.encoder is not None:
+    if network.encoder is not None and not (isinstance(network.encoder, HybridEncoder) and network.timesteps == 1):
+        # Of a hybrid code one timestep is the analog input alone.
         raise UserError("encoding", network.encoder.name, "only direct encoding can be deployed")
     if network.single_spike and network.timesteps > 1:
         raise UserError("single_spike", True, "neurons that fire once can be deployed at one timestep only; prune it")

@@ -118,7 +118,7 @@ def lif_scan_reference(
 
     Arguments, result and errors are those of :func:`lif_scan`; autograd differentiates the loop.
     """
-    leak, threshold = _as_tensor(leak, current), _as_tensor(threshold, current)
+    leak, threshold = _as_tensor("leak", leak, current), _as_tensor("threshold", threshold, current)
     _check(current, state, leak, threshold, starts, repeat)
     stored = current.dtype
     current, state = direct(at_least_float32(current), repeat), _wide_state(state)
@@ -148,10 +148,14 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _as_tensor(parameter: Tensor | float, current: Tensor) -> Tensor:
+def _as_tensor(name: str, parameter: Tensor | float, current: Tensor) -> Tensor:
     """Return a leak or threshold as what a network would have: no half, where the currents are halves."""
-    if isinstance(parameter, Tensor):
+    if isinstance(parameter, Tensor):  # whose values are not looked at: on a GPU that would wait for it
         return parameter
+    if name == "leak" and not 0 <= parameter <= 1:
+        raise UserError(name, parameter, "must lie in [0, 1]")
+    if name == "threshold" and not parameter > 0:
+        raise UserError(name, parameter, "must be greater than 0")
     wide = torch.promote_types(current.dtype, torch.float32)
     return torch.tensor(parameter, dtype=wide, device=current.device)
 
@@ -319,6 +323,7 @@ def lif_scan(
 
     Raises:
         ValueError: shapes, or the dtype of ``starts``, do not fit; the message names both sides.
+        UserError: a leak or threshold out of range that is given as a number; of tensors the values are not looked at.
 
     Gradients: ``ds/du`` is the surrogate of :func:`spiking_rl.surrogate.fire`; the reset passes its
     gradient to the threshold and to the potential, not through the step function; full
@@ -328,7 +333,7 @@ def lif_scan(
     Source: DIET-SNN (Rathi, Roy 2020); temporal pruning (Chowdhury, Rathi, Roy 2022); firing once: our reading of
     Datta, Kundu, Beerel 2021.
     """
-    leak, threshold = _as_tensor(leak, current), _as_tensor(threshold, current)
+    leak, threshold = _as_tensor("leak", leak, current), _as_tensor("threshold", threshold, current)
     membrane = None if state is None else state.membrane
     way: Plan | None = None
     loops: Loops = COMPILED

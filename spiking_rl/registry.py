@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -43,7 +44,9 @@ def build_network(name: str, input_shape: Sequence[int], outputs: int, **options
         UserError: unknown name, sizes below 1, or an option that the builder refuses.
     """
     if name not in NETWORKS:
-        raise UserError("network", name, f"unknown; choose one of {', '.join(sorted(NETWORKS))}")
+        close = difflib.get_close_matches(name, NETWORKS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(sorted(NETWORKS))}"
+        raise UserError("network", name, f"unknown; {hint}")
     for field, sizes in (("outputs", (outputs,)), ("input_shape", tuple(input_shape))):
         if not sizes or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes):
             given = outputs if field == "outputs" else sizes

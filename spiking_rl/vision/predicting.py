@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spiking_rl.energy import SpikeCounter
 from spiking_rl.networks import LayeredNetwork
+from spiking_rl.state import seed_generator
 from spiking_rl.vision.data import normalise
 
 _EVALUATED = 500  # images per forward pass, at most
@@ -48,7 +49,7 @@ def predict(
     found = []
     device = next(network.parameters()).device
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # a Poisson code is drawn: the same one whenever the same images are scored
+        seed_generator(0, device)  # a Poisson code is drawn: the same one whenever the same images are scored
         for part in torch.split(images, images_per_pass(network, images.shape[2:])):
             inputs = normalise(part.to(device), mean, std).unsqueeze(0)
             logits, _ = network(inputs, observer=observer)

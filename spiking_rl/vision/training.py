@@ -38,6 +38,7 @@ from spiking_rl.state import (
     pack_optimiser,
     read_tensors,
     restore_generators,
+    seed_generator,
     unpack_optimiser,
     verify,
 )
@@ -357,7 +358,7 @@ class Trainer:
         self.network.train()
         self.optimizer.zero_grad()
         seed = int(torch.randint(2**31, (1,), generator=generator))
-        torch.manual_seed(seed + self.team.rank)  # dropout draws from it
+        seed_generator(seed + self.team.rank, self.device)  # dropout draws from it
         total = torch.zeros((), device=self.device)
         for images, labels in batch.parts(config.accumulate, generator) if batch else ():
             if not len(labels):

@@ -269,7 +269,6 @@ def test_silent_inputs_are_skipped_under_autocast_too(timesteps: int, binary: bo
     ("options", "field"),
     [
         ({"neuron": "relu"}, "network"),
-        ({"encoding": "hybrid"}, "encoding"),
         ({"encoding": "poisson"}, "encoding"),
         ({"kappa": 0.5}, "kappa"),
     ],
@@ -286,6 +285,10 @@ def require_refused(network: LayeredNetwork, field: str) -> None:
 
 def test_so_is_what_only_matters_at_several_timesteps() -> None:
     require_refused(build_network("mlp", (6,), 3, timesteps=2, single_spike=True), "single_spike")
+    require_refused(build_network("mlp", (6,), 3, timesteps=2, encoding="hybrid"), "encoding")
+    coded = build_network("mlp", (6,), 3, timesteps=1, encoding="hybrid", single_spike=True).eval()
+    inputs = torch.randn(9, 6)
+    torch.testing.assert_close(deploy(coded)(inputs), coded(inputs.unsqueeze(0))[0][0])
     network = build_network("mlp", (6,), 3, timesteps=2)
     network.set_exit_margin(0.5)
     require_refused(network, "exit_margin")

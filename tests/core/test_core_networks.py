@@ -294,6 +294,8 @@ def test_an_unknown_network_is_answered_with_the_known() -> None:
         build_network("no_such_network", (4,), 2)
     assert caught.value.field == "network"
     assert "'no_such_network'" in str(caught.value)
+    with pytest.raises(UserError, match="did you mean 'vgg16'"):
+        build_network("vgg15", (3, 32, 32), 2)
 
 
 @pytest.mark.parametrize("timesteps", [1, 3])

@@ -154,6 +154,13 @@ def test_what_cannot_be_exported_is_named() -> None:
             onnx_model(build_network("mlp", (6,), 2, timesteps=3, **options))
 
 
+def test_one_timestep_of_a_hybrid_code_is_the_input_alone() -> None:
+    network = build_network("mlp", (6,), 2, timesteps=1, encoding="hybrid", single_spike=True)
+    images = torch.randn(7, 6)
+    found = run(onnx_model(network), {"observation": images})["q_values"]
+    torch.testing.assert_close(found, network(images.unsqueeze(0))[0][0])
+
+
 def test_early_decisions_are_refused_where_there_are_any() -> None:
     network = build_network("mlp", (4,), 2, timesteps=2)
     network.set_exit_margin(0.5)

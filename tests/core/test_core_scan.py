@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from spiking_rl import UserError
 from spiking_rl.neurons import LIF, MIN_THRESHOLD, LIFState, clamp_after_step, lif_scan, lif_scan_reference
 
 SCANS = pytest.mark.parametrize("scan", [lif_scan, lif_scan_reference])
@@ -151,6 +152,8 @@ def test_the_module_is_the_function_with_its_own_parameters() -> None:
 def test_impossible_initial_values_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name} = {value}"):
         LIF(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"{name} = {value}"):
+        lif_scan(torch.ones(1, 1, 1), None, **{"leak": 0.5, "threshold": 0.5, name: value})
 
 
 def step_with(optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradient: float) -> None:

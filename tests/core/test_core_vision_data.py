@@ -258,6 +258,7 @@ def refused(data: Path | None, *told: str, name: str = "cifar10", **options: Any
 def test_what_cannot_work_is_told_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPIKING_RL_DATA", raising=False)
     refused(None, "SPIKING_RL_DATA")
+    refused(None, "StreamedDataset", name="imagenet")
     refused(tmp_path, "cifar-10", "did you mean 'cifar10'", name="cifar-10")
     refused(tmp_path, *DATASETS, name="mnist?")
     refused(tmp_path, "size", "64", size=64)

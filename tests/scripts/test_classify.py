@@ -295,6 +295,8 @@ def test_a_run_out_of_time_goes_on_with_resume(cli: Cli, data: Path, tmp_path: P
         (("train", "vgg6"), "dataset"),
         (("train", "vgg6", "folder", "--recipe", "slow"), "recipe = 'slow'"),
         (("train", "vgg6", "folder", "--dropout", "2"), "dropout = 2.0"),
+        (("train", "vgg6", "folder", "--epochs", "few"), "--epochs: a whole number is wanted, not 'few'"),
+        (("train", "vgg5", "folder"), "network = 'vgg5': unknown; did you mean 'vgg"),
         (("train", "vgg6", "folder", "--crop", "32"), "crop = 32"),
         (("train", "vgg6", "folder", "--hours", "0"), "hours = 0.0"),
         (("train", "vgg6", "folder", "--fold-first"), "firing_rate = 0.15"),

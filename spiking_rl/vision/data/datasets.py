@@ -119,6 +119,8 @@ def load_dataset(name: str, data: Path | str | None = None, *, size: int = 32) -
         UserError: an unknown name; missing, damaged or too small images; class names or labels that do
             not fit; an empty split; pyarrow is needed and missing.
     """
+    if name == "imagenet":
+        raise UserError("dataset", name, "does not fit into memory; StreamedDataset reads it from disk")
     if name not in _KINDS:
         known = (*DATASETS, "imagenet")
         close = difflib.get_close_matches(name, known, n=1)
