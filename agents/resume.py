@@ -24,7 +24,7 @@ from spiking_rl.agents.frame_replay import FrameReplayBuffer
 from spiking_rl.agents.replay import SequenceReplay
 from spiking_rl.agents.spaces import space_to_json
 from spiking_rl.agents.staged import StagedAlgorithm
-from spiking_rl.checkpoint import plain_number, read_json
+from spiking_rl.checkpoint import misfits, plain_number, read_json
 from spiking_rl.envs.make import can_be_saved, get_states, restart, set_states
 from spiking_rl.errors import UserError
 from spiking_rl.files import recover_folder, replace_folder
@@ -142,9 +142,10 @@ def load_training_state(folder: Path, model: StagedAlgorithm) -> dict[str, Any]:
         tensors = read_tensors(folder / "tensors.safetensors")
         model.policy.set_timesteps(state["timesteps"])
         model.policy_kwargs["timesteps"] = state["timesteps"]
-        model.policy.load_state_dict(
-            {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
-        )
+        own = {k.removeprefix("policy."): v for k, v in tensors.items() if k.startswith("policy.")}
+        if wrong := misfits(model.policy, own):
+            raise ValueError("; ".join(wrong))
+        model.policy.load_state_dict(own)
         average = {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
         model.average = {k: v.to(model.device) for k, v in average.items()} or None
         membranes = [tensors[f"membrane.{i}"] for i in range(sum(k.startswith("membrane.") for k in tensors))]

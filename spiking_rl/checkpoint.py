@@ -167,16 +167,23 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], origin: Path | str)
     """Load tensors into a module, refusing any mismatch with one line.
 
     Raises:
-        UserError: names or shapes differ; nothing is loaded then.
+        UserError: names, shapes or kinds of numbers differ; nothing is loaded then.
     """
-    own = module.state_dict()
-    wrong = [
-        f"size mismatch for {n}: {tuple(tensors[n].shape)}, and the network has {tuple(own[n].shape)}"
-        for n in own
-        if n in tensors and own[n].shape != tensors[n].shape
-    ]
-    wrong += [f"Missing key {n}" for n in own if n not in tensors]
-    wrong += [f"Unexpected key {n}" for n in tensors if n not in own]
+    wrong = misfits(module, tensors)
     if wrong:
         raise UserError("checkpoint", str(origin), f"does not fit this network: {'; '.join(wrong)[:200]}")
     module.load_state_dict(tensors)
+
+
+def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Tell in what tensors differ from those that a module has."""
+    own = module.state_dict()
+    wrong = []
+    for name in (name for name in own if name in tensors):
+        new, old = tensors[name], own[name]
+        if new.shape != old.shape:
+            wrong.append(f"size mismatch for {name}: {tuple(new.shape)}, and the network has {tuple(old.shape)}")
+        elif new.is_floating_point() != old.is_floating_point():  # torch would drop what does not fit
+            wrong.append(f"{name} is {new.dtype}, and in the network {old.dtype}")
+    wrong += [f"Missing key {name}" for name in own if name not in tensors]
+    return wrong + [f"Unexpected key {name}" for name in tensors if name not in own]

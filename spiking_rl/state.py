@@ -120,6 +120,8 @@ def unpack_optimiser(
             if not slots and isinstance(optimizer, torch.optim.SGD) and packed:
                 # A parameter that had no gradient so far; a fused step wants a buffer of all, or none. 0 is as good.
                 slots = optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            if "step" in slots:
+                slots["step"] = slots["step"].float()  # in which torch counts, whatever the file has
             for name in kept - {"step"} if slots else ():  # fused optimisers read memory in the parameter's order
                 slots[name] = torch.empty_like(parameter).copy_(slots[name])
 

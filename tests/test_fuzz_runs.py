@@ -184,6 +184,7 @@ def tamper(data: Any, folder: Path) -> None:
         shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
         wrong = [None, torch.zeros(shape), torch.full(shape, torch.nan), torch.ones(shape).long()]
         wrong += [torch.full_like(tensors[key], torch.nan, dtype=torch.float32), tensors[key].to(torch.complex64)]
+        wrong += [tensors[key].half()]
         new = data.draw(st.sampled_from(wrong))
         tensors = {k: v for k, v in tensors.items() if k != key} | ({} if new is None else {key: new})
         path.write_bytes(safetensors.torch.save(tensors))

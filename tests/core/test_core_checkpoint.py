@@ -289,3 +289,15 @@ def test_weights_of_another_network_are_refused_in_one_line(hidden: tuple[int, .
         assert torch.equal(tensor, before[name]), f"{name} was loaded"
     assert "\n" not in str(caught.value)
     assert "runs/a/checkpoints/T3" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64])
+def test_so_are_numbers_of_another_kind(kind: torch.dtype) -> None:
+    """Torch would cast them."""
+    network = build_network("mlp", (4,), 2, hidden=(8,))
+    tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    load_into(network, halves, "runs/a/checkpoints/T3")
+    tensors["readout.weight"] = tensors["readout.weight"].to(kind)
+    with pytest.raises(UserError, match=f"readout.weight is {kind}, and in the network torch.float32"):
+        load_into(network, tensors, "runs/a/checkpoints/T3")

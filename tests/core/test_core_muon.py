@@ -140,3 +140,17 @@ def test_a_restored_state_goes_on_as_the_original() -> None:
     smaller = nn.Parameter(torch.ones(4, 1, 3, 3))
     with pytest.raises(ValueError, match="not those of the network"):
         unpack_optimiser(Muon([smaller], second[1:2], second[2:], lr=0.1), tensors, scalars)
+
+
+def test_counts_of_steps_in_other_bits_go_on() -> None:
+    """A step over all parameters together would refuse them, in the middle of the training."""
+    mine = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.RAdam(mine, foreach=True)
+    for parameter in mine:
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    tensors, scalars = pack_optimiser(optimizer)
+    tensors["optimiser.0.step"] = tensors["optimiser.0.step"].half()
+    unpack_optimiser(optimizer, tensors, scalars)
+    optimizer.step()
+    assert torch.equal(*mine)
