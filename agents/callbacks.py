@@ -151,9 +151,9 @@ class TemporalPruningCallback(BaseCallback):
         if self.pruning.timesteps == self.pruning.stop:
             self._report_if_due()  # an earlier stage waits: the next one would begin with nobody to train it
         if not self.pruning.finished:
-            left = max(0, self.pruning.remaining - self._spent)
+            left = self.pruning.remaining - min(self._spent, self.pruning.budget)  # what is overspent is this stage's
             at = f"the model is at T={self._timesteps} of {self.pruning.stop}"
-            remedy = f"call learn again: {left:.0f} agent steps are left, and a rollout per stage"
+            remedy = f"call learn again: {left:.0f} agent steps are left, and a stage ends with an episode of its own"
             warnings.warn(f"temporal pruning is not finished: {at}; {remedy}", stacklevel=2)
 
     def _count(self) -> None:

@@ -68,6 +68,8 @@ class DeployedAgent:
             ValueError: observations of another shape (SB3's own message).
         """
         space = self.observation_space
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+            raise ValueError("observation is what Gymnasium's reset returns, (observation, info); pass its first part")
         seen = np.array(observation)  # copied: torch takes neither negative strides nor read-only memory
         if is_image_space(space):
             seen = maybe_transpose(seen, space)

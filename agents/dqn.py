@@ -84,6 +84,7 @@ class SpikingDQN(StagedAlgorithm, DQN):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": SpikingDQNPolicy,
         "CnnPolicy": SpikingDQNCnnPolicy,
+        "MultiInputPolicy": SpikingDQNPolicy,  # which says what to do with a Dict
     }
     policy: SpikingMlpPolicy
     _norm_steps = 0  # agent steps whose observations the running scaling has seen

@@ -90,6 +90,12 @@ def playing_network(model: BaseAlgorithm) -> SpikingQNetwork:
     return q_network(model)
 
 
+def require_id(env: object) -> None:
+    """Refuse an environment that is not named: it is made here, as often as it is wanted."""
+    if not isinstance(env, str):
+        raise UserError("env", str(env), "name the environment by its id, or use SB3's evaluate_policy")
+
+
 def require_spaces(q_net: SpikingQNetwork, env: Env[Any, Any], env_id: str) -> None:
     """Refuse an environment of other spaces than the agent's.
 
@@ -147,8 +153,7 @@ def evaluate(
     """
     check_episodes(episodes, seed)
     q_net = playing_network(model)
-    if not isinstance(env, str):
-        raise UserError("env", str(env), "name the environment by its id, or use SB3's evaluate_policy")
+    require_id(env)
     own = q_net.network.timesteps
     if exit_margin is not None and (q_net.stateful or not q_net.network.spiking):
         kind = "a stateful agent, whose membranes need all timesteps" if q_net.stateful else "a ReLU network"

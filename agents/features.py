@@ -35,7 +35,8 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
 
     Use it as ``features_extractor_class``, with ``net_arch=[]`` where the heads shall read the spikes
     directly. Thresholds and leaks that an optimiser has moved out of their range are put back before the next
-    pass in training. The parts of a Dict observation, as ``MultiInputPolicy`` has them, are laid side by side.
+    pass, and before they are saved. The parts of a Dict observation, as ``MultiInputPolicy`` has them, are laid side
+    by side.
 
     Args:
         observation_space: a Box, Discrete, MultiDiscrete or MultiBinary space, or a Dict of such without
@@ -57,7 +58,8 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
         network_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
     ) -> None:
-        network = network or CHOSEN_NETWORKS[is_image_space(observation_space)]
+        is_image = is_image_space(observation_space, normalized_image=not normalize_images)
+        network = network or CHOSEN_NETWORKS[is_image]
         self._parts: tuple[str, ...] = ()
         if isinstance(observation_space, spaces.Dict):
             self._parts = _vector_parts(observation_space)
@@ -71,11 +73,11 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, math.prod(layers.neuron_shapes()[-1]))
         self.norm = norm
         self.network = layers
+        self.register_state_dict_pre_hook(_clamp_before_saving)  # type: ignore[no-untyped-call]
 
     def forward(self, observations: PyTorchObs) -> Tensor:
         """Return features ``(B, N)`` of preprocessed observations ``(B, *obs)``: mean spikes, in [0, 1]."""
-        if self.training:
-            self._clamp()
+        self._clamp()
         if isinstance(observations, dict):
             observations = torch.cat([observations[name].flatten(1) for name in self._parts], 1)
         inputs = observations if self.norm is None else self.norm(observations.flatten(1))
@@ -98,6 +100,11 @@ class SpikingFeaturesExtractor(BaseFeaturesExtractor):
     def set_timesteps(self, timesteps: int) -> None:
         """Change T; weights, thresholds and leaks stay."""
         self.network.set_timesteps(timesteps)
+
+
+def _clamp_before_saving(extractor: SpikingFeaturesExtractor, *_: Any) -> None:
+    """Nobody tells the extractor of an optimiser's step, and the last one may have been taken."""
+    extractor._clamp()
 
 
 class ExtractorStages:

@@ -112,8 +112,11 @@ def load_agent(
     config = load_checkpoint(path).config
     algorithm = ALGORITHMS.get(str(config.get("algo")))
     environment = config.get("environment")
-    if algorithm is None or not isinstance(environment, str):
-        raise UserError("checkpoint", str(path), "holds no agent (no known algo or environment in config.json)")
+    if algorithm is None:
+        raise UserError("checkpoint", str(path), "holds no agent (no known algo in config.json)")
+    if not isinstance(environment, str):
+        remedy = f"names no environment; save it with environment=..., or use {algorithm.__name__}.load_checkpoint"
+        raise UserError("checkpoint", str(path), remedy)
     return LoadedAgent(algorithm.load_checkpoint(path, env, device), environment, path, run)
 
 

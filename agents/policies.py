@@ -256,7 +256,7 @@ class SpikingMlpPolicy(DQNPolicy):
         for name, value in foreign.items():
             raise UserError(name, value, "is no option of spiking policies; network_kwargs describes their layers")
         network = network or self.default_network
-        self._own_optimizer = optimizer_kwargs is not None or optimizer_class not in _OPTIMIZERS
+        self.has_own_optimizer = optimizer_kwargs is not None or optimizer_class not in _OPTIMIZERS
         check_spaces(observation_space, action_space, network, normalize_images)
         if optimizer_kwargs is None and optimizer_class is torch.optim.Adam:
             optimizer_kwargs = {"fused": True}  # a third of a small network's update is Adam's many small steps
@@ -310,7 +310,7 @@ class SpikingMlpPolicy(DQNPolicy):
     def rebuild_optimizer(self, learning_rate: float) -> None:
         """Start a fresh optimiser, thresholds and leaks kept in range after each of its steps."""
         self._optimizer, self._first_rate = None, learning_rate
-        if self._own_optimizer or not learning_rate >= 0:
+        if self.has_own_optimizer or not learning_rate >= 0:
             _ = self.optimizer  # what it does not take is told at once, and not in the middle of learning
 
     def __getattr__(self, name: str) -> Any:
@@ -516,6 +516,7 @@ def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
     Raises:
         UserError: the model has none.
     """
+    _require_model(model)
     if not isinstance(model.policy, SpikingMlpPolicy):
         raise UserError(
             "model", type(model).__name__, "has no spiking Q-network; SB3's evaluate_policy scores any agent"
@@ -525,5 +526,11 @@ def q_network(model: BaseAlgorithm) -> SpikingQNetwork:
 
 def sees_scaled(model: BaseAlgorithm) -> bool:
     """Tell whether a model learned from observations that VecNormalize scaled, which nobody else does for it."""
+    _require_model(model)
     outside = model.get_vec_normalize_env()
     return getattr(model, "scaled_outside", False) if outside is None else outside.norm_obs
+
+
+def _require_model(model: object) -> None:
+    if not isinstance(model, BaseAlgorithm):
+        raise UserError("model", type(model).__name__, "is no model; what load_agent returns has it as .model")

@@ -105,6 +105,7 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": SpikingPQNPolicy,
         "CnnPolicy": SpikingPQNCnnPolicy,
+        "MultiInputPolicy": SpikingPQNPolicy,  # which says what to do with a Dict
     }
     policy: SpikingPQNPolicy
 
@@ -194,7 +195,10 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfSpikingPQN:
-        """Train for ``total_timesteps`` agent steps (SB3's word for them), whole rollouts at a time."""
+        """Train for ``total_timesteps`` agent steps (SB3's word for them), whole rollouts at a time.
+
+        To callbacks the random play that thresholds are calibrated on is a rollout too, the first.
+        """
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
@@ -202,9 +206,12 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         assert self.env is not None
         # Of a short run half is left to learn in.
         random = min(self.calibration_steps, max(1, (total_timesteps - self.num_timesteps) // 2))
-        if not self.calibrated and not self._calibrate_on_random_policy(random, callback):
-            callback.on_training_end()
-            return self
+        if not self.calibrated:
+            callback.on_rollout_start()
+            if not self._calibrate_on_random_policy(random, callback):
+                callback.on_training_end()
+                return self
+            callback.on_rollout_end()
         iteration = 0
         while self.num_timesteps < total_timesteps:
             callback.on_rollout_start()
@@ -240,7 +247,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
         seen, starts = [np.array(self._last_obs)], [np.ones(self.n_envs, dtype=bool)]
         for _ in range(-(-agent_steps // self.n_envs)):
             actions = self.explorer.choose(np.zeros(self.n_envs, dtype=np.int64), epsilon=1.0)
-            self._last_obs, rewards, dones, infos = self.env.step(actions)  # type: ignore[assignment]
+            new_obs, rewards, dones, infos = self.env.step(actions)  # as SB3 calls them, where callbacks look
+            self._last_obs = new_obs  # type: ignore[assignment]
             self.explorer.end_episodes(dones)
             self.num_timesteps += self.n_envs
             callback.update_locals(locals())
@@ -286,7 +294,8 @@ class SpikingPQN(StagedAlgorithm, BaseAlgorithm):
                 taught.append(told)
                 shown = np.random.random(self.n_envs) < self.exploration_rate
                 actions[t] = np.where(shown, told.argmax(1), q.argmax(1))
-            self._last_obs, rewards, dones, infos = self.env.step(actions[t])  # type: ignore[assignment]
+            new_obs, rewards, dones, infos = self.env.step(actions[t])
+            self._last_obs = new_obs  # type: ignore[assignment]
             all_rewards[t], done[t] = rewards, dones
             self.num_timesteps += self.n_envs
             self._update_info_buffer(infos, done[t])

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from spiking_rl.agents.evaluation import MAX_DECISIONS, REPORT_SEED, check_episodes, playing_network, require_spaces
+from spiking_rl.agents.evaluation import (
+    MAX_DECISIONS,
+    REPORT_SEED,
+    check_episodes,
+    playing_network,
+    require_id,
+    require_spaces,
+)
 from spiking_rl.envs.make import make_single
 from spiking_rl.errors import UserError
 from spiking_rl.files import write_atomically
@@ -81,6 +88,7 @@ def record(
     if decisions < 1:
         raise UserError("decisions", decisions, "must be at least 1")
     q_net = playing_network(model)
+    require_id(env)
     q_net.set_training_mode(False)
     names = q_net.network.layer_names
     rows: list[tuple[Any, int, float, bool, NDArray[np.float32]]] = []

@@ -482,27 +482,49 @@ class StagedAlgorithm(BaseAlgorithm):
 
         Args:
             folder: replaced atomically.
-            info: JSON-serialisable facts kept in ``config.json``, such as a score.
+            info: JSON-serialisable facts kept in ``config.json``, such as a score; ``environment``, by which
+                :func:`~spiking_rl.agents.load_agent` knows where it plays, is that of the model where it is left out.
+
+        An optimiser of one's own is not kept, which a warning says (SB3's ``save`` keeps it).
 
         Raises:
-            UserError: something else than a checkpoint is in the folder, which would be lost.
+            UserError: something else than a checkpoint is in the folder, which would be lost; a fact that the agent
+                states itself.
             OSError: the folder cannot be written; an older checkpoint stays.
         """
         kwargs = self.policy.q_net_kwargs
-        config = {
+        if self.policy.has_own_optimizer:
+            warnings.warn(
+                "a checkpoint does not keep optimizer_class and optimizer_kwargs; who loads it to learn on gives them "
+                "again, or uses SB3's save",
+                stacklevel=2,
+            )
+        if info.get("environment") is None:
+            info = {**info, "environment": self._environment_id()}
+        own: dict[str, Any] = {
             "kind": "agent",
             "algo": self.algo,
             "timesteps": self.policy.timesteps if self.policy.q_net.network.spiking else None,
             "agent_steps": self.num_timesteps,
             "calibrated": self.calibrated,
             **({"scaled_outside": True} if self.scaled_outside else {}),
-            **info,
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
             "policy": kwargs,
             "hyperparameters": {**{name: getattr(self, name) for name in self.hyperparameters}, **self._schedules()},
         }
-        save_checkpoint(folder, self.policy.q_net.state_dict(), config)
+        taken = sorted(own.keys() & info.keys())
+        if taken:
+            raise UserError(taken[0], info[taken[0]], "is stated by the agent itself; give this fact another name")
+        save_checkpoint(folder, self.policy.q_net.state_dict(), own | info)
+
+    def _environment_id(self) -> str | None:
+        """Return the Gymnasium id of the environment that the model has, if there is one."""
+        try:
+            spec = self.env.get_attr("spec", 0)[0] if self.env is not None else None
+        except AttributeError:  # a vector environment of somebody's own
+            return None
+        return getattr(spec, "id", None)
 
     def _schedules(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the learning rate, which it takes for linear, and of when to train."""

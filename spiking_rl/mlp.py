@@ -61,6 +61,8 @@ def mlp(
         per_channel = True
     if neuron not in ("lif", "relu"):
         raise UserError("neuron", neuron, "must be 'lif' or 'relu'")
+    if hasattr(hidden, "tolist"):  # an array of NumPy, or a tensor
+        hidden = hidden.tolist()
     if not isinstance(hidden, Sequence) or not hidden or any(not isinstance(h, Integral) or h < 1 for h in hidden):
         raise UserError("hidden", hidden, "must list at least one layer width, each at least 1")
     hidden = [int(width) for width in hidden]

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from spiking_rl import LIF, TemporalPruning
 from spiking_rl.agents import (
+    DeployedAgent,
     SpikingActorCriticPolicy,
     SpikingDQN,
     SpikingFeaturesExtractor,
@@ -28,6 +29,7 @@ from spiking_rl.agents import (
     evaluate,
     load_agent,
     prune,
+    record,
 )
 from spiking_rl.agents.exporting import agent_onnx
 from spiking_rl.agents.replay import SequenceReplay
@@ -400,3 +402,106 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 def test_an_environment_to_evaluate_in_is_no_name() -> None:
     with pytest.raises(UserError, match=r"eval_env = 'CartPole-v1': .*gymnasium.make"):
         TemporalPruningCallback(TemporalPruning(2, 1, 10, 10), eval_env="CartPole-v1")  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_knows_where_its_agent_plays(tmp_path: Path) -> None:
+    model = SpikingPQN("MlpPolicy", make_vec_env("CartPole-v1", 4), policy_kwargs=dict(SMALL))
+    model.save_checkpoint(tmp_path / "agent")
+    assert load_agent(tmp_path / "agent").trained_in == "CartPole-v1"
+    SpikingPQN.load_checkpoint(tmp_path / "agent").save_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"names no environment; .* SpikingPQN\.load_checkpoint"):
+        load_agent(tmp_path / "nowhere")
+    for fact in ({"timesteps": 7}, {"algo": "dqn"}, {"policy": {}}):
+        with pytest.raises(UserError, match="stated by the agent itself"):
+            model.save_checkpoint(tmp_path / "agent", **fact)
+    assert load_agent(tmp_path / "agent").model.policy.timesteps == 1
+
+
+def test_an_optimiser_that_a_checkpoint_does_not_keep_is_told(tmp_path: Path) -> None:
+    kwargs = {**SMALL, "optimizer_class": torch.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}}
+    model = SpikingDQN("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs)
+    with pytest.warns(UserWarning, match="does not keep optimizer_class"):
+        model.save_checkpoint(tmp_path / "agent")
+
+
+class Order(BaseCallback):
+    """Counts steps of a rollout, as a callback may that begins to count where SB3 says that one begins."""
+
+    def _on_rollout_start(self) -> None:
+        self.seen = 0
+
+    def _on_step(self) -> bool:
+        self.seen += 1
+        assert self.locals["new_obs"].shape == (4, 4)
+        return True
+
+
+def test_callbacks_are_told_of_a_rollout_before_its_first_step() -> None:
+    counter = Order()
+    model = SpikingPQN("MlpPolicy", make_vec_env("CartPole-v1", 4), policy_kwargs=dict(SMALL), n_steps=8)
+    model.learn(200, callback=counter)
+    assert counter.seen == 8
+
+
+def test_scaled_images_have_convolutions_too() -> None:
+    space = gym.spaces.Box(0, 1, (1, 40, 40), np.float32)
+    layers = SpikingFeaturesExtractor(space, timesteps=1, normalize_images=False).network
+    assert any(isinstance(module, torch.nn.Conv2d) for module in layers.modules())
+
+
+def test_what_the_last_step_moved_is_not_saved(tmp_path: Path) -> None:
+    kwargs = {"features_extractor_class": SpikingFeaturesExtractor, "features_extractor_kwargs": {"timesteps": 2}}
+    model = PPO("MlpPolicy", "CartPole-v1", policy_kwargs=kwargs, n_steps=8, batch_size=8)
+    neuron = next(m for m in model.policy.modules() if isinstance(m, LIF))
+    with torch.no_grad():
+        neuron.leak.fill_(1.25)
+    model.save(tmp_path / "model")
+    assert neuron.leak == 1
+    assert all(m.is_in_range() for m in PPO.load(tmp_path / "model").policy.modules() if isinstance(m, LIF))
+    with torch.no_grad():
+        neuron.leak.fill_(1.25)
+    model.predict(np.zeros(4, np.float32))
+    assert neuron.leak == 1
+
+
+@pytest.mark.parametrize("kind", [SpikingPQN, SpikingDQN])
+def test_dict_observations_are_told_what_to_do(kind: type[Any]) -> None:
+    class Parts(gym.Env[Any, Any]):
+        observation_space = gym.spaces.Dict(a=gym.spaces.Box(-1, 1, (3,)), b=gym.spaces.Discrete(3))
+        action_space = gym.spaces.Discrete(2)
+
+    with pytest.raises(UserError, match="FlattenObservation"):
+        kind("MultiInputPolicy", Parts())
+
+
+def test_what_is_no_model_and_no_id_is_told() -> None:
+    agent = load_agent("cartpole")
+    for use in (DeployedAgent, lambda given: evaluate(given, "CartPole-v1")):
+        with pytest.raises(UserError, match=r"LoadedAgent.*as \.model"):
+            use(agent)
+    with pytest.raises(UserError, match="name the environment by its id"):
+        record(agent.model, gym.make("CartPole-v1"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reset returns"):
+        DeployedAgent(agent.model).predict(gym.make("CartPole-v1").reset())  # type: ignore[arg-type]
+    widths = {"timesteps": 1, "network_kwargs": {"hidden": np.array([8, 4])}}
+    network = SpikingPQN("MlpPolicy", "CartPole-v1", policy_kwargs=widths).policy.q_net.network
+    assert network.neuron_shapes() == [(8,), (4,)]
+
+
+def test_a_stage_that_waits_for_an_episode_takes_no_steps_from_the_next() -> None:
+    class Long(gym.Env[Any, Any]):
+        observation_space = gym.spaces.Box(-1, 1, (3,))
+        action_space = gym.spaces.Discrete(2)
+
+        def reset(
+            self, *, seed: int | None = None, options: dict[str, Any] | None = None
+        ) -> tuple[Any, dict[str, Any]]:
+            return np.zeros(3, np.float32), {}
+
+        def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            return np.zeros(3, np.float32), 0.0, False, False, {}
+
+    model = DQN(SpikingMlpPolicy, Long(), policy_kwargs=dict(SMALL) | {"timesteps": 2}, learning_starts=10)
+    callback = TemporalPruningCallback(TemporalPruning(2, 1, first_budget=100, stage_budget=70))
+    with pytest.warns(UserWarning, match="T=2 of 1; call learn again: 70 agent steps are left, and a stage ends with"):
+        model.learn(150, callback=callback)
